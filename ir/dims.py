@@ -1,0 +1,144 @@
+"""Dimensions: integers, or sympy expressions over named positive integers.
+
+Every dimension that passes through `dim` is in expanded form, so that two equal polynomials are equal objects
+and compare with `==`; a constant is always a plain `int`.
+"""
+
+import ast
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import sympy
+
+from nemoc.ir.errors import IRError
+
+Dim: TypeAlias = int | sympy.Expr
+"""An integer, or an expression over dimension symbols."""
+
+
+@functools.cache
+def symbol(name: str) -> sympy.Symbol:
+    """The dimension symbol of that name: a positive integer."""
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+B = symbol("B")
+"""Rows of the batch."""
+L = symbol("L")
+"""New tokens of each row in this step."""
+C = symbol("C")
+"""Capacity of the KV cache in tokens."""
+T = symbol("T")
+"""Tokens already cached; differs by row, so it appears in costs only, never in a shape."""
+
+
+def dim(value: Dim) -> Dim:
+    """The normal form of a dimension: expanded, and a plain `int` when constant."""
+    if isinstance(value, int):
+        return int(value)
+    expanded = sympy.expand(value)
+    return int(expanded) if expanded.is_Integer else expanded
+
+
+def dims(values: Iterable[Dim]) -> tuple[Dim, ...]:
+    """Each value in normal form."""
+    return tuple(dim(v) for v in values)
+
+
+def product(values: Iterable[Dim]) -> Dim:
+    """The product of dimensions, in normal form."""
+    return dim(functools.reduce(operator.mul, values, 1))
+
+
+def ceil_div(a: Dim, b: int) -> Dim:
+    """⌈a / b⌉, in normal form."""
+    if isinstance(a, int):
+        return (a + b - 1) // b
+    return dim(sympy.ceiling(a / sympy.Integer(b)))
+
+
+def symbols_of(value: Dim) -> frozenset[str]:
+    """The names of the symbols in a dimension."""
+    if isinstance(value, int):
+        return frozenset()
+    return frozenset(s.name for s in value.free_symbols)
+
+
+def evaluate_dim(value: Dim, env: Mapping[str, int]) -> int:
+    """The integer that a dimension has when its symbols have the given values.
+
+    Raises:
+        IRError: a symbol has no value, or the result is not an integer.
+    """
+    if isinstance(value, int):
+        return value
+    result = value.subs({symbol(name): size for name, size in env.items()})
+    if not result.is_Integer:
+        raise IRError(f"dimension {format_dim(value)} is {result} when {dict(env)}")
+    return int(result)
+
+
+def substitute_dim(value: Dim, mapping: Mapping[str, Dim]) -> Dim:
+    """The dimension with symbols replaced, in normal form."""
+    if isinstance(value, int):
+        return value
+    return dim(value.subs({symbol(name): new for name, new in mapping.items()}))
+
+
+def format_dim(value: Dim) -> str:
+    """The text of a dimension; `parse_dim` reads it back to an equal one."""
+    return str(value)
+
+
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: lambda a, b: sympy.sympify(a) / sympy.sympify(b),
+    ast.Pow: operator.pow,
+}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "floor": sympy.floor,
+    "ceiling": sympy.ceiling,
+    "Min": sympy.Min,
+    "Max": sympy.Max,
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def parse_dim(text: str) -> Dim:
+    """Read a dimension: integers, names, + - * / ** and floor, ceiling, Min, Max.
+
+    Text comes from files, so it is read through a fixed grammar and never evaluated as Python.
+
+    Raises:
+        IRError: the text is no dimension.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError):
+        raise IRError(f"dimension {text!r} cannot be read") from None
+    return dim(_from_ast(tree, text))
+
+
+def _from_ast(node: ast.expr, text: str) -> Any:
+    match node:
+        case ast.Constant(value=int(number)) if not isinstance(number, bool):
+            return number
+        case ast.Name(id=name):
+            return symbol(name)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_from_ast(operand, text)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            if isinstance(op, ast.Pow) and not _is_small_power(right):
+                raise IRError(f"dimension {text!r} has a power that is not a constant up to 8")
+            return _BINARY[type(op)](_from_ast(left, text), _from_ast(right, text))
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](*(_from_ast(a, text) for a in args))
+    raise IRError(f"dimension {text!r} cannot be read")
+
+
+def _is_small_power(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, int) and 0 <= node.value <= 8

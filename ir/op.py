@@ -1,0 +1,181 @@
+"""What an op is: a frozen dataclass whose annotated fields declare its operands and attributes.
+
+A field annotated `Value`, `Value | None` or `tuple[Value, ...]` is an operand; every other field is an
+attribute. The printer, the parser, equality, hashing and the rewriting facility all work from these declarations, so
+an op is defined in one place: its fields, `infer`, `evaluate` and `cost`.
+"""
+
+import dataclasses
+import functools
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+
+from nemoc.ir.cost import Cost
+from nemoc.ir.dims import Dim, evaluate_dim
+from nemoc.ir.dtypes import DType
+from nemoc.ir.types import TensorType, Value
+
+Operand = Value | None | tuple[Value, ...]
+"""What an operand field holds."""
+
+
+@dataclass(frozen=True)
+class Env:
+    """What evaluation knows besides the operands.
+
+    Attributes:
+        sizes: the integer behind each dimension symbol.
+        float64: evaluate every floating-point value in float64, rounding nothing.
+    """
+
+    sizes: Mapping[str, int]
+    float64: bool = False
+
+    def torch(self, dtype: DType) -> torch.dtype:
+        """The torch dtype that values of an element type have in this evaluation."""
+        return torch.float64 if self.float64 and dtype.is_float else dtype.torch
+
+    def shape(self, shape: tuple[Dim, ...]) -> list[int]:
+        """A shape with its symbols replaced by integers."""
+        return [evaluate_dim(d, self.sizes) for d in shape]
+
+
+@dataclass(frozen=True)
+class Op:
+    """Base of all ops; see the module docstring for how fields are read."""
+
+    is_view: ClassVar[bool] = False
+    """Whether the result only re-describes the operand's elements (a strided view may serve)."""
+
+    def infer(self) -> TensorType | tuple[TensorType, ...]:
+        """The result types. This is also the op's check.
+
+        Raises:
+            IRError: operands or attributes do not fit together.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, *args: Any) -> Any:
+        """The op's meaning, in eager torch: `evaluate(env, *operands)`.
+
+        Operands arrive as tensors in field order; a missing optional one as None, a variadic one as a
+        tuple. Returns a tensor, or a tuple of tensors for several results. Never changes an operand.
+        """
+        raise NotImplementedError
+
+    def flops(self) -> Dim:
+        """Floating-point operations; 0 for data movement."""
+        return 0
+
+    def cost(self) -> Cost:
+        """Arithmetic and traffic of one execution; ops that skip part of an operand override it."""
+        if self.is_view:
+            return Cost()
+        return Cost(
+            self.flops(),
+            sum(v.type.bytes for v in self.operands()),
+            sum(t.bytes for t in self.result_types()),
+        )
+
+    @classmethod
+    def mnemonic(cls) -> str:
+        """The op's name in IR text: its class name in snake_case."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    def result_types(self) -> tuple[TensorType, ...]:
+        """`infer`'s answer as a tuple."""
+        types = self.infer()
+        return types if isinstance(types, tuple) else (types,)
+
+    def operands(self) -> tuple[Value, ...]:
+        """All operand values in field order, absent optional ones left out."""
+        return tuple(_flatten(getattr(self, f) for f in operand_fields(type(self))))
+
+    def map_operands(self, replace: Callable[[Value], Value]) -> Self:
+        """The same op on other operands; returns itself when none changes."""
+        changes: dict[str, Operand] = {}
+        for field in operand_fields(type(self)):
+            old: Operand = getattr(self, field)
+            new: Operand
+            if isinstance(old, tuple):
+                new = tuple(replace(v) for v in old)
+                changed = any(a is not b for a, b in zip(old, new, strict=True))
+            else:
+                new = None if old is None else replace(old)
+                changed = new is not old
+            if changed:
+                changes[field] = new
+        return dataclasses.replace(self, **changes) if changes else self
+
+    def attributes(self) -> dict[str, Any]:
+        """Attribute fields and their values, in declaration order."""
+        return {f: getattr(self, f) for f in attribute_fields(type(self))}
+
+
+def _flatten(items: Iterator[Operand]) -> Iterator[Value]:
+    for item in items:
+        if isinstance(item, tuple):
+            yield from item
+        elif item is not None:
+            yield item
+
+
+@dataclass(frozen=True)
+class _Declaration:
+    """What an op class declares."""
+
+    types: dict[str, Any]
+    operands: tuple[str, ...]
+    attributes: tuple[str, ...]
+    defaults: dict[str, Any]
+
+
+_OPERAND_TYPES = (Value, Value | None, tuple[Value, ...])
+
+
+@functools.cache
+def _declaration(op: Any) -> _Declaration:
+    hints = typing.get_type_hints(op)
+    fields = dataclasses.fields(op)
+    types = {f.name: hints[f.name] for f in fields}
+    attributes = tuple(name for name, hint in types.items() if hint not in _OPERAND_TYPES)
+    return _Declaration(
+        types,
+        tuple(name for name, hint in types.items() if hint in _OPERAND_TYPES),
+        attributes,
+        {
+            f.name: f.default
+            for f in fields
+            if f.name in attributes and f.default is not dataclasses.MISSING
+        },
+    )
+
+
+def _declared(op: type[Op]) -> _Declaration:
+    key: Any = op  # mypy does not see that classes are hashable
+    return _declaration(key)
+
+
+def field_types(op: type[Op]) -> dict[str, Any]:
+    """Every field of an op class with its resolved annotation, in declaration order."""
+    return _declared(op).types
+
+
+def operand_fields(op: type[Op]) -> tuple[str, ...]:
+    """Names of the operand fields of an op class."""
+    return _declared(op).operands
+
+
+def attribute_fields(op: type[Op]) -> tuple[str, ...]:
+    """Names of the attribute fields of an op class."""
+    return _declared(op).attributes
+
+
+def attribute_defaults(op: type[Op]) -> dict[str, Any]:
+    """Attribute fields that may be left out, with their default values."""
+    return _declared(op).defaults

@@ -1,0 +1,140 @@
+"""The ops of the IR, by theme, and the registry that gives text its meaning."""
+
+from nemoc.ir.errors import IRError
+from nemoc.ir.op import Op
+from nemoc.ir.ops.attention import Attention, CacheWrite
+from nemoc.ir.ops.elementwise import (
+    Add,
+    Binary,
+    Cast,
+    Div,
+    Exp,
+    Gelu,
+    Mul,
+    Relu,
+    Scale,
+    Shift,
+    Sigmoid,
+    Silu,
+    Softplus,
+    Square,
+    Sub,
+    Tanh,
+    Unary,
+)
+from nemoc.ir.ops.linear import GroupedLinear, Interleave, Linear
+from nemoc.ir.ops.mamba import CausalConv, SsdScan, SsdUpdate
+from nemoc.ir.ops.norm import RmsNorm
+from nemoc.ir.ops.routing import GroupBy, GroupLimit, TopK
+from nemoc.ir.ops.shape import (
+    Concat,
+    Full,
+    Permute,
+    Reshape,
+    Slice,
+    Sum,
+    TakeAlong,
+    TakeLast,
+    TakeRows,
+)
+from nemoc.ir.region import Folded, Region
+
+OPS: tuple[type[Op], ...] = (
+    Cast,
+    Exp,
+    Relu,
+    Square,
+    Sigmoid,
+    Silu,
+    Tanh,
+    Gelu,
+    Softplus,
+    Scale,
+    Shift,
+    Add,
+    Sub,
+    Mul,
+    Div,
+    Full,
+    Reshape,
+    Permute,
+    Slice,
+    Concat,
+    Sum,
+    TakeRows,
+    TakeAlong,
+    TakeLast,
+    Linear,
+    GroupedLinear,
+    Interleave,
+    RmsNorm,
+    GroupLimit,
+    TopK,
+    GroupBy,
+    CausalConv,
+    SsdScan,
+    SsdUpdate,
+    CacheWrite,
+    Attention,
+    Folded,
+)
+"""Every op of the IR. Ops of a user's own are handed to `parse` beside these."""
+
+
+def by_mnemonic(extra: tuple[type[Op], ...] = ()) -> dict[str, type[Op]]:
+    """Op classes by their name in text.
+
+    Raises:
+        IRError: two classes have one name.
+    """
+    table: dict[str, type[Op]] = {}
+    for op in (*OPS, *extra):
+        if table.setdefault(op.mnemonic(), op) is not op:
+            raise IRError(f"two ops are called {op.mnemonic()}")
+    return table
+
+
+__all__ = [
+    "OPS",
+    "Add",
+    "Attention",
+    "Binary",
+    "CacheWrite",
+    "Cast",
+    "CausalConv",
+    "Concat",
+    "Div",
+    "Exp",
+    "Folded",
+    "Full",
+    "Gelu",
+    "GroupBy",
+    "GroupLimit",
+    "GroupedLinear",
+    "Interleave",
+    "Linear",
+    "Mul",
+    "Permute",
+    "Region",
+    "Relu",
+    "Reshape",
+    "RmsNorm",
+    "Scale",
+    "Shift",
+    "Sigmoid",
+    "Silu",
+    "Slice",
+    "Softplus",
+    "Square",
+    "SsdScan",
+    "SsdUpdate",
+    "Sub",
+    "Sum",
+    "TakeAlong",
+    "TakeLast",
+    "TakeRows",
+    "Tanh",
+    "TopK",
+    "Unary",
+    "by_mnemonic",
+]

@@ -1,0 +1,67 @@
+"""Regions: ops that hold the ops they stand for as a body graph."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemoc.ir.cost import Cost
+from nemoc.ir.dims import Dim, dim
+from nemoc.ir.errors import expect
+from nemoc.ir.graph import Graph
+from nemoc.ir.op import Env, Op, operand_fields
+from nemoc.ir.types import TensorType, Value
+
+
+@dataclass(frozen=True)
+class Region(Op):
+    """Base of the ops whose meaning is a body graph applied to the operands.
+
+    The body has one input per operand and neither parameters nor state of its own.
+    """
+
+    args: tuple[Value, ...]
+    body: Graph
+
+    def infer(self) -> tuple[TensorType, ...]:
+        name = self.mnemonic()
+        expect(
+            not self.body.params and not self.body.states,
+            f"{name}: the body has parameters or states of its own",
+        )
+        expect(
+            [v.type for v in self.args] == [v.type for v in self.body.inputs],
+            f"{name}: operands {[str(v.type) for v in self.args]} do not fit the body's inputs "
+            f"{[str(v.type) for v in self.body.inputs]}",
+        )
+        return tuple(v.type for v in self.body.outputs)
+
+    def evaluate(self, env: Env, args: tuple[torch.Tensor, ...]) -> Any:
+        values: dict[Value, torch.Tensor] = dict(zip(self.body.inputs, args, strict=True))
+        for node in self.body.nodes:
+            values.update(zip(node.results, evaluate_op(node.op, env, values), strict=True))
+        return tuple(values[v] for v in self.body.outputs)
+
+    def flops(self) -> Dim:
+        return dim(sum(node.op.flops() for node in self.body.nodes))
+
+
+@dataclass(frozen=True)
+class Folded(Region):
+    """A value computed from parameters alone: built once with the artifact, not in a step."""
+
+    def cost(self) -> Cost:
+        return Cost()
+
+
+def evaluate_op(op: Op, env: Env, values: dict[Value, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """An op's results given its operands' tensors by value."""
+    args: list[Any] = []
+    for field in operand_fields(type(op)):
+        operand = getattr(op, field)
+        if isinstance(operand, tuple):
+            args.append(tuple(values[v] for v in operand))
+        else:
+            args.append(None if operand is None else values[operand])
+    result = op.evaluate(env, *args)
+    return result if isinstance(result, tuple) else (result,)

@@ -1,0 +1,1 @@
+"""nemoc: a compiler for Nemotron-3-style hybrid language models."""
