@@ -48,39 +48,48 @@ def interpret(
     Raises:
         IRError: an argument is missing, or its type or shape does not fit.
     """
-    sizes = bind_sizes(graph, arguments)
-    env = Env(sizes, float64)
-    remaining = _use_counts(graph)
-    values: dict[Value, torch.Tensor] = {}
-
-    def load(value: Value) -> None:
-        tensor = _argument(graph, value, arguments)
-        values[value] = tensor.to(env.torch(value.dtype))
-
-    loadable = set(graph.arguments)
+    env = Env(bind_sizes(graph, arguments), float64)
+    memory = _Memory(graph, arguments, env)
     for node in graph.nodes:
-        operands = node.op.operands()
-        for value in operands:
-            if value in loadable and value not in values:
-                load(value)
-        results = evaluate_op(node.op, env, values)
+        memory.load(node.op.operands())
+        results = evaluate_op(node.op, env, memory.values)
         if observe is not None:
             observe(node, results)
-        values.update(zip(node.results, results, strict=True))
-        for value in operands:
-            remaining[value] -= 1
-            if remaining[value] == 0:
-                values.pop(value, None)
-        for value in node.results:
-            if remaining.get(value, 0) == 0:
-                del values[value]
-    for value in graph.results:
-        if value in loadable and value not in values:
-            load(value)
+        memory.advance(node, results)
+    memory.load(graph.results)
     return StepResult(
-        tuple(values[v] for v in graph.outputs),
-        {s.name: values[n] for s, n in zip(graph.states, graph.next_states, strict=True)},
+        tuple(memory.values[v] for v in graph.outputs),
+        {s.name: memory.values[n] for s, n in zip(graph.states, graph.next_states, strict=True)},
     )
+
+
+class _Memory:
+    """The tensors that are alive: arguments from their first use, every value until its last."""
+
+    def __init__(self, graph: Graph, arguments: Mapping[str, torch.Tensor], env: Env) -> None:
+        self.values: dict[Value, torch.Tensor] = {}
+        self._graph = graph
+        self._arguments = arguments
+        self._loadable = set(graph.arguments)
+        self._env = env
+        self._uses = _use_counts(graph)
+
+    def load(self, values: tuple[Value, ...]) -> None:
+        """Read those of the values that are arguments and not here yet."""
+        for value in values:
+            if value in self._loadable and value not in self.values:
+                tensor = _argument(self._graph, value, self._arguments)
+                _check_shape(self._graph, value, tensor, self._env.sizes)
+                self.values[value] = tensor.to(self._env.torch(value.dtype))
+
+    def advance(self, node: Node, results: tuple[torch.Tensor, ...]) -> None:
+        """Take in a node's results and drop what nobody reads any more."""
+        self.values.update(zip(node.results, results, strict=True))
+        for value in node.op.operands():
+            self._uses[value] -= 1
+        for value in (*node.op.operands(), *node.results):
+            if self._uses.get(value, 0) == 0:
+                self.values.pop(value, None)
 
 
 def bind_sizes(graph: Graph, arguments: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -98,14 +107,19 @@ def bind_sizes(graph: Graph, arguments: Mapping[str, torch.Tensor]) -> dict[str,
             if not isinstance(expected, int) and expected.is_Symbol:
                 sizes.setdefault(expected.name, found)
     for value in (*graph.inputs, *graph.states):
-        shape = tuple(arguments[value.name].shape)
-        wanted = tuple(evaluate_dim(d, sizes) for d in value.shape)
-        if shape != wanted:
-            raise IRError(
-                f"{graph.name}: %{value.name} has shape {list(shape)}, expected {list(wanted)} "
-                f"({value.type} with {sizes})"
-            )
+        _check_shape(graph, value, arguments[value.name], sizes)
     return sizes
+
+
+def _check_shape(
+    graph: Graph, value: Value, tensor: torch.Tensor, sizes: Mapping[str, int]
+) -> None:
+    wanted = [evaluate_dim(d, sizes) for d in value.shape]
+    if list(tensor.shape) != wanted:
+        raise IRError(
+            f"{graph.name}: %{value.name} has shape {list(tensor.shape)}, expected {wanted} "
+            f"({value.type} with {dict(sizes)})"
+        )
 
 
 def _argument(graph: Graph, value: Value, arguments: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -46,11 +46,29 @@ class Env:
 
 
 @dataclass(frozen=True)
+class RowSlice:
+    """How a range of a result's first axis comes from ranges of the operands' first axes.
+
+    Attributes:
+        op: what to evaluate on the slices; its attributes may be adapted to them.
+        operands: for each of `op.operands()` the rows that it has to see, or none for all of it.
+        skip: how many rows to drop from the front of what the op then gives; any behind the range
+            are dropped too.
+    """
+
+    op: "Op"
+    operands: tuple[range | None, ...]
+    skip: int = 0
+
+
+@dataclass(frozen=True)
 class Op:
     """Base of all ops; see the module docstring for how fields are read."""
 
     is_view: ClassVar[bool] = False
     """Whether the result only re-describes the operand's elements (a strided view may serve)."""
+    is_rowwise: ClassVar[bool] = False
+    """Whether rows of the result come from the same rows of every operand; see `slice_rows`."""
 
     def infer(self) -> TensorType | tuple[TensorType, ...]:
         """The result types. This is also the op's check.
@@ -81,6 +99,17 @@ class Op:
             sum(v.type.bytes for v in self.operands()),
             sum(t.bytes for t in self.result_types()),
         )
+
+    def slice_rows(self, start: int, stop: int) -> RowSlice | None:
+        """How rows `start` to `stop` of the result come from rows of the operands; none: not separable.
+
+        Asked of ops with one result of fixed shape and rank ≥ 1, so that weights larger than memory fold in slices
+        (`nemoc.ir.folding`). An op may answer only if the slices have the same bits as the whole: functions
+        whose vectorised form rounds differently at a tensor's end (exp and its like) are not separable.
+        """
+        if not self.is_rowwise:
+            return None
+        return RowSlice(self, (range(start, stop),) * len(self.operands()))
 
     @classmethod
     def mnemonic(cls) -> str:

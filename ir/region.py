@@ -56,12 +56,22 @@ class Folded(Region):
 
 def evaluate_op(op: Op, env: Env, values: dict[Value, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """An op's results given its operands' tensors by value."""
+    return apply_op(op, env, [values[v] for v in op.operands()])
+
+
+def apply_op(op: Op, env: Env, operands: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """An op's results given its operands' tensors in the order of `op.operands()`.
+
+    All ops but views see dense tensors, so that their bits depend on values and shapes and never on the
+    strides that earlier views left behind.
+    """
+    remaining = iter(operands if op.is_view else [t.contiguous() for t in operands])
     args: list[Any] = []
     for field in operand_fields(type(op)):
         operand = getattr(op, field)
         if isinstance(operand, tuple):
-            args.append(tuple(values[v] for v in operand))
+            args.append(tuple(next(remaining) for _ in operand))
         else:
-            args.append(None if operand is None else values[operand])
+            args.append(None if operand is None else next(remaining))
     result = op.evaluate(env, *args)
     return result if isinstance(result, tuple) else (result,)

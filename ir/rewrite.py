@@ -53,6 +53,25 @@ class Rewriter(Builder):
                 del self._producer[value]
         del self._nodes[mark:]
 
+    def settle(self, mark: int, old: Node, values: tuple[Value, ...]) -> tuple[Value, ...]:
+        """Let nodes appended since a mark define the values of the node that they replace.
+
+        So names survive a rewrite. Returns what now stands for each old result: itself, or a value
+        that was there before.
+        """
+        created = {v for node in self._nodes[mark:] for v in node.results}
+        place: dict[Value, Value] = {}
+        for result, value in zip(old.results, values, strict=True):
+            if value in created:
+                place.setdefault(value, result)
+        nodes = self._nodes[mark:]
+        self.rewind(mark)
+        for node in nodes:
+            op = node.op.map_operands(lambda v: place.get(v, v))
+            results = tuple(place.get(v, v) for v in node.results)
+            self.keep(Node(op, results, node.location or old.location))
+        return tuple(place.get(v, v) for v in values)
+
     def _note(self, node: Node) -> None:
         for value in node.results:
             self._producer[value] = node
@@ -156,7 +175,7 @@ def _first(
         if on_apply is not None and on_apply(rule, node) is False:
             rewriter.rewind(mark)
             continue
-        return values
+        return rewriter.settle(mark, node, values)
     return None
 
 

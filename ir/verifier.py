@@ -5,7 +5,7 @@
 3. the types of a node's results are those its op infers;
 4. each state's next value has the state's type;
 5. bounds are on integers only;
-6. every symbol in a type is a whole dimension of some argument, so that a call determines it;
+6. every symbol in a type is a whole dimension of some input or state, so that a call determines it;
 7. bodies of regions satisfy all this, and take nothing from outside (checked with the region's own inference).
 
 Not checked: that indices stay within their tables (the runtime holds inputs to their bounds).
@@ -14,7 +14,7 @@ Not checked: that indices stay within their tables (the runtime holds inputs to 
 from nemoc.ir.dims import symbols_of
 from nemoc.ir.errors import IRError, expect
 from nemoc.ir.graph import Graph, Node
-from nemoc.ir.types import Value
+from nemoc.ir.types import TensorType, Value
 
 
 def verify(graph: Graph) -> None:
@@ -25,11 +25,13 @@ def verify(graph: Graph) -> None:
     """
     defined: set[Value] = set()
     names: set[str] = set()
+    bound = _bound_symbols(graph)
     for value in graph.arguments:
         _define(graph, value, defined, names)
-        if value.bound is not None and value.dtype.is_float:
-            raise IRError("a bound on floating-point elements", f"{graph.name}/%{value.name}")
-    bound = _bound_symbols(graph)
+        try:
+            _verify_argument(value, bound)
+        except IRError as error:
+            raise error.at(f"{graph.name}/%{value.name}") from None
     for node in graph.nodes:
         try:
             _verify_node(node, defined, bound)
@@ -52,14 +54,24 @@ def _define(graph: Graph, value: Value, defined: set[Value], names: set[str]) ->
 
 
 def _bound_symbols(graph: Graph) -> frozenset[str]:
-    """Symbols that stand alone as a dimension of an argument."""
+    """Symbols that stand alone as a dimension of an input or a state."""
     alone = [
         symbols_of(d)
-        for value in graph.arguments
+        for value in (*graph.inputs, *graph.states)
         for d in value.shape
         if not isinstance(d, int) and d.is_Symbol
     ]
     return frozenset().union(*alone)
+
+
+def _verify_argument(value: Value, bound: frozenset[str]) -> None:
+    expect(value.bound is None or not value.dtype.is_float, "a bound on floating-point elements")
+    _expect_determined(value.type, bound)
+
+
+def _expect_determined(type_: TensorType, bound: frozenset[str]) -> None:
+    free = sorted(type_.symbols - bound)
+    expect(not free, f"{type_} uses {', '.join(free)}, which no input or state determines")
 
 
 def _verify_node(node: Node, defined: set[Value], bound: frozenset[str]) -> None:
@@ -78,8 +90,7 @@ def _verify_node(node: Node, defined: set[Value], bound: frozenset[str]) -> None
         f"{', '.join(map(str, types))}",
     )
     for type_ in types:
-        free = type_.symbols - bound
-        expect(not free, f"{type_} uses {', '.join(sorted(free))}, which no argument determines")
+        _expect_determined(type_, bound)
 
 
 def _verify_results(graph: Graph, defined: set[Value]) -> None:

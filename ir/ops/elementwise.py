@@ -7,6 +7,7 @@ broadcast as in numpy.
 
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from nemoc.ir.dims import Dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
-from nemoc.ir.op import Env, Op
+from nemoc.ir.op import Env, Op, RowSlice
 from nemoc.ir.types import TensorType, Value
 
 ARITHMETIC = (DType.F32, DType.F64)
@@ -23,6 +24,8 @@ ARITHMETIC = (DType.F32, DType.F64)
 @dataclass(frozen=True)
 class Cast(Op):
     """Convert to another element type, rounding to nearest even where it is narrower."""
+
+    is_rowwise: ClassVar[bool] = True
 
     x: Value
     dtype: DType
@@ -63,6 +66,8 @@ class Exp(Unary):
 class Relu(Unary):
     """max(x, 0)."""
 
+    is_rowwise: ClassVar[bool] = True
+
     def evaluate(self, env: Env, x: torch.Tensor) -> torch.Tensor:
         return x.relu()
 
@@ -70,6 +75,8 @@ class Relu(Unary):
 @dataclass(frozen=True)
 class Square(Unary):
     """x²."""
+
+    is_rowwise: ClassVar[bool] = True
 
     def evaluate(self, env: Env, x: torch.Tensor) -> torch.Tensor:
         return x * x
@@ -121,6 +128,8 @@ class Softplus(Unary):
 class Scale(Unary):
     """x · factor."""
 
+    is_rowwise: ClassVar[bool] = True
+
     factor: float
 
     def evaluate(self, env: Env, x: torch.Tensor) -> torch.Tensor:
@@ -130,6 +139,8 @@ class Scale(Unary):
 @dataclass(frozen=True)
 class Shift(Unary):
     """x + amount."""
+
+    is_rowwise: ClassVar[bool] = True
 
     amount: float
 
@@ -167,6 +178,15 @@ class Binary(Op):
             f"{name}: operands are {self.a.dtype}, expected f32, f64, i32 or i64 (cast them first)",
         )
         return TensorType(self.a.dtype, broadcast(self.a.shape, self.b.shape, name))
+
+    def slice_rows(self, start: int, stop: int) -> RowSlice:
+        shape = self.infer().shape
+
+        def rows(operand: Value) -> range | None:
+            is_broadcast = operand.type.rank < len(shape) or operand.shape[0] != shape[0]
+            return None if is_broadcast else range(start, stop)
+
+        return RowSlice(self, (rows(self.a), rows(self.b)))
 
     def flops(self) -> Dim:
         return self.infer().elements if self.a.dtype.is_float else 0
@@ -206,3 +226,24 @@ class Div(Binary):
 
     def evaluate(self, env: Env, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a / b
+
+
+@dataclass(frozen=True)
+class FloorDiv(Op):
+    """⌊x / divisor⌋ of integers i32 or i64, divisor positive; what turns a slot number into its row's."""
+
+    is_rowwise: ClassVar[bool] = True
+
+    x: Value
+    divisor: int
+
+    def infer(self) -> TensorType:
+        expect(
+            self.x.dtype in (DType.I32, DType.I64),
+            f"floor_div: x is {self.x.dtype}, expected i32 or i64",
+        )
+        expect(self.divisor >= 1, f"floor_div: divisor is {self.divisor}, expected at least 1")
+        return self.x.type
+
+    def evaluate(self, env: Env, x: torch.Tensor) -> torch.Tensor:
+        return torch.div(x, self.divisor, rounding_mode="floor")

@@ -17,7 +17,7 @@ from nemoc.ir.cost import Cost
 from nemoc.ir.dims import Dim, ceil_div, dim, format_dim, product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
-from nemoc.ir.op import Env, Op
+from nemoc.ir.op import Env, Op, RowSlice
 from nemoc.ir.types import TensorType, Value
 
 ACCUMULATORS = (DType.F32, DType.F64)
@@ -47,10 +47,18 @@ class Interleave(Op):
         padded[..., :n, :] = w
         return padded.reshape(*lead, blocks, self.block, k).mT.contiguous()
 
+    def slice_rows(self, start: int, stop: int) -> RowSlice | None:
+        if self.w.type.rank > 2:
+            return RowSlice(self, (range(start, stop),))
+        rows = self.w.shape[0]
+        if not isinstance(rows, int):
+            return None
+        return RowSlice(self, (range(start * self.block, min(stop * self.block, rows)),))
+
 
 def uninterleave(w: torch.Tensor, features: int) -> torch.Tensor:
     """The rows of an interleaved weight again: [..., N/b, K, b] -> [..., N, K]."""
-    return w.transpose(-1, -2).flatten(-3, -2)[..., :features, :]
+    return w.transpose(-1, -2).flatten(-3, -2)[..., :features, :].contiguous()
 
 
 def _check_weight(op: "Linear | GroupedLinear", lead: int) -> None:

@@ -29,6 +29,7 @@ class RmsNorm(Op):
             self.x.dtype in ARITHMETIC,
             f"rms_norm: x is {self.x.dtype}, expected f32 or f64 (cast it first)",
         )
+        expect(self.x.type.rank >= 1, f"rms_norm: x is {self.x.type}, expected rank ≥ 1")
         width = self.x.shape[-1]
         expect(
             self.weight.type == TensorType(self.x.dtype, (width,)),

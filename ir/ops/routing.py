@@ -32,7 +32,10 @@ class GroupLimit(Op):
         )
         experts = self.x.shape[1]
         expect(
-            isinstance(experts, int) and experts % self.groups == 0 and experts // self.groups >= 2,
+            isinstance(experts, int)
+            and self.groups >= 1
+            and experts % self.groups == 0
+            and experts // self.groups >= 2,
             f"group_limit: {experts} experts do not divide into {self.groups} groups of 2 or more",
         )
         expect(

@@ -1,15 +1,16 @@
 """Ops that move or select elements without arithmetic, and sums along an axis."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from nemoc.ir.cost import Cost
-from nemoc.ir.dims import Dim, dim, format_dim
+from nemoc.ir.dims import Dim, dim, format_dim, product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
-from nemoc.ir.op import Env, Op
+from nemoc.ir.op import Env, Op, RowSlice
 from nemoc.ir.types import TensorType, Value
 
 INDEX = (DType.I32, DType.I64)
@@ -28,6 +29,9 @@ class Full(Op):
 
     def evaluate(self, env: Env) -> torch.Tensor:
         return torch.full(env.shape(self.shape), self.value, dtype=env.torch(self.dtype))
+
+    def slice_rows(self, start: int, stop: int) -> RowSlice:
+        return RowSlice(dataclasses.replace(self, shape=(stop - start, *self.shape[1:])), ())
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,21 @@ class Reshape(Op):
     def evaluate(self, env: Env, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(env.shape(self.shape))
 
+    def slice_rows(self, start: int, stop: int) -> RowSlice | None:
+        rest = self.shape[1:]
+        row, source_row = product(rest), product(self.x.shape[1:])
+        if not (isinstance(row, int) and isinstance(source_row, int) and self.x.shape):
+            return None
+        if row % source_row == 0:  # a row gathers whole rows of x
+            rows = range(start * row // source_row, stop * row // source_row)
+            return RowSlice(dataclasses.replace(self, shape=(stop - start, *rest)), (rows,))
+        if source_row % row == 0:  # a row of x holds whole rows
+            parts = source_row // row
+            rows = range(start // parts, -(-stop // parts))
+            op = dataclasses.replace(self, shape=(len(rows) * parts, *rest))
+            return RowSlice(op, (rows,), skip=start - rows.start * parts)
+        return None
+
 
 @dataclass(frozen=True)
 class Permute(Op):
@@ -70,6 +89,9 @@ class Permute(Op):
 
     def evaluate(self, env: Env, x: torch.Tensor) -> torch.Tensor:
         return x.permute(self.axes)
+
+    def slice_rows(self, start: int, stop: int) -> RowSlice | None:
+        return RowSlice(self, (range(start, stop),)) if self.axes[0] == 0 else None
 
 
 @dataclass(frozen=True)
@@ -100,6 +122,12 @@ class Slice(Op):
     def evaluate(self, env: Env, x: torch.Tensor) -> torch.Tensor:
         return x.narrow(self.axis, self.start, self.stop - self.start)
 
+    def slice_rows(self, start: int, stop: int) -> RowSlice:
+        if self.axis != 0:
+            return RowSlice(self, (range(start, stop),))
+        op = dataclasses.replace(self, start=0, stop=stop - start)
+        return RowSlice(op, (range(self.start + start, self.start + stop),))
+
 
 @dataclass(frozen=True)
 class Concat(Op):
@@ -128,6 +156,22 @@ class Concat(Op):
 
     def evaluate(self, env: Env, xs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return torch.cat(xs, dim=self.axis)
+
+    def slice_rows(self, start: int, stop: int) -> RowSlice | None:
+        if self.axis != 0:
+            return RowSlice(self, (range(start, stop),) * len(self.xs))
+        parts: list[tuple[Value, range]] = []
+        at = 0
+        for x in self.xs:
+            size = x.shape[0]
+            if not isinstance(size, int):
+                return None
+            rows = range(max(start - at, 0), min(stop - at, size))
+            if rows:
+                parts.append((x, rows))
+            at += size
+        op = dataclasses.replace(self, xs=tuple(x for x, _ in parts))
+        return RowSlice(op, tuple(rows for _, rows in parts))
 
 
 @dataclass(frozen=True)
@@ -215,9 +259,10 @@ class TakeAlong(Op):
 
 @dataclass(frozen=True)
 class TakeLast(Op):
-    """The last valid token of each row: result[b] = x[b, valid[b] − 1].
+    """The last valid token of each row: result[b] = x[b, max(valid[b] − 1, 0)].
 
-    `x` is [B, L, H], `valid` i32[B] in [1, L]; the result is [B, H].
+    `x` is [B, L, H], `valid` i32[B] in [0, L]; the result is [B, H]. A row without valid tokens gives its
+    first, which means nothing: whoever passes 0 ignores that row.
     """
 
     x: Value
@@ -232,7 +277,7 @@ class TakeLast(Op):
         return TensorType(self.x.dtype, (self.x.shape[0], self.x.shape[2]))
 
     def evaluate(self, env: Env, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        return x[torch.arange(x.shape[0]), valid.long() - 1]
+        return x[torch.arange(x.shape[0]), (valid.long() - 1).clamp(min=0)]
 
     def cost(self) -> Cost:
         moved = self.infer().bytes

@@ -1,0 +1,61 @@
+"""The weight layout that the target's matrix kernels read."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from nemoc.ir.graph import Graph
+from nemoc.ir.op import Op
+from nemoc.ir.ops import GroupedLinear, Interleave, Linear
+from nemoc.ir.rewrite import Replacement, Rewriter, Rule, rewrite
+from nemoc.passes.base import Pass
+from nemoc.passes.constants import constant_values
+from nemoc.passes.context import PassContext, Remark
+
+
+@dataclass(frozen=True)
+class InterleaveWeights(Pass):
+    """Store weights of matrix products in blocks of rows, as the target's kernels read them.
+
+    Blocks have `block` rows, or what the target asks for when that is 0. Only products with weights that
+    parameters determine are changed; `fold-constants` behind this pass moves the layout change out of
+    the step.
+
+    Before::
+
+        %y = linear(%x, %weight) : f32[B, 256]
+
+    After, for a target that wants blocks of 8::
+
+        %y.w = interleave(%weight) {block=8} : bf16[32, 64, 8]
+        %y = linear(%x, %y.w) {interleave=8, features=256} : f32[B, 256]
+    """
+
+    block: int = 0
+
+    def run(self, graph: Graph, ctx: PassContext) -> Graph:
+        block = self.block or ctx.target.linear_interleave
+        if block <= 1:
+            return graph
+        constant = constant_values(graph)
+
+        def interleave(op: Op, rewriter: Rewriter) -> Replacement:
+            assert isinstance(op, Linear | GroupedLinear)
+            if op.interleave != 1 or op.w not in constant:
+                return None
+            features = op.width
+            assert isinstance(features, int)  # constants have fixed shapes
+            w = rewriter(Interleave(op.w, block), f"{op.w.name}.x{block}")
+            return rewriter(dataclasses.replace(op, w=w, interleave=block, features=features))
+
+        rule = Rule("interleave-weight", (Linear, GroupedLinear), interleave)
+        return rewrite(
+            graph,
+            (rule,),
+            on_apply=lambda _, node: ctx.remarks.append(
+                Remark(
+                    self.name,
+                    f"{graph.name}/%{node.results[0].name}",
+                    f"weights in blocks of {block} rows",
+                )
+            ),
+        )

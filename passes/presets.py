@@ -1,0 +1,64 @@
+"""The pipelines that nemoc runs unless told otherwise, per kind of target and phase."""
+
+from typing import Literal
+
+from nemoc.ir.errors import NemocError
+from nemoc.passes.base import Pass
+from nemoc.passes.canonicalize import Canonicalize
+from nemoc.passes.cse import Cse
+from nemoc.passes.dce import Dce
+from nemoc.passes.fold_constants import FoldConstants
+from nemoc.passes.interleave_weights import InterleaveWeights
+from nemoc.passes.specialize_decode import SpecializeDecode
+
+Phase = Literal["prefill", "decode"]
+"""Which of the two executables of a model: many tokens per row, or one."""
+
+PREFILL: dict[str, tuple[Pass, ...]] = {
+    "reference": (
+        # why here: builders write ops plainly; fewer ops make everything after this faster to read and run
+        Canonicalize(),
+        # why here: layers repeat casts and reshapes of shared values (lengths, router inputs)
+        Cse(),
+        # why here: the interpreter reads weights from the artifact, so what parameters determine is computed once
+        FoldConstants(),
+        # why here: the passes above leave values behind that nobody reads
+        Dce(),
+    ),
+    "cpu": (
+        # why here: rules see through views, so that weights are recognised and later patterns are few
+        Canonicalize(),
+        # why here: before layouts are chosen, so that a weight used twice is laid out once
+        Cse(),
+        # why here: after all rewrites that look at plain weights; before folding, which takes the layout change
+        # out of the step
+        InterleaveWeights(),
+        # why here: two products may share a weight; its two layout changes are one
+        Cse(),
+        # why here: last change to weights; the artifact holds what this leaves outside the step
+        FoldConstants(),
+        # why here: code is generated for every op that is left
+        Dce(),
+    ),
+}
+"""By kind of target: the step over any number of tokens."""
+
+DECODE: dict[str, tuple[Pass, ...]] = {
+    # why here: first, since the general step's length is a symbol that every other pass has to carry; its reshapes and
+    # constants are what canonicalize then clears away
+    kind: (SpecializeDecode(), *passes)
+    for kind, passes in PREFILL.items()
+}
+"""By kind of target: the step of one token per row."""
+
+
+def preset(kind: str, phase: Phase) -> tuple[Pass, ...]:
+    """The pipeline for a kind of target.
+
+    Raises:
+        NemocError: there is none for that kind.
+    """
+    table = PREFILL if phase == "prefill" else DECODE
+    if kind not in table:
+        raise NemocError(f"no preset for target {kind!r}, expected one of {', '.join(table)}")
+    return table[kind]
