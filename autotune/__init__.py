@@ -1,0 +1,1 @@
+"""Measurement of executables and of the machine; whatever is compared runs interleaved."""

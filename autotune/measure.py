@@ -1,0 +1,68 @@
+"""Timing on machines that are never quiet.
+
+Candidates run in turn, round by round, so that a slow minute hits all of them; what is reported is the median, with
+the spread beside it. Ratios of medians of one run are worth quoting, absolute figures of two runs are not comparable.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of repeated runs of one candidate."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The median run."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, relative to the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time callables round by round.
+
+    Args:
+        candidates: what to run, by name; each call is one run.
+        rounds: timed runs of each.
+        warmup: untimed runs of each before the first round.
+        clock: seconds; tests hand in their own.
+    """
+    for _ in range(warmup):
+        for run in candidates.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            start = clock()
+            run()
+            seconds[name].append(clock() - start)
+    return {name: Timing(tuple(times)) for name, times in seconds.items()}
+
+
+def read_bandwidth(size: int = 1 << 30, rounds: int = 5) -> float:
+    """Bytes per second that torch's threads read from memory: sums over a buffer larger than the caches.
+
+    The best of the rounds, since it stands for what the machine can do.
+    """
+    buffer = torch.ones(size // 4, dtype=torch.float32)
+    timing = interleaved({"read": buffer.sum}, rounds)["read"]
+    return size / min(timing.seconds)

@@ -1,0 +1,369 @@
+"""From graphs to launches: which kernels a step runs, on which memory.
+
+Each node becomes a view (no launch), or the stages of its plan. Values lie in arenas: weights and state at
+the offsets of their layouts, inputs and outputs behind pointers of their own, everything else in scratch, which is
+planned once all launches are known.
+
+A state is updated in place: a result that a plan calls an update of an operand takes the operand's memory, unless
+someone still reads the old value; then the update happens on a copy. Where the next value of a state, or an
+output, does not end up in its place by itself, a copy at the end puts it there.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nemoc.codegen.memory import Lifetime, plan_memory
+from nemoc.codegen.plan import (
+    Address,
+    Arg,
+    Kernel,
+    Launch,
+    LayoutError,
+    Plan,
+    Site,
+    StepFunction,
+    View,
+)
+from nemoc.codegen.storage import Layout, state_layout
+from nemoc.codegen.views import apply_view
+from nemoc.ir.dims import Dim, dim, evaluate_dim
+from nemoc.ir.errors import NemocError
+from nemoc.ir.graph import Graph, Node
+from nemoc.ir.ops.elementwise import Cast
+from nemoc.ir.types import TensorType, Value
+
+Emit = Callable[[Site], Plan]
+"""A backend: the plan of an op on tensors of given layouts."""
+
+WEIGHTS, STATE, SCRATCH = "weights", "state", "scratch"
+"""The first three arenas of every step function; pointers to inputs and outputs follow."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything that a set of step functions runs.
+
+    Attributes:
+        functions: the step functions; they share weights, state and scratch.
+        weights: layout of the weight arena.
+        state: layout of the state arena, in B and C.
+        scratch_bytes: size of the scratch arena.
+    """
+
+    functions: tuple[StepFunction, ...]
+    weights: Layout
+    state: Layout
+    scratch_bytes: int
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The distinct kernels in order of first use."""
+        return tuple({n.kernel.name: n.kernel for f in self.functions for n in f.launches}.values())
+
+
+def lower_program(
+    graphs: Mapping[str, Graph],
+    weights: Layout,
+    corners: Sequence[Mapping[str, int]],
+    emit: Emit,
+) -> Program:
+    """Plan the launches and the memory of step functions.
+
+    Args:
+        graphs: the graph of each function by exported name; parameters are stored weights, states are the same in all.
+        weights: where the weights lie; has every parameter.
+        corners: sizes of B, L and C such that no step needs more scratch than at one of them (see `corner_sizes`).
+        emit: the backend.
+
+    Raises:
+        NemocError: the backend lacks a kernel, a parameter has no place, or the functions' states differ.
+    """
+    layouts = {name: state_layout(graph) for name, graph in graphs.items()}
+    state = next(iter(layouts.values()), Layout((), 0))
+    for name, layout in layouts.items():
+        if layout != state:
+            raise NemocError(
+                f"{name}: its states differ from those of the program's other functions"
+            )
+    plans: dict[object, Plan] = {}
+
+    def emit_once(site: Site) -> Plan:
+        if site.key not in plans:
+            plans[site.key] = emit(site)
+        return plans[site.key]
+
+    lowered = [
+        _Lowering(name, graph, weights, state, corners, emit_once).run()
+        for name, graph in graphs.items()
+    ]
+    scratch = max((size for _, size in lowered), default=0)
+    return Program(tuple(f for f, _ in lowered), weights, state, scratch)
+
+
+def corner_sizes(max_batch: int, max_tokens: int, max_context: int) -> tuple[dict[str, int], ...]:
+    """Sizes at which scratch is largest, when B ≤ max_batch, B·L ≤ max_tokens and C ≤ max_context.
+
+    A buffer's size is a sum of powers and products of B and L with positive coefficients, which on the curve B·L =
+    max_tokens is convex, so largest at one of its ends.
+    """
+    return tuple(
+        {"B": batch, "L": -(-max_tokens // batch), "C": max_context} for batch in (1, max_batch)
+    )
+
+
+def arena_names(graph: Graph) -> tuple[str, ...]:
+    """The pointer parameters of a graph's step function: three arenas, then inputs, then outputs."""
+    inputs = (f"in{i}_{_identifier(v.name)}" for i, v in enumerate(graph.inputs))
+    outputs = (f"out{i}_{_identifier(v.name)}" for i, v in enumerate(graph.outputs))
+    return (WEIGHTS, STATE, SCRATCH, *inputs, *outputs)
+
+
+def _identifier(name: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
+
+
+@dataclass(eq=False)
+class _Memory:
+    """A piece of memory that values lie in: a range of an arena, or scratch whose offset is not known yet.
+
+    Attributes:
+        arena: the arena's name.
+        offset: where it begins in the arena; of scratch, set by the memory plan.
+        bytes: its size; of scratch only.
+        values: the values that lie in it, views included.
+        launches: the numbers of the launches that touch it.
+    """
+
+    arena: str
+    offset: Dim = 0
+    bytes: Dim = 0
+    values: list[Value] = field(default_factory=list)
+    launches: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a value lies: a view whose first element is `offset` bytes into a piece of memory."""
+
+    memory: _Memory
+    offset: Dim
+    view: View
+
+    def coincides(self, other: "_Place") -> bool:
+        """Whether both are the same elements in the same order."""
+        return (self.memory, self.offset, self.view) == (other.memory, other.offset, other.view)
+
+
+class _Lowering:
+    """The lowering of one graph."""
+
+    def __init__(
+        self,
+        name: str,
+        graph: Graph,
+        weights: Layout,
+        state: Layout,
+        corners: Sequence[Mapping[str, int]],
+        emit: Emit,
+    ) -> None:
+        self._name = name
+        self._graph = graph
+        self._corners = corners
+        self._emit = emit
+        self._arenas = arena_names(graph)
+        self._places: dict[Value, _Place] = {}
+        self._scratch: list[_Memory] = []
+        self._launches: list[tuple[Kernel, tuple[tuple[_Memory, Dim], ...]]] = []
+        self._last_use = _last_uses(graph)
+        self._slots: dict[Value, _Place] = {}
+        self._bind_arguments(weights, state)
+        self._outputs = self._output_places()
+
+    def run(self) -> tuple[StepFunction, int]:
+        """The step function, and the bytes of scratch that it needs."""
+        for index, node in enumerate(self._graph.nodes):
+            self._lower(index, node)
+        self._finish_results()
+        lifetimes = [
+            Lifetime(
+                max(evaluate_dim(m.bytes, sizes) for sizes in self._corners),
+                min(m.launches),
+                max(m.launches),
+            )
+            for m in self._scratch
+        ]
+        offsets, size = plan_memory(lifetimes)
+        for memory, offset in zip(self._scratch, offsets, strict=True):
+            memory.offset = offset
+        launches = tuple(
+            Launch(kernel, tuple(Address(m.arena, dim(m.offset + o)) for m, o in refs))
+            for kernel, refs in self._launches
+        )
+        return StepFunction(self._name, self._arenas, launches), size
+
+    def _bind_arguments(self, weights: Layout, state: Layout) -> None:
+        for value in self._graph.params:
+            try:
+                slot = weights[value.name]
+            except KeyError:
+                raise NemocError(
+                    f"{self._name}: parameter %{value.name} is no stored weight"
+                ) from None
+            self._put(value, _Place(_Memory(WEIGHTS, slot.offset), 0, View.dense(value.type)))
+        for value in self._graph.states:
+            place = _Place(_Memory(STATE, state[value.name].offset), 0, View.dense(value.type))
+            self._put(value, place)
+            self._slots[value] = place
+        for value, arena in zip(self._graph.inputs, self._arenas[3:], strict=False):
+            self._put(value, _Place(_Memory(arena), 0, View.dense(value.type)))
+
+    def _output_places(self) -> list[_Place]:
+        """For each output, where the caller wants it."""
+        names = self._arenas[3 + len(self._graph.inputs) :]
+        return [
+            _Place(_Memory(name), 0, View.dense(value.type))
+            for value, name in zip(self._graph.outputs, names, strict=True)
+        ]
+
+    def _put(self, value: Value, place: _Place) -> None:
+        self._places[value] = place
+        place.memory.values.append(value)
+
+    def _new(self, view: View) -> _Place:
+        memory = _Memory(SCRATCH, bytes=view.span)
+        self._scratch.append(memory)
+        return _Place(memory, 0, view)
+
+    def _lower(self, index: int, node: Node) -> None:
+        operands = [self._places[v] for v in node.op.operands()]
+        if node.op.is_view:
+            seen = apply_view(node.op, operands[0].view)
+            if seen is not None:
+                view, offset = seen
+                place = _Place(operands[0].memory, dim(operands[0].offset + offset), view)
+                self._put(node.results[0], place)
+                return
+        results = tuple(View.dense(v.type) for v in node.results)
+        plan, operands = self._plan(node, operands, results)
+        places: dict[int, _Place] = {}
+        for result, operand in plan.updates:
+            if not self._may_overwrite(operands, operand, index):
+                operands[operand] = self._copied(operands[operand])
+            places[result] = operands[operand]
+        for result, operand in plan.in_place:
+            place = operands[operand]
+            if (
+                result not in places
+                and place.memory.arena == SCRATCH
+                and self._may_overwrite(operands, operand, index)
+                and not any(place is p for p in places.values())
+            ):
+                places[result] = place
+        for number, (value, view) in enumerate(zip(node.results, results, strict=True)):
+            if number not in places:
+                places[number] = self._output_place(value) or self._new(view)
+            self._put(value, places[number])
+        self._launch(plan, operands, places)
+
+    def _plan(
+        self, node: Node, operands: list[_Place], results: tuple[View, ...]
+    ) -> tuple[Plan, list[_Place]]:
+        """The plan of a node, and its operands' places; operands are made dense if the kernels ask for it."""
+        try:
+            return self._emit(Site(node.op, tuple(p.view for p in operands), results)), operands
+        except LayoutError:
+            operands = [p if p.view.is_dense else self._copied(p) for p in operands]
+            return self._emit(Site(node.op, tuple(p.view for p in operands), results)), operands
+
+    def _may_overwrite(self, operands: list[_Place], which: int, index: int) -> bool:
+        """Whether node `index` may write over an operand: nobody reads the old elements afterwards or otherwise."""
+        place = operands[which]
+        if place.memory.arena not in (SCRATCH, STATE):
+            return False
+        others = [p for i, p in enumerate(operands) if i != which and p.memory is place.memory]
+        if not all(p.coincides(place) for p in others):
+            return False
+        return all(self._last_use.get(v, -1) <= index for v in place.memory.values)
+
+    def _output_place(self, value: Value) -> _Place | None:
+        """The place of an output, for a kernel to write it there at once."""
+        for output, place in zip(self._graph.outputs, self._outputs, strict=True):
+            if output is value:
+                return place
+        return None
+
+    def _copied(self, place: _Place) -> _Place:
+        """A dense copy in scratch."""
+        shape = place.view.shape
+        copy = self._new(View.dense(TensorType(place.view.dtype, shape)))
+        self._copy(place, copy)
+        return copy
+
+    def _copy(self, source: _Place, target: _Place) -> None:
+        value = Value("x", TensorType(source.view.dtype, source.view.shape))
+        op = Cast(value, source.view.dtype)
+        plan = self._emit(Site(op, (source.view,), (target.view,)))
+        self._launch(plan, [source], {0: target})
+
+    def _launch(self, plan: Plan, operands: list[_Place], results: Mapping[int, _Place]) -> None:
+        scratch = [self._new(view) for view in plan.scratch]
+
+        def place(arg: Arg) -> _Place:
+            match arg.kind:
+                case "operand":
+                    return operands[arg.index]
+                case "result":
+                    return results[arg.index]
+            return scratch[arg.index]
+
+        for stage in plan.stages:
+            places = [place(arg) for arg in stage.args]
+            for p in places:
+                p.memory.launches.append(len(self._launches))
+            refs = tuple((p.memory, p.offset) for p in places)
+            self._launches.append((stage.kernel, refs))
+
+    def _finish_results(self) -> None:
+        """Copy to their places the outputs and next states that are not there yet.
+
+        Copies into states wait until everything else has been read, and one state's old value that is another's next
+        goes through scratch.
+        """
+        for value, target in zip(self._graph.outputs, self._outputs, strict=True):
+            source = self._places[value]
+            if not source.coincides(target):
+                self._copy(source, target)
+        moves = []
+        for state, value in zip(self._graph.states, self._graph.next_states, strict=True):
+            source, target = self._places[value], self._slots[state]
+            if source.coincides(target):
+                continue
+            if source.memory.arena == STATE:
+                source = self._copied(source)
+            moves.append((source, target))
+        for source, target in moves:
+            self._copy(source, target)
+
+
+def _last_uses(graph: Graph) -> dict[Value, int]:
+    """For each value, the number of the last node that reads it or a view of it; results are read at the end."""
+    last: dict[Value, int] = dict.fromkeys(graph.results, len(graph.nodes))
+    for index in range(len(graph.nodes) - 1, -1, -1):
+        node = graph.nodes[index]
+        until = index
+        if node.op.is_view:
+            until = max([index, *(last.get(r, -1) for r in node.results)])
+        for value in node.op.operands():
+            last[value] = max(last.get(value, -1), until)
+    return last
+
+
+def describe(functions: Iterable[StepFunction]) -> str:
+    """A table of launches, one line each: kernel, tasks and addresses; for reading and diffing."""
+    lines = []
+    for function in functions:
+        lines.append(f"{function.name}({', '.join(function.arenas)}, B, L, C)")
+        for launch in function.launches:
+            places = ", ".join(f"{a.arena}+{a.offset}" for a in launch.buffers)
+            lines.append(f"  {launch.kernel.name}[{launch.kernel.tasks}]({places})")
+    return "\n".join(lines) + "\n"

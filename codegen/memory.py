@@ -1,0 +1,56 @@
+"""The memory plan of scratch: where each buffer of a step lies in one arena, so that no step allocates."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ALIGNMENT = 64
+"""Bytes; a cache line, and the widest vector."""
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """A buffer of `bytes` bytes that launches `first` to `last` (inclusive) use."""
+
+    bytes: int
+    first: int
+    last: int
+
+    def meets(self, other: "Lifetime") -> bool:
+        """Whether some launch uses both."""
+        return self.first <= other.last and other.first <= self.last
+
+
+def plan_memory(buffers: Sequence[Lifetime]) -> tuple[tuple[int, ...], int]:
+    """Offsets such that no two buffers that one launch uses overlap.
+
+    Large buffers are placed first, each into the smallest gap that holds it between buffers that live at the same time.
+
+    Returns:
+        The offset of each buffer, a multiple of `ALIGNMENT`, and the size of the arena, both in bytes.
+    """
+    order = sorted(range(len(buffers)), key=lambda i: (-buffers[i].bytes, buffers[i].first, i))
+    placed: dict[int, int] = {}
+    for i in order:
+        taken = sorted(
+            (placed[j], placed[j] + _aligned(buffers[j].bytes))
+            for j in placed
+            if buffers[i].meets(buffers[j])
+        )
+        placed[i] = _best_gap(taken, _aligned(buffers[i].bytes))
+    total = max((placed[i] + _aligned(b.bytes) for i, b in enumerate(buffers)), default=0)
+    return tuple(placed[i] for i in range(len(buffers))), total
+
+
+def _best_gap(taken: list[tuple[int, int]], size: int) -> int:
+    """Where to put `size` bytes among sorted taken ranges: the tightest gap, else behind all."""
+    best, slack, end = None, None, 0
+    for start, stop in taken:
+        gap = start - end
+        if gap >= size and (slack is None or gap - size < slack):
+            best, slack = end, gap - size
+        end = max(end, stop)
+    return end if best is None else best
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,129 @@
+"""Attention over the cache, vectorised over query rows.
+
+The query heads that share a kv head, times a block of tokens, are the rows of one task; they fill the lanes. So keys and values
+are read in their natural layout, one broadcast element at a time, each used for all rows; maxima and sums run along lanes
+and nothing is reduced across them. Softmax is online (Milakov and Gimelshein, arXiv 1805.02867):
+
+    queries into a tile [D, rows];  m ← −∞, l ← 0, o[D, rows] ← 0
+    for each block of KEYS cache rows: widened to f32 into a tile [KEYS, D], zeros behind the last one that any row sees
+        s[key, rows] = Σ k[key, d] · q[d, rows], where a row does not see a key: −1e30
+        m' = max(m, max s);  p = exp(s − m');  l ← l · exp(m − m') + Σ p;  o ← o · exp(m − m') + Σ v[key, d] · p[key, rows]
+    y = o / l
+
+Prefill has a task for each kv head and block of query rows. Decode (L = 1) has only one such block, so it splits the cached
+rows into SPLITS tasks that leave (o, m, l) in scratch, and a second launch merges them.
+"""
+
+from nemoc.codegen.plan import Arg, Plan, Site, Stage, View
+from nemoc.codegen.tvm.flash import KEYS, MASKED, Flash
+from nemoc.codegen.tvm.target import CpuTarget
+from nemoc.codegen.tvm.vmath import VectorMath
+from nemoc.codegen.tvm.writer import KernelWriter, size_text
+from nemoc.ir.dims import ceil_div, dim, product
+from nemoc.ir.dtypes import DType
+from nemoc.ir.ops.attention import Attention
+from nemoc.ir.types import TensorType
+
+SPLITS = 16
+"""Tasks for each row and kv head in decode, at most."""
+
+KEYS_PER_SPLIT = 64
+"""Cached rows that a decode task takes, at least; a multiple of KEYS."""
+
+VECTORS = 2
+"""Vectors of query rows in a prefill task."""
+
+_Y = Arg("result", 0)
+_SUMS = Arg("scratch", 0)
+_SOFTMAX = Arg("scratch", 1)
+
+
+def emit_attention(site: Site, target: CpuTarget) -> Plan:
+    """The plan of an `Attention`."""
+    assert isinstance(site.op, Attention)
+    if site.view(_Y).shape[1] == 1:
+        return _decode(site, target)
+    return Plan((_prefill(site, target),))
+
+
+def _prefill(site: Site, target: CpuTarget) -> Stage:
+    w = KernelWriter("attention")
+    flash = Flash(w, site, target, target.lanes, VECTORS)
+    batch, length, heads, _ = site.view(_Y).shape
+    blocks = ceil_div(dim(length * flash.shared), flash.rows)
+    block = w.let("block", f"task % {size_text(blocks)}")
+    rest = w.let("rest", f"task // {size_text(blocks)}")
+    flash.begin(f"{rest} // {flash.kv_heads}", f"{rest} % {flash.kv_heads}", f"{block} * {flash.rows}")
+    flash.load_queries()
+    flash.attend("0", flash.reach)
+    flash.store_result(_Y)
+    return w.finish(product((batch, flash.kv_heads, blocks)), strided=True)
+
+
+def _decode(site: Site, target: CpuTarget) -> Plan:
+    batch, _, heads, width = site.view(_Y).shape
+    kv_heads = site.view(site.arg("k")).shape[2]
+    shared = int(heads) // int(kv_heads)
+    lanes = next(n for n in (4, 8, 16) if n >= min(shared, target.lanes))
+    vectors = -(-shared // lanes)
+    lead = (batch, kv_heads, SPLITS)
+    sums = View.dense(TensorType.of(DType.F32, (*lead, width * vectors * lanes)))
+    softmax = View.dense(TensorType.of(DType.F32, (*lead, 2, vectors * lanes)))
+    stages = (
+        _split(Flash(KernelWriter("attention_split"), site, target, lanes, vectors), sums, softmax),
+        _merge(Flash(KernelWriter("attention_merge"), site, target, lanes, vectors), sums, softmax),
+    )
+    return Plan(stages, scratch=(sums, softmax))
+
+
+def _split(flash: Flash, sums: View, softmax: View) -> Stage:
+    """o, m and l over one part of the cached rows; nothing for a part without rows."""
+    w = flash.writer
+    split = w.let("split", f"task % {SPLITS}")
+    flash.begin(f"task // {SPLITS * flash.kv_heads}", f"task // {SPLITS} % {flash.kv_heads}", "0")
+    size = _part(flash)
+    first = w.let("start", f"{split} * {size}")
+    with w.block(f"if {first} >= {flash.reach}:"):
+        w.line("return 0")
+    flash.load_queries()
+    flash.attend(first, w.let("end", f"T.min({first} + {size}, {flash.reach})"))
+    lead = f"{flash.batch}, {flash.head}, {split}"
+    flash.store_state(w.buffer("sums", _SUMS, sums), w.buffer("softmax", _SOFTMAX, softmax), lead)
+    return w.finish(product((sums.shape[0], flash.kv_heads, SPLITS)))
+
+
+def _merge(flash: Flash, sums: View, softmax: View) -> Stage:
+    """y from the parts: their o scaled to a common maximum, summed, and divided by the sum of their l."""
+    w, lanes = flash.writer, flash.lanes
+    math = VectorMath(w, lanes)
+    flash.begin(f"task // {flash.kv_heads}", f"task % {flash.kv_heads}", "0")
+    count = w.let("count", f"({flash.reach} + {(size := _part(flash))} - 1) // {size}")
+    o, state = w.buffer("sums", _SUMS, sums), w.buffer("softmax", _SOFTMAX, softmax)
+    y = w.buffer("y", _Y, flash.site.view(_Y))
+    lead = f"{flash.batch}, {flash.head}"
+    weights, row = w.local("weights", SPLITS, lanes), w.local("row", lanes)
+    for first in range(0, flash.rows, lanes):
+        top = w.value("top", math.const(MASKED), lanes)
+        with w.loop("s", count) as s:
+            w.line(f"{top} = T.max({top}, {w.load(state, f'{lead}, {s}, 0, {first}', lanes)})")
+        total = w.value("total", math.const(0.0), lanes)
+        with w.loop("s", count) as s:
+            rest = w.value("rest", f"{w.load(state, f'{lead}, {s}, 0, {first}', lanes)} - {top}", lanes)
+            w.line(f"{weights}[{s}] = {math.exp(rest)}")
+            w.line(f"{total} = {total} + {weights}[{s}] * {w.load(state, f'{lead}, {s}, 1, {first}', lanes)}")
+        with w.loop("d", flash.width) as d:
+            acc = w.value("acc", math.const(0.0), lanes)
+            with w.loop("s", count) as s:
+                part = w.load(o, f"{lead}, {s}, {d} * {flash.rows} + {first}", lanes)
+                w.line(f"{acc} = {acc} + {weights}[{s}] * {part}")
+            w.line(f"{row}[T.Ramp(0, 1, {lanes})] = {acc} / {total}")
+            with w.loop("g", min(lanes, flash.shared - first)) as g:
+                head = f"{flash.head} * {flash.shared} + {first} + {g}"
+                w.line(f"{y}[{flash.batch}, 0, {head}, {d}] = {row}[{g}]")
+    return w.finish(product((sums.shape[0], flash.kv_heads)))
+
+
+def _part(flash: Flash) -> str:
+    """Cached rows in each part: as equal as whole blocks of keys allow."""
+    blocks = f"({flash.reach} + {SPLITS * KEYS - 1}) // {SPLITS * KEYS}"
+    return flash.writer.let("size", f"T.max({KEYS_PER_SPLIT}, {blocks} * {KEYS})")

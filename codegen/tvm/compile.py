@@ -1,0 +1,53 @@
+"""Compiling a set of step functions for a CPU: graphs -> launches -> text -> library."""
+
+import functools
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemoc.codegen.lower import Program, corner_sizes, lower_program
+from nemoc.codegen.storage import Layout
+from nemoc.codegen.tvm.build import build_library
+from nemoc.codegen.tvm.emit import emit
+from nemoc.codegen.tvm.step import module_source
+from nemoc.codegen.tvm.target import CpuTarget
+from nemoc.ir.graph import Graph
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled program.
+
+    Attributes:
+        program: the launches and the memory plan.
+        source: the text of every kernel and step function, as compiled.
+        library: the bytes of a shared library that exports the step functions.
+    """
+
+    program: Program
+    source: str
+    library: bytes
+
+
+def compile_program(
+    graphs: Mapping[str, Graph], weights: Layout, bounds: Mapping[str, int], target: CpuTarget
+) -> Compiled:
+    """Compile step functions into one library.
+
+    Args:
+        graphs: the graph of each function by exported name; parameters are stored weights.
+        weights: where the weights lie.
+        bounds: the most rows `B`, the most new tokens of all rows together `L`, the largest cache capacity `C`.
+        target: the CPU to compile for.
+
+    Raises:
+        NemocError: an op has no kernel, or the library cannot be linked here.
+    """
+    corners = corner_sizes(bounds["B"], bounds["L"], bounds["C"])
+    program = lower_program(graphs, weights, corners, functools.partial(emit, target=target))
+    source = module_source(program.functions)
+    with tempfile.TemporaryDirectory(prefix="nemoc-") as folder:
+        path = Path(folder) / "step.so"
+        build_library(source, target, path)
+        return Compiled(program, source, path.read_bytes())

@@ -1,0 +1,228 @@
+"""The inner part of attention kernels: online softmax of a tile of query rows over a range of cached rows."""
+
+from nemoc.codegen.plan import Arg, Site
+from nemoc.codegen.tvm.target import CpuTarget
+from nemoc.codegen.tvm.update import vector_pieces
+from nemoc.codegen.tvm.vmath import VectorMath
+from nemoc.codegen.tvm.writer import KernelWriter, size_text
+from nemoc.ir.ops.attention import Attention
+
+KEYS = 32
+"""Cached rows of a block, a multiple of every register tile."""
+
+MASKED = -1e30
+"""The score of a row that is not seen: finite, so that no difference of scores is NaN."""
+
+_FLOOR = -80.0
+"""Exponents are clamped here: 2e-35 of the largest weight is nothing, and denormal numbers would be slow."""
+
+
+class Flash:
+    """Writes the parts of an attention kernel.
+
+    Row r of a tile is token r // shared and query head r % shared of the kv head, counted from the tile's first row.
+    `begin` names the task's tile, `load_queries` and `attend` do the work, `store_result` or `store_state` end it.
+
+    Attributes:
+        writer: the kernel.
+        site: the attention op.
+        lanes: lanes of every vector.
+        rows: query rows of a tile.
+        shared: query heads of each kv head.
+        kv_heads: how many kv heads there are.
+        width: D.
+        batch, head, reach: names, after `begin`: the row of the batch, the kv head, and the end of the cached rows
+            that any row of the tile sees.
+    """
+
+    def __init__(self, writer: KernelWriter, site: Site, target: CpuTarget, lanes: int, vectors: int):
+        assert isinstance(site.op, Attention)
+        self.writer, self.site, self.lanes = writer, site, lanes
+        self.rows = lanes * vectors
+        _, _, heads, self.width = (n if i < 2 else int(n) for i, n in enumerate(site.operands[0].shape))
+        self.kv_heads = int(site.view(site.arg("k")).shape[2])
+        self.shared = heads // self.kv_heads
+        self._scale = site.op.scale
+        self._lanes_wide = target.lanes
+        self._vectors = vectors
+        self._deep = max(1, target.registers // (2 * vectors))
+        self._math = VectorMath(writer, lanes)
+
+    def begin(self, batch: str, head: str, first: str) -> None:
+        """Name the task's row of the batch, kv head and first query row."""
+        w = self.writer
+        lengths = self._buffer("lengths")
+        length, capacity = (size_text(self.site.view(self.site.arg(a)).shape[1]) for a in "qk")
+        self.batch, self.head = w.let("b", batch), w.let("head", head)
+        self._first = w.let("first", first)
+        self._cached = w.let("cached", f"{lengths}[{self.batch}]")
+        last = w.let("last", f"T.min(({self._first} + {self.rows - 1}) // {self.shared}, {length} - 1)")
+        self.reach = w.let("reach", f"T.min({self._cached} + {last} + 1, {capacity})")
+
+    def load_queries(self) -> None:
+        """Copy the scaled queries into a tile [D, rows], rows past the last token as zeros, and set each row's limit."""
+        w = self.writer
+        q = self._buffer("q")
+        self._queries = w.local("queries", self.width * self.rows)
+        self._limits = w.local("limits", self.rows, dtype="int32")
+        with w.loop("r", self.rows) as r:
+            t, h, inside = self._token(r)
+            w.line(f"{self._limits}[{r}] = T.min({self._cached} + {t}, {self.reach} - 1)")
+            with w.loop("d", self.width) as d:
+                value = f"{w.load(q, f'{self.batch}, {t}, {h}, {d}')} * T.float32({self._scale!r})"
+                guarded = f"T.if_then_else({inside}, {value}, T.float32(0))"
+                w.line(f"{self._queries}[{d} * {self.rows} + {r}] = {guarded}")
+
+    def attend(self, start: str, end: str) -> None:
+        """o, m and l over the cached rows from start to end, of which each query row sees at least the first."""
+        w = self.writer
+        self._tile = w.local("tile", KEYS * self.width)
+        self._p = w.local("p", KEYS * self.rows)
+        self._o = w.local("o", self.width * self.rows)
+        self._m, self._l, self._top, self._alpha = (
+            w.local(name, self._vectors, self.lanes) for name in ("m", "l", "top", "alpha")
+        )
+        k, v = self._buffer("k"), self._buffer("v")
+        with w.loop("i", self.width * self._vectors) as i:
+            w.line(f"{self._o}[{self._ramp(f'{i} * {self.lanes}')}] = {self._math.const(0.0)}")
+        for m in range(self._vectors):
+            w.line(f"{self._m}[{m}] = {self._math.const(MASKED)}")
+            w.line(f"{self._l}[{m}] = {self._math.const(0.0)}")
+        with w.loop("block", f"({end} - {start} + {KEYS - 1}) // {KEYS}") as block:
+            key = w.let("key", f"{start} + {block} * {KEYS}")
+            count = w.let("count", f"T.min({KEYS}, {end} - {key})")
+            groups = w.let("groups", f"({count} + {self._deep - 1}) // {self._deep}")
+            self._fill(k, key, count, groups)
+            self._score(key, groups)
+            self._exponentiate(groups)
+            self._fill(v, key, count, groups)
+            whole = self.width // self._deep
+            with w.loop("i", whole) as i:
+                self._weigh(f"{i} * {self._deep}", self._deep, groups)
+            if self.width % self._deep:
+                self._weigh(str(whole * self._deep), self.width % self._deep, groups)
+
+    def store_result(self, result: Arg) -> None:
+        """y = o / l of the rows that are tokens."""
+        w = self.writer
+        y = w.buffer("y", result, self.site.view(result))
+        scale = w.local("scale", self.rows)
+        for m in range(self._vectors):
+            at = self._ramp(str(m * self.lanes))
+            w.line(f"{scale}[{at}] = {self._math.const(1.0)} / {self._l}[{m}]")
+        with w.loop("r", self.rows) as r:
+            t, h, inside = self._token(r)
+            with w.block(f"if {inside}:"), w.loop("d", self.width) as d:
+                value = f"{self._o}[{d} * {self.rows} + {r}] * {scale}[{r}]"
+                w.store(y, f"{self.batch}, {t}, {h}, {d}", value)
+
+    def store_state(self, sums: str, softmax: str, lead: str) -> None:
+        """o into `sums[lead]`, m and l into `softmax[lead]`."""
+        w, lanes = self.writer, self.lanes
+        with w.loop("i", self.width * self._vectors) as i:
+            at = f"{i} * {lanes}"
+            w.store(sums, f"{lead}, {at}", f"{self._o}[{self._ramp(at)}]", lanes)
+        for m in range(self._vectors):
+            for i, name in enumerate((self._m, self._l)):
+                w.store(softmax, f"{lead}, {i}, {m * lanes}", f"{name}[{m}]", lanes)
+
+    def _fill(self, source: str, key: str, count: str, groups: str) -> None:
+        """Cached rows as f32 into the tile, zeros up to the end of the last group."""
+        w = self.writer
+        view = self.site.view(self.site.arg("k"))
+        widest = self._lanes_wide if view.strides[-1] == 1 else 1
+        pieces = list(vector_pieces(self.width, widest))
+        for rows, filled in ((count, True), (f"{groups} * {self._deep} - {count}", False)):
+            with w.loop("k", rows) as k:
+                for lanes, vectors, first in pieces:
+                    with w.loop("j", vectors) as j:
+                        d = f"{first} + {j} * {lanes}"
+                        row = k if filled else f"({count} + {k})"
+                        at = f"{row} * {self.width} + {d}"
+                        at = at if lanes == 1 else f"T.Ramp({at}, 1, {lanes})"
+                        index = f"{self.batch}, {key} + {k}, {self.head}, {d}"
+                        zero = VectorMath(w, lanes).const(0.0)
+                        w.line(f"{self._tile}[{at}] = {w.load(source, index, lanes) if filled else zero}")
+
+    def _score(self, key: str, groups: str) -> None:
+        """Masked scores into p, their maxima and m into top."""
+        w, lanes, vectors = self.writer, self.lanes, self._vectors
+        for m in range(vectors):
+            w.line(f"{self._top}[{m}] = {self._m}[{m}]")
+        with w.loop("group", groups) as group:
+            acc = w.local("acc", self._deep * vectors, lanes)
+            with w.loop("j", self._deep * vectors, "T.unroll") as j:
+                w.line(f"{acc}[{j}] = {self._math.const(0.0)}")
+            with w.loop("d", self.width) as d:
+                q = self._vector_row(self._queries, d)
+                with w.loop("j", self._deep, "T.unroll") as j:
+                    element = f"{self._tile}[({group} * {self._deep} + {j}) * {self.width} + {d}]"
+                    self._accumulate(acc, j, element, q)
+            with w.loop("j", self._deep, "T.unroll") as j:
+                row = w.let("row", f"{group} * {self._deep} + {j}")
+                for m in range(vectors):
+                    limit = f"{self._limits}[{self._ramp(str(m * lanes))}]"
+                    seen = f"T.Broadcast({key} + {row}, {lanes}) <= {limit}"
+                    at = f"{j} * {vectors} + {m}"
+                    s = w.value("s", f"T.Select({seen}, {acc}[{at}], {self._math.const(MASKED)})", lanes)
+                    w.line(f"{self._p}[{self._ramp(f'{row} * {self.rows} + {m * lanes}')}] = {s}")
+                    w.line(f"{self._top}[{m}] = T.max({self._top}[{m}], {s})")
+
+    def _exponentiate(self, groups: str) -> None:
+        """p = exp(s − top); l and m follow; alpha is what o must be scaled by."""
+        w, lanes, math = self.writer, self.lanes, self._math
+        for m in range(self._vectors):
+            old = w.value("old", math.maximum(f"{self._m}[{m}] - {self._top}[{m}]", _FLOOR), lanes)
+            w.line(f"{self._alpha}[{m}] = {math.exp(old)}")
+            w.line(f"{self._l}[{m}] = {self._l}[{m}] * {self._alpha}[{m}]")
+            w.line(f"{self._m}[{m}] = {self._top}[{m}]")
+        with w.loop("k", f"{groups} * {self._deep}") as k:
+            for m in range(self._vectors):
+                at = self._ramp(f"{k} * {self.rows} + {m * lanes}")
+                rest = w.value("rest", math.maximum(f"{self._p}[{at}] - {self._top}[{m}]", _FLOOR), lanes)
+                e = math.exp(rest)
+                w.line(f"{self._p}[{at}] = {e}")
+                w.line(f"{self._l}[{m}] = {self._l}[{m}] + {e}")
+
+    def _weigh(self, first: str, deep: int, groups: str) -> None:
+        """o ← o · alpha + Σ v · p for `deep` of the D columns."""
+        w, vectors = self.writer, self._vectors
+        acc = w.local("acc", deep * vectors, self.lanes)
+        for out in (False, True):
+            with w.loop("j", deep, "T.unroll") as j:
+                for m in range(vectors):
+                    at = f"{self._o}[{self._ramp(f'({first} + {j}) * {self.rows} + {m * self.lanes}')}]"
+                    held = f"{acc}[{j} * {vectors} + {m}]"
+                    w.line(f"{at} = {held}" if out else f"{held} = {at} * {self._alpha}[{m}]")
+            if not out:
+                with w.loop("k", f"{groups} * {self._deep}") as k:
+                    p = self._vector_row(self._p, k)
+                    with w.loop("j", deep, "T.unroll") as j:
+                        element = f"{self._tile}[{k} * {self.width} + {first} + {j}]"
+                        self._accumulate(acc, j, element, p)
+
+    def _accumulate(self, acc: str, j: str, element: str, vectors: list[str]) -> None:
+        for m, vector in enumerate(vectors):
+            held = f"{acc}[{j} * {len(vectors)} + {m}]"
+            self.writer.line(f"{held} = {held} + T.Broadcast({element}, {self.lanes}) * {vector}")
+
+    def _vector_row(self, tile: str, row: str) -> list[str]:
+        """The vectors of one row of a tile with `rows` columns."""
+        return [
+            self.writer.value("v", f"{tile}[{self._ramp(f'{row} * {self.rows} + {m * self.lanes}')}]", self.lanes)
+            for m in range(self._vectors)
+        ]
+
+    def _token(self, r: str) -> tuple[str, str, str]:
+        """The token and the query head of a row, and the condition that it is one."""
+        w = self.writer
+        t = w.let("t", f"({self._first} + {r}) // {self.shared}")
+        h = w.let("h", f"{self.head} * {self.shared} + ({self._first} + {r}) % {self.shared}")
+        return t, h, f"{t} < {size_text(self.site.view(self.site.arg('q')).shape[1])}"
+
+    def _buffer(self, name: str) -> str:
+        arg = self.site.arg(name)
+        return self.writer.buffer(name, arg, self.site.view(arg))
+
+    def _ramp(self, first: str) -> str:
+        return f"T.Ramp({first}, 1, {self.lanes})"

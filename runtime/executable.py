@@ -1,0 +1,208 @@
+"""The executable: what users run."""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from nemoc.ir.errors import NemocError
+from nemoc.runtime import inputs
+from nemoc.runtime.backend import Backend
+from nemoc.runtime.generation import Endings, generate_tokens
+from nemoc.runtime.program import DECODE, PREFILL, PREFILL_ALL, Program
+from nemoc.runtime.sampling import Sampler
+from nemoc.runtime.state import State
+from nemoc.runtime.store import copy_artifact
+from nemoc.runtime.tokenizer import Tokenizer
+
+Stop = int | str | Sequence[int | str] | None
+"""What ends a row besides its eos ids: token ids, and texts where there is a tokenizer."""
+
+
+class Executable:
+    """A compiled model. Steps run one at a time; states are independent of each other.
+
+    Tensors that go in and come out are on the CPU. Every method raises `NemocError` on bad input, before anything is
+    computed: a state changes only in a step whose input is accepted.
+
+    Attributes:
+        program: sizes, token ids and the state's layout.
+        folder: the directory of the artifact behind it; none for one made in memory.
+    """
+
+    def __init__(self, program: Program, backend: Backend, folder: Path | None = None) -> None:
+        self.program = program
+        self.folder = folder
+        self._backend = backend
+
+    def __repr__(self) -> str:
+        return f"Executable({self.program.name!r}, target={self.program.target!r})"
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            NemocError: it came without one.
+        """
+        if self.folder is None or not (self.folder / "tokenizer" / "tokenizer.json").exists():
+            raise NemocError(f"{self.program.name}: the model came without a tokenizer")
+        return Tokenizer.open(self.folder / "tokenizer")
+
+    def new_state(self, batch: int = 1, capacity: int | None = None) -> State:
+        """An empty state for `batch` rows of at most `capacity` tokens (None: the largest context)."""
+        bounds = self.program.bounds
+        capacity = bounds.max_context if capacity is None else capacity
+        if not 1 <= batch <= bounds.max_batch:
+            raise NemocError(f"batch is {batch}, expected 1 to {bounds.max_batch} (max_batch)")
+        if not 1 <= capacity <= bounds.max_context:
+            raise NemocError(
+                f"capacity is {capacity} tokens, expected 1 to {bounds.max_context} (max_context)"
+            )
+        size = self.program.state.at({"B": batch, "C": capacity}).bytes
+        arena = self._backend.allocate(int(size))
+        return State(self.program.state, self.program.identity, batch, capacity, arena)
+
+    def load_state(self, path: str | os.PathLike[str]) -> State:
+        """A state that `State.save` wrote, of this model."""
+        state = State.load(path, self.program.state, self.program.identity, self._backend.allocate)
+        bounds = self.program.bounds
+        if state.batch > bounds.max_batch or state.capacity > bounds.max_context:
+            raise NemocError(
+                f"{path}: {state.batch} rows of {state.capacity} tokens, expected at most "
+                f"{bounds.max_batch} of {bounds.max_context}"
+            )
+        return state
+
+    def prefill(
+        self,
+        ids: torch.Tensor,
+        state: State,
+        lengths: torch.Tensor | None = None,
+        all_logits: bool = False,
+    ) -> torch.Tensor:
+        """Take in tokens; they continue what the state has seen.
+
+        Args:
+            ids: int64 [B, L], padded on the right where rows differ in length; what the padding holds does not matter.
+            state: changed in place.
+            lengths: int64 [B], tokens of each row that count, 1 to L; None: all.
+            all_logits: return the logits of every token instead of each row's last.
+
+        Returns:
+            float32 [B, V]; or float32 [B, L, V], 0 where there is padding.
+        """
+        inputs.check_state(self.program, state)
+        inputs.check_ids("ids", ids, 2, state.batch)
+        lengths = inputs.check_lengths(ids, lengths)
+        inputs.check_vocabulary("ids", ids, lengths, self.program.vocab)
+        inputs.check_capacity(state, lengths)
+        function = PREFILL_ALL if all_logits else PREFILL
+        if function not in self.program.functions:
+            raise NemocError(f"{self.program.name}: was compiled without {function}")
+        rows, width = ids.shape
+        counts = torch.arange(width) < lengths.unsqueeze(1)
+        ids = torch.where(counts, ids, 0)
+        shape = (rows, width, self.program.vocab) if all_logits else (rows, self.program.vocab)
+        logits = torch.zeros(shape, dtype=torch.float32)
+        chunk = self.program.bounds.chunk(rows)
+        for start in range(0, int(lengths.max()), chunk):
+            tokens = ids[:, start : min(start + chunk, int(lengths.max()))].contiguous()
+            valid = (lengths - start).clamp(0, tokens.shape[1])
+            found = self._backend.run(function, tokens, valid.int(), state)
+            if all_logits:
+                part = slice(start, start + tokens.shape[1])
+                logits[:, part] = found.masked_fill(~counts[:, part, None], 0.0)
+            else:  # a row whose tokens ended in an earlier chunk keeps its logits
+                logits = torch.where((valid > 0).unsqueeze(1), found, logits)
+        return logits
+
+    def decode(self, next_ids: torch.Tensor, state: State) -> torch.Tensor:
+        """Take in one token of each row: int64 [B] -> float32 [B, V]."""
+        inputs.check_state(self.program, state)
+        inputs.check_ids("next_ids", next_ids, 1, state.batch)
+        tokens = next_ids.unsqueeze(1)
+        ones = torch.ones_like(next_ids)
+        inputs.check_vocabulary("next_ids", tokens, ones, self.program.vocab)
+        inputs.check_capacity(state, ones)
+        return self._backend.run(DECODE, tokens.contiguous(), ones.int(), state)
+
+    def generate(
+        self,
+        ids: torch.Tensor,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] | None = None,
+        stop: Stop = None,
+        lengths: torch.Tensor | None = None,
+        state: State | None = None,
+    ) -> torch.Tensor:
+        """Continue each row until it ends or has `max_new_tokens` more.
+
+        Args:
+            ids: int64 [B, L], the prompts, as for `prefill`.
+            max_new_tokens: at least 1.
+            temperature: 0 takes the likeliest token.
+            top_p: draw among the likeliest tokens that together have this probability.
+            seed: row b draws from seed + b, or from the b-th of several; None: from a fresh one.
+            stop: token ids and texts that end a row besides the model's eos ids.
+            lengths: int64 [B], tokens of each prompt; None: all.
+            state: continue from this one; the last token of each row is not in it afterwards. None: from a new one.
+
+        Returns:
+            int64 [B, n], n the most tokens of a row. What ended a row is its last token; the padding id follows.
+        """
+        steps = self.stream(
+            ids, max_new_tokens, temperature, top_p, seed, stop, lengths=lengths, state=state
+        )
+        return torch.stack(list(steps), dim=1)
+
+    def stream(
+        self,
+        ids: torch.Tensor,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] | None = None,
+        stop: Stop = None,
+        lengths: torch.Tensor | None = None,
+        state: State | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """`generate`, step by step: yields each row's next token, int64 [B], as soon as it is known."""
+        inputs.check_ids("ids", ids, 2, None if state is None else state.batch)
+        counted = inputs.check_lengths(ids, lengths)
+        inputs.check_vocabulary("ids", ids, counted, self.program.vocab)
+        if max_new_tokens < 1:
+            raise NemocError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        sampler = Sampler(ids.shape[0], temperature, top_p, seed)
+        endings = self._endings(ids.shape[0], stop)
+        if state is None:
+            needed = int(counted.max()) + max_new_tokens - 1
+            if needed > self.program.bounds.max_context:
+                raise NemocError(
+                    f"a prompt of {int(counted.max())} tokens and {max_new_tokens} new ones exceed "
+                    f"the context of {self.program.bounds.max_context} tokens"
+                )
+            state = self.new_state(ids.shape[0], needed)
+        inputs.check_state(self.program, state)
+        inputs.check_capacity(state, counted + max_new_tokens - 1)
+        return generate_tokens(self, ids, counted, state, sampler, endings, max_new_tokens)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the artifact under a name; an artifact of that name is replaced, anything else is not."""
+        if self.folder is None:
+            raise NemocError(f"{self.program.name}: was made in memory and has no artifact to save")
+        copy_artifact(self.folder, Path(path))
+
+    def _endings(self, rows: int, stop: Stop) -> Endings:
+        given = [stop] if isinstance(stop, int | str) else list(stop or ())
+        texts = [s for s in given if isinstance(s, str)]
+        ids = [s for s in given if not isinstance(s, str)]
+        if "" in texts:
+            raise NemocError("stop: an empty text would end every row at once")
+        tokenizer = self.tokenizer if texts else None
+        generation = self.program.generation
+        return Endings(rows, {*generation.eos, *ids}, texts, tokenizer, generation.padding)

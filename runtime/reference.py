@@ -1,0 +1,37 @@
+"""The `reference` target: graphs executed by the interpreter. Slow, and right by definition."""
+
+from collections.abc import Mapping
+
+import torch
+
+from nemoc.ir.graph import Graph
+from nemoc.ir.interpreter import interpret
+from nemoc.ir.params import LazyArguments, ParameterSource
+from nemoc.runtime.state import State
+
+
+class ReferenceBackend:
+    """Interprets a program's functions.
+
+    Args:
+        functions: graphs by function name, with inputs `tokens` and, unless it is constant, `valid`.
+        source: the data of the graphs' parameters, read anew in each step.
+    """
+
+    def __init__(self, functions: Mapping[str, Graph], source: ParameterSource) -> None:
+        self._functions = functions
+        self._source = source
+
+    def allocate(self, size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.uint8)
+
+    def run(
+        self, function: str, tokens: torch.Tensor, valid: torch.Tensor, state: State
+    ) -> torch.Tensor:
+        graph = self._functions[function]
+        given = {"tokens": tokens, "valid": valid, **state.tensors}
+        result = interpret(graph, LazyArguments(graph, self._source, given))
+        for name, tensor in result.states.items():
+            state.tensors[name].copy_(tensor)
+        # The output may be a view of an operand: a graph may return what it was given.
+        return result.outputs[0].clone()

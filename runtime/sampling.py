@@ -1,0 +1,70 @@
+"""Choosing the next token of each row."""
+
+import secrets
+from collections.abc import Sequence
+
+import torch
+
+from nemoc.ir.errors import NemocError
+
+
+class Sampler:
+    """Draws from temperature-scaled logits within the nucleus of top-p; temperature 0 takes the largest.
+
+    Every row has a random generator of its own, so that its tokens depend on no other row: row b draws from
+    seed + b, or from the b-th of several seeds.
+
+    Raises:
+        NemocError: temperature, top_p or the number of seeds is out of range.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] | None = None,
+    ) -> None:
+        if not 0.0 <= temperature < float("inf"):
+            raise NemocError(f"temperature is {temperature}, expected a finite number from 0")
+        if not 0.0 < top_p <= 1.0:
+            raise NemocError(f"top_p is {top_p}, expected more than 0 and at most 1")
+        self._temperature = temperature
+        self._top_p = top_p
+        self._generators = [torch.Generator().manual_seed(s) for s in _seeds(seed, batch)]
+
+    def sample(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token of each row: float32 [B, V] -> int64 [B].
+
+        Raises:
+            NemocError: a row's largest logit is not a finite number.
+        """
+        broken = ~logits.amax(-1).isfinite()
+        if bool(broken.any()):
+            row = int(broken.nonzero()[0])
+            raise NemocError(f"row {row}: the model's logits are not finite numbers")
+        if self._temperature == 0.0:
+            return logits.argmax(-1)
+        rows = zip(logits, self._generators, strict=True)
+        return torch.stack([self._draw(row, generator) for row, generator in rows])
+
+    def _draw(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Inverse transform sampling over the tokens in order of falling probability."""
+        scaled = (logits.double() - logits.double().amax()) / self._temperature
+        ordered, tokens = scaled.softmax(-1).sort(descending=True, stable=True)
+        upto = ordered.cumsum(-1)
+        # A token belongs to the nucleus if those before it do not reach top_p; the first always does.
+        kept = int(((upto - ordered) < self._top_p).sum())
+        point = torch.rand((), generator=generator, dtype=torch.float64) * upto[kept - 1]
+        chosen = torch.searchsorted(upto[:kept], point, right=True).clamp(max=kept - 1)
+        return tokens[chosen]
+
+
+def _seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
+    if seed is None:
+        return [secrets.randbits(63) for _ in range(batch)]
+    if isinstance(seed, int):
+        return [(seed + row) % 2**63 for row in range(batch)]
+    if len(seed) != batch:
+        raise NemocError(f"{len(seed)} seeds for {batch} rows")
+    return [s % 2**63 for s in seed]

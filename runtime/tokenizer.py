@@ -1,0 +1,159 @@
+"""Text to token ids and back: the checkpoint's own tokenizer and chat template."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+import tokenizers
+
+from nemoc.ir.errors import NemocError
+
+_REPLACEMENT = "\ufffd"
+"""What decoding gives for bytes that are no UTF-8, for instance the first half of a character."""
+
+
+class Tokenizer:
+    """A tokenizer of the `tokenizers` library with its configuration.
+
+    Attributes:
+        template: the chat template's text, or none.
+    """
+
+    def __init__(
+        self, inner: tokenizers.Tokenizer, config: Mapping[str, Any], template: str | None
+    ) -> None:
+        self._inner = inner
+        self._config = config
+        self.template = template
+
+    @classmethod
+    def open(cls, folder: Path) -> "Tokenizer":
+        """Read `tokenizer.json` and, where there are, `tokenizer_config.json` and `chat_template.jinja`.
+
+        Raises:
+            NemocError: a file cannot be read.
+        """
+        path = folder / "tokenizer.json"
+        try:
+            inner = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+        except Exception as error:  # the library raises bare Exception on what it cannot read
+            raise NemocError(f"{path}: cannot be read as a tokenizer: {error}") from None
+        config = _config(folder / "tokenizer_config.json")
+        return cls(inner, config, _template(folder / "chat_template.jinja", config))
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self._inner.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text; `special` adds what the tokenizer puts around one, such as the first token."""
+        return list(self._inner.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        return str(self._inner.decode(list(ids), skip_special_tokens=skip_special))
+
+    def detokenizer(self, skip_special: bool = True) -> "Detokenizer":
+        """Turns a stream of ids into a stream of text."""
+        return Detokenizer(self, skip_special)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """The prompt of a conversation by the checkpoint's template, up to where the model answers.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` each.
+            variables: further variables of the template.
+
+        Returns:
+            The prompt. It has its special tokens already: encode it with `special=False`.
+
+        Raises:
+            NemocError: there is no template, or it refuses the messages.
+        """
+        if self.template is None:
+            raise NemocError("the model has no chat template")
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        known = {name: _token_text(self._config.get(name)) for name in names}
+        given = {**known, "messages": list(messages), "add_generation_prompt": True, **variables}
+        try:
+            return environment.from_string(self.template).render(given)
+        except jinja2.TemplateError as error:
+            raise NemocError(f"the chat template refuses the messages: {error}") from None
+
+
+class Detokenizer:
+    """Text of one row, token by token, never a part of a character.
+
+    How a token reads depends on its predecessors, so that the last ones are decoded again with each new one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._ids: list[int] = []
+        self._given = 0  # of the held ids, those whose text was returned
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while a character is incomplete."""
+        self._ids.append(token)
+        return self._advance(final=False)
+
+    def finish(self) -> str:
+        """The rest; incomplete characters become U+FFFD."""
+        return self._advance(final=True)
+
+    def _advance(self, final: bool) -> str:
+        before = self._tokenizer.decode(self._ids[: self._given], self._skip_special)
+        after = self._tokenizer.decode(self._ids, self._skip_special)
+        if len(after) <= len(before) or (after.endswith(_REPLACEMENT) and not final):
+            return ""
+        self._ids = self._ids[self._given :]
+        self._given = len(self._ids)
+        return after[len(before) :]
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise NemocError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise NemocError(f"{path}: holds a {type(data).__name__}, expected an object")
+    return data
+
+
+def _template(path: Path, config: Mapping[str, Any]) -> str | None:
+    """The template from its own file, or the configuration: one text, or a list of named ones."""
+    if path.exists():
+        return path.read_text("utf-8")
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        named = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _token_text(token: Any) -> str:
+    """A special token is configured as its text or as an object with the text in `content`."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else ""
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
