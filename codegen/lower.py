@@ -254,7 +254,7 @@ class _Lowering:
             place = operands[operand]
             if (
                 result not in places
-                and place.memory.arena == SCRATCH
+                and self._output_place(node.results[result]) is None
                 and self._may_overwrite(operands, operand, index)
                 and not any(place is p for p in places.values())
             ):

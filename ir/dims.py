@@ -74,9 +74,15 @@ def evaluate_dim(value: Dim, env: Mapping[str, int]) -> int:
     """
     if isinstance(value, int):
         return value
-    result = value.subs({symbol(name): size for name, size in env.items()})
+    return _evaluate(value, frozenset(env.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _evaluate(value: sympy.Expr, env: frozenset[tuple[str, int]]) -> int:
+    result = value.subs({symbol(name): size for name, size in env})
     if not result.is_Integer:
-        raise IRError(f"dimension {format_dim(value)} is {result} when {dict(env)}")
+        sizes = dict(sorted(env))
+        raise IRError(f"dimension {format_dim(value)} is {result} when {sizes}")
     return int(result)
 
 
@@ -87,6 +93,7 @@ def substitute_dim(value: Dim, mapping: Mapping[str, Dim]) -> Dim:
     return dim(value.subs({symbol(name): new for name, new in mapping.items()}))
 
 
+@functools.lru_cache(maxsize=4096)
 def format_dim(value: Dim) -> str:
     """The text of a dimension; `parse_dim` reads it back to an equal one."""
     return str(value)

@@ -7,6 +7,7 @@ from nemoc.models.graph import COMPUTE_TYPES, build_step, default_weight_types
 from nemoc.models.presets import PRESETS, preset
 from nemoc.models.random_weights import RandomSource
 from nemoc.models.source import Generation, Model, open_model
+from nemoc.models.summary import Summary, render_summary, summarize
 
 __all__ = [
     "COMPUTE_TYPES",
@@ -16,9 +17,12 @@ __all__ = [
     "Model",
     "ModelConfig",
     "RandomSource",
+    "Summary",
     "build_step",
     "default_weight_types",
     "eager_reference",
     "open_model",
     "preset",
+    "render_summary",
+    "summarize",
 ]

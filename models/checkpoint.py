@@ -27,6 +27,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Suffixes of files that can run code when they are loaded."""
 
 _TYPES = {"F32": DType.F32, "BF16": DType.BF16, "F16": DType.F16}
+_FILE_NAME = r"(?!\.{1,2}$)[^/\\\x00-\x1f]+"
+"""A name that stays in its directory on every system."""
 _NAMES = {dtype.torch: name for name, dtype in _TYPES.items()}
 
 
@@ -70,7 +72,7 @@ class _HeldTensor:
         return tuple(self.tensor.shape)
 
     def __str__(self) -> str:
-        return f"{self.owner}: tensor '{self.name}'"
+        return f"{self.owner}: tensor {self.name!r}"
 
     def read_into(self, out: torch.Tensor, start: int = 0) -> None:
         out.copy_(self.tensor.detach()[start : start + len(out)])
@@ -107,13 +109,13 @@ class Checkpoint:
         expected = {p.name: tuple(map(int, p.shape)) for p in build_step(config).params}
         for name, shape in expected.items():
             _check_present(where, name, shape, found.get(name, {}))
+        self._parameters = {n: _parameter(found[n], shape) for n, shape in expected.items()}
         for name, parts in found.items():
             for index, part in parts.items():
                 if name not in expected or (index or 0) >= expected[name][0]:
                     raise NemocError(
                         f"{part}: found {part.dtype} {list(part.shape)}, expected no such tensor"
                     )
-        self._parameters = {n: _parameter(found[n], shape) for n, shape in expected.items()}
 
     @classmethod
     def open(cls, directory: str | Path, config: ModelConfig) -> Self:
@@ -191,7 +193,7 @@ def _by_parameter(
         parts = found.setdefault(name, {})
         if expert in parts or (parts and None in {expert, *parts}):
             other = parts.get(expert) or next(iter(parts.values()))
-            raise NemocError(f"{tensor}: the same weights as '{other.name}', expected once")
+            raise NemocError(f"{tensor}: the same weights as {other.name!r}, expected once")
         parts[expert] = tensor
     if heads:
         notes.append(f"{heads} tensors mtp.* are ignored: multi-token prediction is not built")
@@ -226,16 +228,16 @@ def _parameter(parts: Parts, shape: tuple[int, ...]) -> _Parameter:
     stacked = None not in parts
     ordered = tuple(parts[i] for i in range(shape[0])) if stacked else (parts[None],)
     first = ordered[0]
+    wanted = shape[1:] if stacked else shape
     for part in ordered:
-        wanted = shape[1:] if stacked else shape
-        if part.shape != wanted:
-            raise NemocError(f"{part}: found shape {list(part.shape)}, expected {list(wanted)}")
         if part.dtype not in _TYPES:
             raise NemocError(f"{part}: found type {part.dtype}, expected {', '.join(_TYPES)}")
         if part.dtype != first.dtype:
             raise NemocError(
-                f"{part}: found type {part.dtype}, expected {first.dtype} like '{first.name}'"
+                f"{part}: found type {part.dtype}, expected {first.dtype} like {first.name!r}"
             )
+        if part.shape != wanted:
+            raise NemocError(f"{part}: found shape {list(part.shape)}, expected {list(wanted)}")
     return _Parameter(TensorType(_TYPES[first.dtype], shape), ordered, stacked)
 
 
@@ -272,9 +274,9 @@ def _from_index(index: Path) -> list[StoredTensor]:
         raise NemocError(f"{index}: weight_map: expected an object of file names by tensor")
     headers = {}
     for name, file in files.items():
-        if not re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", file):
+        if not re.fullmatch(_FILE_NAME, file):
             raise NemocError(
-                f"{index}: tensor '{name}': found file '{file}', expected one in the same directory"
+                f"{index}: tensor {name!r}: found file {file!r}, expected one in the same directory"
             )
         if file.endswith(PICKLES):
             raise pickle_error(index.parent / file)
@@ -282,7 +284,7 @@ def _from_index(index: Path) -> list[StoredTensor]:
             headers[file] = read_header(index.parent / file)
         if name not in headers[file]:
             raise NemocError(
-                f"{index.parent / file}: tensor '{name}': found nothing, though the index lists it"
+                f"{index.parent / file}: tensor {name!r}: found nothing, though the index lists it"
             )
     return [headers[file][name] for name, file in files.items()]
 

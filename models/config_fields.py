@@ -22,15 +22,46 @@ _ALIASES = {
     "time_step_limit": ("mamba_dt_limit",),
 }
 
-# Fields that change no logit, and so never count as a misspelling of one that does.
+# Fields that change no logit, or none in a model without such layers, and so never count as a
+# misspelling of one that does.
 _TOLERATED = frozenset(
-    "architectures auto_map transformers_version attention_dropout hidden_dropout expand "
-    "initializer_range mamba_proj_bias mamba_ssm_cache_dtype moe_shared_expert_overlap "
-    "num_logits_to_keep output_router_logits partial_rotary_factor quantization_config "
-    "rescale_prenorm_residual residual_in_fp32 rope_theta rope_scaling sliding_window "
-    "time_step_floor time_step_max time_step_min use_cache use_mamba_kernels mamba_expand "
-    "mamba_dt_min mamba_dt_max mamba_dt_init_floor chunk_size_feed_forward num_beams "
-    "intermediate_size head_dim attention_bias n_groups n_group".split()
+    {
+        "architectures",
+        "attention_bias",
+        "attention_dropout",
+        "auto_map",
+        "chunk_size_feed_forward",
+        "expand",
+        "head_dim",
+        "hidden_dropout",
+        "initializer_range",
+        "intermediate_size",
+        "mamba_dt_init_floor",
+        "mamba_dt_max",
+        "mamba_dt_min",
+        "mamba_expand",
+        "mamba_proj_bias",
+        "mamba_ssm_cache_dtype",
+        "moe_shared_expert_overlap",
+        "n_group",
+        "n_groups",
+        "num_beams",
+        "num_logits_to_keep",
+        "output_router_logits",
+        "partial_rotary_factor",
+        "quantization_config",
+        "rescale_prenorm_residual",
+        "residual_in_fp32",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "time_step_floor",
+        "time_step_max",
+        "time_step_min",
+        "transformers_version",
+        "use_cache",
+        "use_mamba_kernels",
+    }
 )
 
 

@@ -43,7 +43,7 @@ class FileTensor:
     offset: int
 
     def __str__(self) -> str:
-        return f"{self.path}: tensor '{self.name}'"
+        return f"{self.path}: tensor {self.name!r}"
 
     def read_into(self, out: torch.Tensor, start: int = 0) -> None:
         """Fill a contiguous tensor with rows of the first axis from `start` on.
@@ -99,14 +99,14 @@ def read_header(path: Path) -> dict[str, FileTensor]:
 
 
 def _tensor(path: Path, name: str, entry: Any, data: int) -> FileTensor:
-    where = f"{path}: tensor '{name}'"
+    where = f"{path}: tensor {name!r}"
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
             pass
         case _:
             raise NemocError(f"{where}: its header entry lacks a type, a shape or a byte range")
     if dtype not in _SIZES:
-        raise NemocError(f"{where}: found type {dtype}, expected one of {', '.join(_SIZES)}")
+        raise NemocError(f"{where}: found type {dtype!r}, expected one of {', '.join(_SIZES)}")
     if not all(type(n) is int and n >= 0 for n in shape):
         raise NemocError(f"{where}: found shape {shape}, expected integers of at least 0")
     expected = math.prod(shape) * _SIZES[dtype]

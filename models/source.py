@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os.path
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,11 +94,10 @@ def open_model(source: Any) -> Model:
     if text in PRESETS:
         config = preset(text)
         return Model(text, config, None, _generation(config))
-    path = Path(source)
-    if path.is_dir():
-        return _of_directory(path, path.resolve().name)
-    if path.is_file():
-        return _of_file(path)
+    if os.path.isdir(text):  # unlike Path's methods, false for whatever cannot be a path
+        return _of_directory(Path(text), Path(text).resolve().name)
+    if os.path.isfile(text):
+        return _of_file(Path(text))
     near = difflib.get_close_matches(text.removeprefix("random:"), ("sample", *PRESETS), n=1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     raise NemocError(f"source '{text}': no such file or directory, expected {_accepted()}{hint}")

@@ -17,7 +17,7 @@ from nemoc.ir.graph import Graph, Node
 from nemoc.ir.ops import GroupBy, GroupedLinear
 from nemoc.ir.types import Value
 from nemoc.models.config import LayerKind, ModelConfig
-from nemoc.models.graph import build_step
+from nemoc.models.graph import WeightTypes, build_step
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,17 @@ class Summary:
         return self.step.map(lambda quantity: sympy.expand(quantity / (B * L)))
 
 
-def summarize(config: ModelConfig, dtype: DType = DType.BF16) -> Summary:
+def summarize(
+    config: ModelConfig, dtype: DType = DType.BF16, weight_types: WeightTypes | None = None
+) -> Summary:
     """The numbers of a model, from its configuration alone.
 
     Args:
-        config: the model; weights have the types that it names.
+        config: the model.
         dtype: the compute type.
+        weight_types: the stored type of each parameter; None for those that the configuration names.
     """
-    graph = build_step(config, dtype=dtype)
+    graph = build_step(config, dtype=dtype, weight_types=weight_types)
     return Summary(
         layers=dict(Counter(config.layers)),
         dtype=dtype,
@@ -190,7 +193,7 @@ def _cost(graph: Graph, node: Node) -> Cost:
     return Cost(op.flops(), moved + weights, op.cost().written)
 
 
-def render(summary: Summary, name: str) -> str:
+def render_summary(summary: Summary, name: str) -> str:
     """The summary as plain text."""
     layers = ", ".join(f"{count} {kind}" for kind, count in summary.layers.items())
     lines = [
@@ -210,17 +213,19 @@ def render(summary: Summary, name: str) -> str:
 
 
 def _table(work: Work, sizes: tuple[tuple[int, int, int], ...]) -> list[str]:
-    heads = "".join(f"{f'B={b} L={new} T={t}':>18}" for b, new, t in sizes)
-    lines = [f"  {'':22}{heads}   closed form"]
-    columns = [work.at(*size) for size in sizes]
-    for title, field, show in (
+    rows: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("flops", "flops", _count),
         ("weights read", "weights", _bytes),
         ("state moved", "state", _bytes),
         ("between ops, unfused", "intermediate", _bytes),
-    ):
-        cells = "".join(f"{show(float(getattr(column, field))):>18}" for column in columns)
-        lines.append(f"  {title:22}{cells}   {getattr(work, field)}")
+    )
+    columns = [work.at(*size) for size in sizes]
+    lines = [f"  {'':22}" + "".join(f"{f'B={b} L={new} T={t}':>18}" for b, new, t in sizes)]
+    for title, quantity, show in rows:
+        cells = (show(float(getattr(column, quantity))) for column in columns)
+        lines.append(f"  {title:22}" + "".join(f"{cell:>18}" for cell in cells))
+    lines.append("  in closed form:")
+    lines += [f"    {title:20}  {getattr(work, quantity)}" for title, quantity, _ in rows]
     return lines
 
 

@@ -46,9 +46,7 @@ class NumericCheck:
         Raises:
             CheckError: the pass broke its word.
         """
-        arguments = self._arguments(run, ctx)
-        before = interpret(run.before, _complete(run.before, arguments, ctx))
-        after = interpret(run.after, _complete(run.after, arguments, ctx))
+        arguments, before, after = self._run(run, ctx)
         missed = _first_miss(run, before, after)
         if missed is None:
             return
@@ -63,6 +61,27 @@ class NumericCheck:
             f"the first value that diverges is {first}; "
             f"reproduce with --pipeline '{run.reproduces}'{where}"
         )
+
+    def error(self, run: PassRun, ctx: PassContext) -> float:
+        """The largest relative error of any result; 0 when all have the same bits."""
+        _, before, after = self._run(run, ctx)
+        if len(after.outputs) != len(before.outputs) or after.states.keys() != before.states.keys():
+            return math.inf
+        pairs = zip(
+            (*after.outputs, *(after.states[name] for name in before.states)),
+            (*before.outputs, *before.states.values()),
+            strict=True,
+        )
+        return max((0.0 if same_bits(a, b) else _distinct(a, b) for a, b in pairs), default=0.0)
+
+    def _run(
+        self, run: PassRun, ctx: PassContext
+    ) -> tuple[dict[str, torch.Tensor], StepResult, StepResult]:
+        """The arguments, and what the graphs before and after make of them."""
+        arguments = self._arguments(run, ctx)
+        before = interpret(run.before, _complete(run.before, arguments, ctx))
+        after = interpret(run.after, _complete(run.after, arguments, ctx))
+        return arguments, before, after
 
     def _arguments(self, run: PassRun, ctx: PassContext) -> dict[str, torch.Tensor]:
         """What both graphs run on, the parameters only when the context has none."""
@@ -111,6 +130,11 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     if error == 0:
         return 0.0
     return float(error / norm) if norm > 0 and error.isfinite() else math.inf
+
+
+def _distinct(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The relative error of tensors whose bits differ, which is above 0 even between -0 and 0."""
+    return max(relative_error(a, b), 5e-324)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

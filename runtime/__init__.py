@@ -2,6 +2,7 @@
 
 from nemoc.runtime.artifact import Contents, build, load
 from nemoc.runtime.backend import Backend
+from nemoc.runtime.cpu import LIBRARY, kernel_record
 from nemoc.runtime.executable import Executable
 from nemoc.runtime.machine import Machine
 from nemoc.runtime.program import DECODE, PREFILL, PREFILL_ALL, Bounds, Generation, Program
@@ -12,6 +13,7 @@ from nemoc.runtime.weights import PackedWeights, Pieces, whole_pieces
 
 __all__ = [
     "DECODE",
+    "LIBRARY",
     "PREFILL",
     "PREFILL_ALL",
     "Backend",
@@ -28,6 +30,7 @@ __all__ = [
     "State",
     "Tokenizer",
     "build",
+    "kernel_record",
     "load",
     "whole_pieces",
 ]

@@ -15,11 +15,12 @@ from nemoc.ir.op import Op
 from nemoc.ir.parser import parse
 from nemoc.ir.printer import print_graph
 from nemoc.runtime.backend import Backend
+from nemoc.runtime.cpu import LIBRARY, CpuBackend
 from nemoc.runtime.executable import Executable
 from nemoc.runtime.files import replacing_directory
 from nemoc.runtime.machine import Machine
 from nemoc.runtime.manifest import MANIFEST, WEIGHTS, FileRecord, Manifest, read_manifest
-from nemoc.runtime.program import DECODE, PREFILL, Bounds, Generation
+from nemoc.runtime.program import DECODE, PREFILL, Bounds, Generation, Program
 from nemoc.runtime.reference import ReferenceBackend
 from nemoc.runtime.state import LENGTHS
 from nemoc.runtime.store import Verify, is_artifact, new_file, open_weights, write_content
@@ -131,25 +132,29 @@ def load(
     weights = open_weights(
         folder, manifest, resident, verify, lambda done: progress("check weights", done, total)
     )
-    backend = _backend(folder, manifest, weights, threads, extra_ops)
-    return Executable(manifest.program(str(folder)), backend, folder)
+    program = manifest.program(str(folder))
+    backend = _backend(folder, manifest, program, weights, threads, extra_ops)
+    return Executable(program, backend, folder)
 
 
 def _backend(
     folder: Path,
     manifest: Manifest,
+    program: Program,
     weights: PackedWeights,
     threads: int | None,
     extra_ops: tuple[type[Op], ...],
 ) -> Backend:
-    kind = manifest.target.partition(":")[0]
+    kind = program.target.partition(":")[0]
     if kind == "reference":
         functions = {
             name: parse((folder / file).read_text("utf-8"), str(folder / file), extra_ops)
             for name, file in manifest.graphs.items()
         }
         return ReferenceBackend(functions, weights)
-    raise NemocError(f"{folder}: target {manifest.target!r} cannot be run by this nemoc")
+    if kind == "cpu":
+        return CpuBackend(folder / LIBRARY, manifest.kernels, program, weights, threads)
+    raise NemocError(f"{folder}: target {program.target!r} cannot be run by this nemoc")
 
 
 def _check(contents: Contents) -> int:

@@ -1,5 +1,6 @@
 """What a machine must offer to run a library: its architecture and instruction-set extensions."""
 
+import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
@@ -85,3 +86,22 @@ def _cpuinfo() -> list[str]:
         return []
     match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     return match[1].split() if match else []
+
+
+def core_count() -> int:
+    """How many cores this process may use; threads that share a core count once."""
+    cores = set()
+    for processor in usable_processors():
+        siblings = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            cores.add(str(processor))
+    return len(cores)
+
+
+def usable_processors() -> list[int]:
+    """Numbers of the processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

@@ -184,6 +184,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _from_json(data: Mapping[str, Any]) -> Manifest:
+    for name in ("target", "weights_header"):
+        _expect(name, data[name], str)
+    for name in ("model", "graphs", "kernels", "tools", "files"):
+        _expect(name, data[name], dict)
+    _expect("vocab", data["vocab"], int)
+    for name, record in data["files"].items():
+        _expect(f"size of {name}", record["size"], int)
     generation = data["generation"]
     return Manifest(
         target=data["target"],
@@ -202,6 +209,11 @@ def _from_json(data: Mapping[str, Any]) -> Manifest:
         weights_header=data["weights_header"],
         files={name: FileRecord(**record) for name, record in data["files"].items()},
     )
+
+
+def _expect(name: str, value: Any, kind: type) -> None:
+    if type(value) is not kind:
+        raise TypeError(f"{name} is {value!r}")
 
 
 def _seal(data: Mapping[str, Any]) -> str:

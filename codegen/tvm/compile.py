@@ -2,11 +2,11 @@
 
 import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemoc.codegen.lower import Program, corner_sizes, lower_program
+from nemoc.codegen.lower import Program, lower_program
 from nemoc.codegen.storage import Layout
 from nemoc.codegen.tvm.build import build_library
 from nemoc.codegen.tvm.emit import emit
@@ -31,20 +31,22 @@ class Compiled:
 
 
 def compile_program(
-    graphs: Mapping[str, Graph], weights: Layout, bounds: Mapping[str, int], target: CpuTarget
+    graphs: Mapping[str, Graph],
+    weights: Layout,
+    corners: Sequence[Mapping[str, int]],
+    target: CpuTarget,
 ) -> Compiled:
     """Compile step functions into one library.
 
     Args:
         graphs: the graph of each function by exported name; parameters are stored weights.
         weights: where the weights lie.
-        bounds: the most rows `B`, the most new tokens of all rows together `L`, the largest cache capacity `C`.
+        corners: sizes of B, L and C at which scratch is largest (`nemoc.codegen.lower.corner_sizes`).
         target: the CPU to compile for.
 
     Raises:
         NemocError: an op has no kernel, or the library cannot be linked here.
     """
-    corners = corner_sizes(bounds["B"], bounds["L"], bounds["C"])
     program = lower_program(graphs, weights, corners, functools.partial(emit, target=target))
     source = module_source(program.functions)
     with tempfile.TemporaryDirectory(prefix="nemoc-") as folder:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from nemoc.codegen.plan import Arg, Plan, Site, Stage, View
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.vmath import VectorMath
-from nemoc.codegen.tvm.writer import COMPUTE_NAMES, KernelWriter, lanes_of, size_text
+from nemoc.codegen.tvm.writer import COMPUTE_NAMES, KernelWriter, lanes_of, size_text, tir_name
 from nemoc.ir.dims import Dim, ceil_div, dim, product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.op import Op
@@ -73,21 +73,30 @@ class _Body:
     views: list[View]
     lead: list[str]
 
+    @property
+    def _raw(self) -> bool:
+        """Whether the op copies: elements then keep their bits."""
+        types = {v.dtype for v in self.views}
+        return isinstance(self.site.op, ops.Cast) and len(types) == 1
+
     def write(self, at: str, lanes: int) -> None:
+        """The statements for the `lanes` elements from `at` on."""
         loaded = [
             self._load(n, v, at, lanes) for n, v in zip(self.names[:-1], self.views, strict=False)
         ]
         value = self.formula(VectorMath(self.writer, lanes), self.site, loaded)
-        self.writer.store(self.names[-1], ", ".join([*self.lead, at]), value, lanes)
+        self.writer.store(self.names[-1], ", ".join([*self.lead, at]), value, lanes, self._raw)
 
     def _load(self, name: str, view: View, at: str, lanes: int) -> str:
         if lanes > 1 and view.strides[-1] == 0:
-            one = self.writer.load(name, ", ".join([*self.lead, "0"]))
+            one = self.writer.load(name, ", ".join([*self.lead, "0"]), raw=self._raw)
             return self._hold(view, f"T.Broadcast({one}, {lanes})", lanes)
-        return self._hold(view, self.writer.load(name, ", ".join([*self.lead, at]), lanes), lanes)
+        loaded = self.writer.load(name, ", ".join([*self.lead, at]), lanes, self._raw)
+        return self._hold(view, loaded, lanes)
 
     def _hold(self, view: View, expression: str, lanes: int) -> str:
-        return self.writer.value("v", expression, lanes, COMPUTE_NAMES[view.dtype])
+        kind = tir_name(view.dtype) if self._raw else COMPUTE_NAMES[view.dtype]
+        return self.writer.value("v", expression, lanes, kind)
 
 
 def merge_axes(views: list[View]) -> list[View]:
@@ -134,6 +143,13 @@ def _gelu(math: VectorMath, site: Site, x: Sequence[str]) -> str:
     return math.gelu_tanh(x[0]) if site.op.tanh else math.gelu(x[0])
 
 
+def _floor_div(math: VectorMath, site: Site, x: Sequence[str]) -> str:
+    assert isinstance(site.op, ops.FloorDiv)
+    kind = COMPUTE_NAMES[site.operands[0].dtype]
+    divisor = f"T.{kind}({site.op.divisor})"
+    return f"T.floordiv({x[0]}, {divisor if math.lanes == 1 else f'T.Broadcast({divisor}, {math.lanes})'})"
+
+
 def _scale(math: VectorMath, site: Site, x: Sequence[str]) -> str:
     assert isinstance(site.op, ops.Scale)
     return f"{x[0]} * {math.const(site.op.factor)}"
@@ -152,6 +168,7 @@ FORMULAS: dict[type[Op], Formula] = {
     ops.Sigmoid: lambda m, _, x: m.sigmoid(x[0]),
     ops.Silu: lambda m, _, x: m.silu(x[0]),
     ops.Tanh: lambda m, _, x: m.tanh(x[0]),
+    ops.FloorDiv: _floor_div,
     ops.Gelu: _gelu,
     ops.Softplus: lambda m, _, x: m.softplus(x[0]),
     ops.Scale: _scale,

@@ -3,19 +3,61 @@
 from collections.abc import Callable
 
 from nemoc.codegen.plan import Plan, Site
+from nemoc.codegen.tvm.attention import emit_attention
+from nemoc.codegen.tvm.cache import emit_cache_write
+from nemoc.codegen.tvm.conv import emit_causal_conv
 from nemoc.codegen.tvm.elementwise import FORMULAS, emit_elementwise
+from nemoc.codegen.tvm.gather import emit_take_along, emit_take_last, emit_take_rows
 from nemoc.codegen.tvm.linear import emit_grouped_linear, emit_linear
+from nemoc.codegen.tvm.norm import emit_rms_norm
+from nemoc.codegen.tvm.routing import emit_group_by, emit_group_limit, emit_top_k
+from nemoc.codegen.tvm.scan import emit_ssd_scan
+from nemoc.codegen.tvm.shape import emit_concat, emit_full, emit_sum, emit_view
 from nemoc.codegen.tvm.target import CpuTarget
+from nemoc.codegen.tvm.update import emit_ssd_update
 from nemoc.ir.errors import NemocError
 from nemoc.ir.op import Op
+from nemoc.ir.ops.attention import Attention, CacheWrite
 from nemoc.ir.ops.linear import GroupedLinear, Linear
+from nemoc.ir.ops.mamba import CausalConv, SsdScan, SsdUpdate
+from nemoc.ir.ops.norm import RmsNorm
+from nemoc.ir.ops.routing import GroupBy, GroupLimit, TopK
+from nemoc.ir.ops.shape import (
+    Concat,
+    Full,
+    Permute,
+    Reshape,
+    Slice,
+    Sum,
+    TakeAlong,
+    TakeLast,
+    TakeRows,
+)
 
 Emitter = Callable[[Site, CpuTarget], Plan]
 
 EMITTERS: dict[type[Op], Emitter] = {
     **dict.fromkeys(FORMULAS, emit_elementwise),
+    Full: emit_full,
+    Reshape: emit_view,
+    Permute: emit_view,
+    Slice: emit_view,
+    Concat: emit_concat,
+    Sum: emit_sum,
+    TakeRows: emit_take_rows,
+    TakeAlong: emit_take_along,
+    TakeLast: emit_take_last,
+    RmsNorm: emit_rms_norm,
+    GroupLimit: emit_group_limit,
+    TopK: emit_top_k,
+    GroupBy: emit_group_by,
     Linear: emit_linear,
     GroupedLinear: emit_grouped_linear,
+    CausalConv: emit_causal_conv,
+    SsdScan: emit_ssd_scan,
+    SsdUpdate: emit_ssd_update,
+    CacheWrite: emit_cache_write,
+    Attention: emit_attention,
 }
 """Every op that the CPU backend has kernels for."""
 

@@ -93,14 +93,14 @@ class Flash:
             count = w.let("count", f"T.min({KEYS}, {end} - {key})")
             groups = w.let("groups", f"({count} + {self._deep - 1}) // {self._deep}")
             self._fill(k, key, count, groups)
-            self._score(key, groups)
+            self._score(key, groups, v)
             self._exponentiate(groups)
             self._fill(v, key, count, groups)
             whole = self.width // self._deep
             with w.loop("i", whole) as i:
-                self._weigh(f"{i} * {self._deep}", self._deep, groups)
+                self._weigh(f"{i} * {self._deep}", self._deep, groups, key, k)
             if self.width % self._deep:
-                self._weigh(str(whole * self._deep), self.width % self._deep, groups)
+                self._weigh(str(whole * self._deep), self.width % self._deep, groups, key, k)
 
     def store_result(self, result: Arg) -> None:
         """y = o / l of the rows that are tokens."""
@@ -144,7 +144,7 @@ class Flash:
                         zero = VectorMath(w, lanes).const(0.0)
                         w.line(f"{self._tile}[{at}] = {w.load(source, index, lanes) if filled else zero}")
 
-    def _score(self, key: str, groups: str) -> None:
+    def _score(self, key: str, groups: str, ahead: str) -> None:
         """Masked scores into p, their maxima and m into top."""
         w, lanes, vectors = self.writer, self.lanes, self._vectors
         for m in range(vectors):
@@ -154,6 +154,7 @@ class Flash:
             with w.loop("j", self._deep * vectors, "T.unroll") as j:
                 w.line(f"{acc}[{j}] = {self._math.const(0.0)}")
             with w.loop("d", self.width) as d:
+                self._prefetch(ahead, key, f"{group} * {self._deep}", d)
                 q = self._vector_row(self._queries, d)
                 with w.loop("j", self._deep, "T.unroll") as j:
                     element = f"{self._tile}[({group} * {self._deep} + {j}) * {self.width} + {d}]"
@@ -184,7 +185,7 @@ class Flash:
                 w.line(f"{self._p}[{at}] = {e}")
                 w.line(f"{self._l}[{m}] = {self._l}[{m}] + {e}")
 
-    def _weigh(self, first: str, deep: int, groups: str) -> None:
+    def _weigh(self, first: str, deep: int, groups: str, key: str, ahead: str) -> None:
         """o ← o · alpha + Σ v · p for `deep` of the D columns."""
         w, vectors = self.writer, self._vectors
         acc = w.local("acc", deep * vectors, self.lanes)
@@ -196,10 +197,19 @@ class Flash:
                     w.line(f"{at} = {held}" if out else f"{held} = {at} * {self._alpha}[{m}]")
             if not out:
                 with w.loop("k", f"{groups} * {self._deep}") as k:
+                    if deep == self._deep:
+                        self._prefetch(ahead, f"{key} + {KEYS}", k, first.split(" ")[0])
                     p = self._vector_row(self._p, k)
                     with w.loop("j", deep, "T.unroll") as j:
                         element = f"{self._tile}[{k} * {self.width} + {first} + {j}]"
                         self._accumulate(acc, j, element, p)
+
+    def _prefetch(self, source: str, key: str, row: str, d: str) -> None:
+        """Bring a part of a block of cached rows nearer, while another block is worked on."""
+        w = self.writer
+        at = w.let("at", f"{d} * {self._deep}")
+        index = f"{self.batch}, {key} + {row} + {at} // {self.width}, {self.head}, {at} % {self.width}"
+        w.line(f'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of({source}[{index}]), 0, 3, 1))')
 
     def _accumulate(self, acc: str, j: str, element: str, vectors: list[str]) -> None:
         for m, vector in enumerate(vectors):

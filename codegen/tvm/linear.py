@@ -200,7 +200,7 @@ class _Product:
         with writer.loop("i", chains * rows * wide, "T.unroll") as i:
             writer.line(f"{acc}[{i}] = T.Broadcast(T.float32(0), {lanes})")
 
-        def step(k: str, chain: int) -> None:
+        def step(k: str, chain: str) -> None:
             if rows < self.high:
                 self._prefetch(f"{at}, {k}, 0")
             with writer.loop("v", wide, "T.unroll") as v:
@@ -210,18 +210,23 @@ class _Product:
                 x = writer.load(self.x, f"{first} + {i}, {k}")
                 xs = writer.value("xs", f"T.Broadcast({x}, {lanes})", lanes)
                 with writer.loop("v", wide, "T.unroll") as v:
-                    sum_ = f"{acc}[{chain * rows * wide} + {i} * {wide} + {v}]"
+                    sum_ = f"{acc}[({chain} * {rows} + {i}) * {wide} + {v}]"
                     writer.line(f"{sum_} = {sum_} + {weights}[{v}] * {xs}")
 
-        with writer.loop("k", self.k // unroll) as k:
-            for u in range(unroll):
-                step(f"{k} * {unroll} + {u}", u % chains)
-        for u in range(self.k % unroll):
-            step(str(self.k - self.k % unroll + u), u)
-        for chain in range(1, chains):
-            with writer.loop("i", rows * wide, "T.unroll") as i:
-                other = f"{acc}[{chain * rows * wide} + {i}]"
-                writer.line(f"{acc}[{i}] = {acc}[{i}] + {other}")
+        with (
+            writer.loop("k", self.k // unroll) as k,
+            writer.loop("u", unroll, "T.unroll") as u,
+        ):
+            step(f"{k} * {unroll} + {u}", u if chains > 1 else "0")
+        if self.k % unroll:
+            with writer.loop("u", self.k % unroll, "T.unroll") as u:
+                step(f"{self.k - self.k % unroll} + {u}", u if chains > 1 else "0")
+        with (
+            writer.loop("c", chains - 1, "T.unroll") as c,
+            writer.loop("i", rows * wide, "T.unroll") as i,
+        ):
+            other = f"{acc}[({c} + 1) * {rows * wide} + {i}]"
+            writer.line(f"{acc}[{i}] = {acc}[{i}] + {other}")
         self._store(acc, rows, wide, first, panel, column)
 
     def _prefetch(self, index: str) -> None:

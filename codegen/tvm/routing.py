@@ -39,14 +39,14 @@ def emit_top_k(site: Site, target: CpuTarget) -> Plan:
         writer.line(f"{keys}[{i}] = {_TAKEN}")
     with writer.loop("j", op.k) as j:
         best = writer.value("best", _at(keys, "0", lanes), lanes, "int32")
-        where = writer.value("where", f"T.Ramp(0, 1, {lanes})", lanes, "int32")
+        block = writer.value("block", f"T.Broadcast(0, {lanes})", lanes, "int32")
         with writer.loop("b", f"{padded // lanes - 1}") as b:
             start = writer.let("start", f"({b} + 1) * {lanes}")
             key = writer.value("key", _at(keys, start, lanes), lanes, "int32")
-            here = f"T.Ramp({start}, 1, {lanes})"
-            writer.line(f"{where} = T.Select({key} > {best}, {here}, {where})")
+            here = f"T.Broadcast({start}, {lanes})"
+            writer.line(f"{block} = T.Select({key} > {best}, {here}, {block})")
             writer.line(f"{best} = T.max({best}, {key})")
-        chosen = _first_of_largest(writer, best, where, lanes)
+        chosen = _first_of_largest(writer, best, f"({block} + T.Ramp(0, 1, {lanes}))", lanes)
         writer.store(y, f"task, {j}", chosen)
         writer.line(f"{keys}[{chosen}] = {_TAKEN}")
     return Plan((writer.finish(rows),))
@@ -142,12 +142,12 @@ def _ordered(writer: KernelWriter, x: str, lanes: int) -> str:
     return f"T.Select({x} == {constant(0.0, DType.F32, lanes)}, {zero}, {flipped})"
 
 
-def _first_of_largest(writer: KernelWriter, best: str, where: str, lanes: int) -> str:
-    """Of the lanes with the largest key, the lowest index: the largest of (key, −1 − index) as int64, by halves."""
+def _first_of_largest(writer: KernelWriter, best: str, index: str, lanes: int) -> str:
+    """Of the lanes with the largest key the lowest index: the largest int64 of (key, 2³¹ − 1 − index), by halves."""
     wide = lanes_of("int64", lanes)
     key = f'T.shift_left(T.Cast("{wide}", {best}), T.int64(32))'
     name = writer.value(
-        "pair", f'{key} + T.Cast("{wide}", T.int32(2147483647) - {where})', lanes, "int64"
+        "pair", f'{key} + T.Cast("{wide}", T.int32(2147483647) - {index})', lanes, "int64"
     )
     while lanes > 2:
         lanes //= 2
@@ -157,5 +157,5 @@ def _first_of_largest(writer: KernelWriter, best: str, where: str, lanes: int) -
         writer.line(f"{half}[0] = T.max({low}, {high})")
         name = f"{half}[0]"
     largest = f"T.max(T.Shuffle([{name}], [0]), T.Shuffle([{name}], [1]))"
-    index = f'T.int32(2147483647) - T.Cast("int32", T.bitwise_and({largest}, T.int64(2147483647)))'
-    return writer.value("chosen", index, 1, "int32")
+    chosen = f'T.int32(2147483647) - T.Cast("int32", T.bitwise_and({largest}, T.int64(2147483647)))'
+    return writer.value("chosen", chosen, 1, "int32")

@@ -157,16 +157,19 @@ class KernelWriter:
         self._views[name] = view
         return name
 
-    def load(self, buffer: str, index: str, lanes: int = 1) -> str:
+    def load(self, buffer: str, index: str, lanes: int = 1, raw: bool = False) -> str:
         """The elements at an index as an expression in the compute type (bf16 and f16 as f32).
 
         Args:
             buffer: a name that `buffer` returned.
             index: the index text, axes separated by commas; with lanes, of the first element.
             lanes: elements along the last axis, whose stride must then be 1.
+            raw: the elements as stored, in the type that `tir_name` gives.
         """
         dtype = self._views[buffer].dtype
         element = f"{buffer}[{_ramp(index, lanes)}]"
+        if raw:
+            return element
         if dtype == DType.BF16:
             wide = f'T.Cast("{lanes_of("uint32", lanes)}", {element})'
             return (
@@ -176,11 +179,16 @@ class KernelWriter:
             return f'T.Cast("{lanes_of("float32", lanes)}", {element})'
         return element
 
-    def store(self, buffer: str, index: str, value: str, lanes: int = 1) -> None:
-        """Store an expression of the compute type, rounding to nearest even where storage is narrower."""
+    def store(self, buffer: str, index: str, value: str, lanes: int = 1, raw: bool = False) -> None:
+        """Store an expression of the compute type, rounding to nearest even where storage is narrower.
+
+        With `raw` the expression has the type that elements are stored in, and goes there as it is.
+        """
         dtype = self._views[buffer].dtype
         target = f"{buffer}[{_ramp(index, lanes)}]"
-        if dtype == DType.BF16:
+        if raw:
+            pass
+        elif dtype == DType.BF16:
             value = self._to_bf16(value, lanes)
         elif dtype == DType.F16:
             value = f'T.Cast("{lanes_of("float16", lanes)}", {value})'

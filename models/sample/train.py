@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from nemoc.models.config import ModelConfig
-from nemoc.models.reference import NemotronH, Router
+from nemoc.models.mixers import Router
+from nemoc.models.reference import NemotronH
 from nemoc.models.sample import CHECKPOINT, corpus
 from nemoc.models.sample.export import export
 from nemoc.models.sample.optimizer import optimizers

@@ -21,12 +21,6 @@ def _reshape_of_reshape(op: Op, rewriter: Rewriter) -> Replacement:
     return rewriter(Reshape(inner.x, op.shape)) if isinstance(inner, Reshape) else None
 
 
-def _permute_in_order(op: Op, rewriter: Rewriter) -> Replacement:
-    """permute(x, 0 1 2 …) = x"""
-    assert isinstance(op, Permute)
-    return op.x if op.axes == tuple(range(len(op.axes))) else None
-
-
 def _permute_of_permute(op: Op, rewriter: Rewriter) -> Replacement:
     """permute(permute(x, p), q) = permute(x, p ∘ q)"""
     assert isinstance(op, Permute)
@@ -37,7 +31,7 @@ def _permute_of_permute(op: Op, rewriter: Rewriter) -> Replacement:
 
 
 def _permute_of_unit_axes(op: Op, rewriter: Rewriter) -> Replacement:
-    """permute(x, p) = reshape(x, its shape) where p moves axes of size 1 only"""
+    """permute(x, p) = reshape(x, its shape) where p moves axes of size 1 only, or none"""
     assert isinstance(op, Permute)
     moved = [a for a in op.axes if op.x.shape[a] != 1]
     if moved != sorted(moved):
@@ -110,7 +104,6 @@ def _only(operands: tuple[Value, ...]) -> Value:
 RULES = (
     Rule("reshape-to-same-shape", Reshape, _reshape_to_same_shape),
     Rule("reshape-of-reshape", Reshape, _reshape_of_reshape),
-    Rule("permute-in-order", Permute, _permute_in_order),
     Rule("permute-of-permute", Permute, _permute_of_permute),
     Rule("permute-of-unit-axes", Permute, _permute_of_unit_axes),
     Rule("slice-of-everything", Slice, _slice_of_everything),

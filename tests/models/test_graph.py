@@ -82,7 +82,7 @@ def _first_of_each_kind(config: ModelConfig) -> ModelConfig:
 @pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
 def test_every_preset_verifies_and_survives_its_text(name: str, dtype: DType) -> None:
     for logits in ("last", "all"):
-        graph = build_step(_first_of_each_kind(preset(name)), dtype=dtype, logits=logits)  # type: ignore[arg-type]
+        graph = build_step(_first_of_each_kind(preset(name)), dtype=dtype, logits=logits)
         verify(graph)
         assert parse(print_graph(graph)) == graph
 
@@ -178,6 +178,21 @@ def test_last_logits_are_those_of_each_rows_last_real_token() -> None:
     last = Stepper(model, 3, 8, graph=model.build_step())(tokens, valid)
     expected = every[torch.arange(3), torch.tensor(valid) - 1]
     assert relative_error(last, expected) < 1e-6
+
+
+def test_a_row_without_new_tokens_keeps_its_state() -> None:
+    model = _model(SMALL)
+    tokens = torch.randint(0, 61, (2, 5))
+    step = Stepper(model, 2, 12)
+    step(tokens)
+    before = step.states
+    step(tokens[:, :3], [3, 0])
+    assert step.states["lengths"].tolist() == [8, 5]
+    for name, state in step.states.items():
+        if name == "lengths":
+            continue
+        real = slice(5) if name.endswith((".k", ".v")) else slice(None)
+        assert torch.equal(state[1, real], before[name][1, real]), name
 
 
 def _changes(draw: st.DrawFn) -> Mapping[str, Any]:

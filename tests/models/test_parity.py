@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemoc.ir import DType
-from nemoc.models import Model, open_model
+from nemoc.models import Model, open_model, preset
 from support.checkpoints import VARIANTS, unusual_model, write_checkpoint
 from support.stepping import Stepper, relative_error
 
@@ -122,3 +122,17 @@ def test_bf16_compute_rounds_no_more_than_transformers_in_bf16(tmp_path: Path) -
     assert 1e-4 < relative_error(found, exact) < 1.2 * relative_error(theirs, exact)
     unrounded = Stepper(model, 2, CAPACITY, graph=graph, float64=True)(tokens)
     assert relative_error(unrounded, exact) < BOUND
+
+
+@pytest.mark.slow
+def test_layers_of_real_width_equal_transformers_over_several_chunks(tmp_path: Path) -> None:
+    shape = preset("mid").to_dict()
+    del shape["dtype"]
+    shape |= {"vocab_size": 97, "layers_block_type": None, "hybrid_override_pattern": "ME*E"}
+    shape |= {"moe_latent_size": 256, "n_group": 8, "topk_group": 4, "num_hidden_layers": 4}
+    reference = write_checkpoint(tmp_path, seed=43, dtype=torch.bfloat16, **shape)
+    model = open_model(tmp_path)
+    tokens = _tokens(2, 300)
+    step = Stepper(model, 2, 320)
+    found = torch.cat([step(tokens[:, :170]), step(tokens[:, 170:])], 1)
+    assert relative_error(found, reference(tokens).logits) < BOUND

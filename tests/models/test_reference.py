@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nemoc.models.config import ModelConfig
-from nemoc.models.reference import Cache, NemotronH, chunked_scan, from_disk, to_disk
+from nemoc.models.mixers import MambaState, chunked_scan
+from nemoc.models.reference import Cache, NemotronH, from_disk, to_disk
 from support.checkpoints import VARIANTS, unusual_model, write_checkpoint
 
 VOCAB = 97
@@ -114,7 +115,7 @@ def test_gradients_equal_transformers() -> None:
 
 @torch.no_grad()
 def test_tiny_steps_are_not_clamped() -> None:
-    theirs, ours = both("base")
+    _, ours = both("base")
     for name, value in ours.named_parameters():
         if name.endswith("dt_bias"):
             value.fill_(-14.0)
@@ -122,10 +123,11 @@ def test_tiny_steps_are_not_clamped() -> None:
     ours(ids, prefill)
     for at in range(12):
         ours(ids[:, at : at + 1], decode)
-    state, stepped = prefill.layers[0].ssm, decode.layers[0].ssm  # type: ignore[union-attr]
-    assert error(state, stepped) < BOUND
+    whole, stepped = prefill.layers[0], decode.layers[0]
+    assert isinstance(whole, MambaState) and isinstance(stepped, MambaState)
+    assert error(whole.ssm, stepped.ssm) < BOUND
     # Clamped to 0.001, steps would be a thousand times larger than softplus(-14 ± 2).
-    assert float(state.abs().max()) < 1e-3
+    assert float(whole.ssm.abs().max()) < 1e-3
 
 
 @torch.no_grad()

@@ -112,14 +112,22 @@ def with_id(value: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("ids", "lengths", "message"),
     [
-        (with_id(97), None, "ids: row 1, position 2: token id 97 is out of range, the vocabulary has 97"),
+        (
+            with_id(97),
+            None,
+            "ids: row 1, position 2: token id 97 is out of range, the vocabulary has 97",
+        ),
         (with_id(-1), None, "ids: row 1, position 2: token id -1 is out of range"),
         (prompts(1, 4), None, "ids has 1 rows, the state has 2"),
         (prompts(2, 4).int(), None, "ids is int32 [2, 4], expected int64 [B, L]"),
         (prompts(2, 4)[0], None, "ids is int64 [4], expected int64 [B, L]"),
         (prompts(2, 0), None, "ids is int64 [2, 0], expected int64 [B, L], not empty"),
         ([[1, 2]], None, "ids is a list, expected an int64 tensor [B, L]"),
-        (prompts(2, 21), None, "row 0: 0 tokens so far and 21 more exceed the state's capacity of 20"),
+        (
+            prompts(2, 21),
+            None,
+            "row 0: 0 tokens so far and 21 more exceed the state's capacity of 20",
+        ),
         (prompts(2, 4), torch.tensor([4, 5]), "lengths: row 1 is 5, expected 1 to 4"),
         (prompts(2, 4), torch.tensor([0, 4]), "lengths: row 0 is 0, expected 1 to 4"),
         (prompts(2, 4), torch.tensor([4]), "lengths has 1 rows, ids has 2"),

@@ -79,9 +79,17 @@ def test_states_of_other_models_and_damaged_files_are_refused(
     [
         ({}, {"nemoc.state": None}, "holds no state of nemoc"),
         ({}, {"batch": "two"}, "batch is 'two', expected a positive integer"),
-        ({}, {"capacity": "11"}, r"layers.2.k is .* \[2, 10, 2, 14\], expected .* \[2, 11, 2, 14\]"),
+        (
+            {},
+            {"capacity": "11"},
+            r"layers.2.k is .* \[2, 10, 2, 14\], expected .* \[2, 11, 2, 14\]",
+        ),
         ({"layers.0.ssm": None}, {}, "the tensor layers.0.ssm is missing"),
-        ({"lengths": torch.tensor([11, 1]).int()}, {}, r"lengths \[11, 1\] exceed the capacity of 10"),
+        (
+            {"lengths": torch.tensor([11, 1]).int()},
+            {},
+            r"lengths \[11, 1\] exceed the capacity of 10",
+        ),
         ({"lengths": torch.tensor([3, 1])}, {}, "lengths is torch.int64"),
     ],
 )

@@ -1,11 +1,14 @@
 """Small checkpoints with unusual values, made and written by transformers."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
+
+from nemoc.models import ModelConfig, build_step
 
 BASE: dict[str, Any] = {
     "vocab_size": 97,
@@ -106,3 +109,30 @@ def write_checkpoint(
     model.config.dtype = dtype
     model.to(dtype).save_pretrained(directory, max_shard_size=shard)
     return model.float()
+
+
+def write_zeros(directory: Path, config: ModelConfig) -> None:
+    """A checkpoint of zeros, of any size: the file is sparse and takes no room on disk.
+
+    Experts are stored one by one, in the type that the configuration names.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for param in build_step(config).params:
+        stem, _, projection = param.name.rpartition(".")
+        name = param.name if param.name.startswith("lm_head.") else f"backbone.{param.name}"
+        shape = [int(n) for n in param.shape]
+        names = [name]
+        if stem.endswith(".experts"):
+            names = [f"backbone.{stem}.{i}.{projection}.weight" for i in range(shape[0])]
+            shape = shape[1:]
+        size = math.prod(shape) * param.dtype.bytes
+        for each in names:
+            dtype = param.dtype.value.upper()
+            header[each] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+    text = json.dumps(header).encode()
+    (directory / "config.json").write_text(json.dumps(config.to_dict()))
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)

@@ -1,51 +1,32 @@
-"""Running generated kernels in tests: several sites compiled into one module, on guarded and poisoned memory.
+"""Kernels against their ops in tests, on the guarded and poisoned memory of `nemoc.codegen.tvm.harness`.
 
-    suite = KernelSuite()
-    norm = suite.add(Site.dense(RmsNorm(x, w, 1e-5)), emit_rms_norm)      # at the top of a test file
-    ...
-    norm.check({"B": 2, "L": 7}, x_tensor, w_tensor, tolerance=1e-6)      # in a test, against op.evaluate
-
-Tensors are given and returned by value; how they lie in memory follows the site's views. Every buffer begins off any
-vector boundary, has guard zones around it, and starts as bytes of 0xFF: NaN as floats, -1 as integers. After a run the
-operands, the gaps between strided elements and the guards must be what they were.
+suite = KernelSuite()
+norm = suite.add(Site.dense(RmsNorm(x, w, 1e-5)), emit_rms_norm)      # at the top of a test file
+...
+norm.check({"B": 2, "L": 7}, x_tensor, w_tensor, tolerance=1e-6)      # in a test, against op.evaluate
 """
 
-import ctypes
-import functools
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from unittest import mock
+from collections.abc import Mapping, Sequence
 
 import torch
-import tvm
-import tvm_ffi
 
-from nemoc.codegen.plan import Address, Arg, Launch, Plan, Site, StepFunction, View
-from nemoc.codegen.tvm.build import build_library
-from nemoc.codegen.tvm.step import module_source
-from nemoc.codegen.tvm.target import CpuTarget, cpu_target
-from nemoc.ir.dims import Dim, evaluate_dim
+from nemoc.codegen.plan import Site
+from nemoc.codegen.tvm import harness
+from nemoc.codegen.tvm.harness import Emitter
+from nemoc.ir.dims import Dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.op import Env
 from nemoc.ir.region import evaluate_op
 from nemoc.ir.types import TensorType, Value
 
-Emitter = Callable[[Site, CpuTarget], Plan]
-
-_GUARD = 256
-"""Bytes before and behind each tensor."""
-
-_POISON = 0xFF
-
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖ in float64; infinite where either is not finite."""
-    wanted = expected.double()
-    error = (found.double() - wanted).norm() / wanted.norm().clamp(min=1e-300)
+    """‖found − expected‖ / ‖expected‖ in float64 over the finite elements; infinite where the others differ."""
+    finite = expected.isfinite()
+    if not torch.equal(found[~finite].double(), expected[~finite].double()):
+        return float("inf")
+    wanted = expected[finite].double()
+    error = (found[finite].double() - wanted).norm() / wanted.norm().clamp(min=1e-300)
     return float(error) if bool(error.isfinite()) else float("inf")
 
 
@@ -54,100 +35,17 @@ def value(dtype: DType, *shape: Dim) -> Value:
     return Value("x", TensorType.of(dtype, shape))
 
 
-class KernelSuite:
-    """Sites whose plans are compiled together, when the first of them runs.
-
-    Args:
-        target: the CPU; by default the one at hand.
-    """
-
-    def __init__(self, target: CpuTarget | None = None) -> None:
-        self.target = target or cpu_target()
-        self._steps: list[StepFunction] = []
-        self._library: tvm_ffi.Module | None = None
+class KernelSuite(harness.KernelSuite):
+    """A suite whose sites check themselves."""
 
     def add(self, site: Site, emit: Emitter) -> "CompiledSite":
-        """Emit a site's plan and put it into the module.
-
-        Raises:
-            ValueError: the module is compiled already.
-        """
-        if self._library is not None:
-            raise ValueError("add every site before the first one runs")
-        plan = emit(site, self.target)
-        args = _arguments(site, plan)
-        launches = tuple(
-            Launch(stage.kernel, tuple(Address(str(a)) for a in stage.args))
-            for stage in plan.stages
-        )
-        name = f"site{len(self._steps)}"
-        self._steps.append(StepFunction(name, tuple(map(str, args)), launches))
-        return CompiledSite(self, name, site, plan)
-
-    @property
-    def source(self) -> str:
-        """The text of the module."""
-        return module_source(self._steps)
-
-    def call(self, name: str, threads: int, *args: object) -> None:
-        """Call one of the compiled functions, after compiling them if need be."""
-        if self._library is None:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "kernels.so"
-                build_library(self.source, self.target, path)
-                self._library = tvm_ffi.load_module(str(path))
-        _caller().submit(_call, self._library[name], threads, args).result()
+        """Emit a site's plan and put it into the module."""
+        compiled = super().add(site, emit)
+        return CompiledSite(compiled.suite, compiled.name, compiled.site, compiled.plan)
 
 
-@dataclass(frozen=True)
-class CompiledSite:
+class CompiledSite(harness.CompiledSite):
     """One site of a suite; `run` and `check` execute it."""
-
-    suite: KernelSuite
-    name: str
-    site: Site
-    plan: Plan
-
-    def run(
-        self,
-        sizes: Mapping[str, int],
-        *operands: torch.Tensor,
-        threads: int = 2,
-        in_place: bool = False,
-    ) -> tuple[torch.Tensor, ...]:
-        """The results for operands given by value, in the order of `op.operands()`.
-
-        Args:
-            sizes: B, L and C; those left out are 1.
-            operands: a tensor for each operand, of the shape and type that its view has.
-            threads: how many threads share the tasks: 1 or 2.
-            in_place: let results take over the operands' buffers where the plan allows it. Results that the plan
-                says must share a buffer always do.
-
-        Raises:
-            AssertionError: the kernels wrote where they must not.
-        """
-        sizes = {"B": 1, "L": 1, "C": 1} | dict(sizes)
-        buffers = {
-            Arg("operand", i): Buffer.holding(view, sizes, tensor)
-            for i, (view, tensor) in enumerate(zip(self.site.operands, operands, strict=True))
-        }
-        shared = {*self.plan.updates, *(self.plan.in_place if in_place else ())}
-        for result, operand in shared:
-            assert self.site.results[result] == self.site.operands[operand]
-            buffers[Arg("result", result)] = buffers[Arg("operand", operand)]
-        for i, view in enumerate(self.site.results):
-            buffers.setdefault(Arg("result", i), Buffer(view, sizes))
-        for i, view in enumerate(self.plan.scratch):
-            buffers[Arg("scratch", i)] = Buffer(view, sizes)
-        before = {arg: buffer.memory.clone() for arg, buffer in buffers.items()}
-        pointers = [buffers[a].pointer for a in _arguments(self.site, self.plan)]
-        self.suite.call(self.name, threads, *pointers, sizes["B"], sizes["L"], sizes["C"])
-        written = {id(b) for arg, b in buffers.items() if arg.kind != "operand"}
-        for arg, buffer in buffers.items():
-            buffer.assert_unchanged(before[arg], str(arg), gaps_only=id(buffer) in written)
-        count = len(self.site.results)
-        return tuple(buffers[Arg("result", i)].tensor.clone() for i in range(count))
 
     def check(
         self,
@@ -181,82 +79,8 @@ class CompiledSite:
                     assert f.dtype == e.dtype and torch.equal(_bits(f), _bits(e)), where
 
 
-class Buffer:
-    """Poisoned memory with a tensor of some view in the middle.
-
-    Attributes:
-        memory: all bytes, guards included.
-        tensor: the elements in the view's shape and strides.
-    """
-
-    def __init__(self, view: View, sizes: Mapping[str, int]) -> None:
-        self._view = view
-        width = view.dtype.bytes
-        offset = _GUARD + 3 * width  # elements are aligned, vectors are not
-        total = offset + evaluate_dim(view.span, sizes) + _GUARD
-        self.memory = torch.full((-(-total // width) * width,), _POISON, dtype=torch.uint8)
-        self._shape = [evaluate_dim(d, sizes) for d in view.shape]
-        self._strides = [evaluate_dim(d, sizes) for d in view.strides]
-        self._offset = offset // width
-        self.tensor = self._within(self.memory)
-
-    @classmethod
-    def holding(cls, view: View, sizes: Mapping[str, int], values: torch.Tensor) -> "Buffer":
-        """A buffer whose tensor has these values."""
-        buffer = cls(view, sizes)
-        assert values.dtype == view.dtype.torch, (values.dtype, view.dtype)
-        assert list(values.shape) == buffer._shape, (values.shape, buffer._shape)
-        once = tuple(slice(0, 1) if s == 0 else slice(None) for s in buffer._strides)
-        buffer.tensor[once] = values[once]
-        assert torch.equal(_bits(buffer.tensor), _bits(values)), "values differ along a stride of 0"
-        return buffer
-
-    @property
-    def pointer(self) -> ctypes.c_void_p:
-        """The address of the first element."""
-        return ctypes.c_void_p(self.memory.data_ptr() + self._offset * self._view.dtype.bytes)
-
-    def assert_unchanged(self, before: torch.Tensor, what: str, gaps_only: bool) -> None:
-        """Check that the memory is as before; with `gaps_only`, everywhere but in the tensor."""
-        after = self.memory.clone()
-        if gaps_only:
-            for memory in (before, after):
-                self._within(memory).view(_RAW[self._view.dtype.bytes]).zero_()
-        assert torch.equal(before, after), f"{what}: written where it must not be"
-
-    def _within(self, memory: torch.Tensor) -> torch.Tensor:
-        typed = memory.view(self._view.dtype.torch)
-        return typed.as_strided(self._shape, self._strides, self._offset)
-
-
 _RAW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(_RAW[tensor.element_size()])
-
-
-@functools.cache
-def _caller() -> ThreadPoolExecutor:
-    """The thread that calls kernels: TVM keeps a pool of workers per thread, as large as it was first made."""
-    caller = ThreadPoolExecutor(max_workers=1)
-    with mock.patch.dict(os.environ, TVM_NUM_THREADS="2"):
-        caller.submit(_configure, 2).result()
-    return caller
-
-
-def _configure(threads: int) -> None:
-    tvm.get_global_func("runtime.config_threadpool")(1, threads)
-
-
-def _call(function: Callable[..., None], threads: int, args: tuple[object, ...]) -> None:
-    _configure(threads)
-    function(*args)
-
-
-def _arguments(site: Site, plan: Plan) -> list[Arg]:
-    return [
-        *(Arg("operand", i) for i in range(len(site.operands))),
-        *(Arg("result", i) for i in range(len(site.results))),
-        *(Arg("scratch", i) for i in range(len(plan.scratch))),
-    ]

@@ -1,0 +1,33 @@
+"""Checkpoints that the benchmarks run on, written once and kept in `benchmarks/.cache/`."""
+
+import json
+from pathlib import Path
+
+import torch
+
+CACHE = Path(__file__).parent / ".cache"
+PRESETS = Path(__file__).parent.parent / "models" / "presets"
+
+
+def random_checkpoint(preset: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+    """The directory of a checkpoint of that preset with random weights, as transformers initialises and writes it.
+
+    Args:
+        preset: a preset's name; its weights, twice over in float32, have to fit into memory.
+        dtype: what the weights are stored in.
+        seed: of the weights.
+    """
+    import transformers
+
+    name = f"{preset}-{str(dtype).removeprefix('torch.')}-seed{seed}"
+    path = CACHE / name
+    if path.exists():
+        return path
+    settings = json.loads((PRESETS / f"{preset}.json").read_text())
+    config = transformers.NemotronHConfig(**settings)
+    torch.manual_seed(seed)
+    model = transformers.NemotronHForCausalLM(config).to(dtype)
+    unfinished = CACHE / f".{name}.tmp"
+    model.save_pretrained(unfinished)
+    unfinished.rename(path)
+    return path

@@ -1,0 +1,142 @@
+"""The `cpu` target: step functions in a shared library, loaded with TVM's small runtime and no compiler.
+
+A step function takes pointers to weights, state, scratch, its inputs and its output, then B, L and C. Scratch is
+allocated once; a step allocates its logits and nothing else.
+"""
+
+import ctypes
+import importlib.util
+import threading
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemoc.ir.errors import NemocError
+from nemoc.ir.graph import Graph
+from nemoc.runtime.machine import core_count, usable_processors
+from nemoc.runtime.program import PREFILL_ALL, Program
+from nemoc.runtime.state import State
+from nemoc.runtime.weights import PackedWeights
+
+LIBRARY = "kernels/step.so"
+"""The library's name within an artifact."""
+
+_SHARE_CORES = -3
+"""TVM's thread pool mode in which threads may run on any of the given cores."""
+
+
+def kernel_record(functions: Mapping[str, Graph], scratch: int) -> dict[str, Any]:
+    """What `CpuBackend` needs of the compiled functions besides the library: JSON data for the manifest.
+
+    Args:
+        functions: graphs by the name under which the library exports them.
+        scratch: bytes of scratch at the largest sizes.
+    """
+    inputs = {name: [v.name for v in graph.inputs] for name, graph in functions.items()}
+    return {"scratch": scratch, "inputs": inputs}
+
+
+class CpuBackend:
+    """Runs the step functions of a library. One step runs at a time; others wait.
+
+    Args:
+        library: the shared library.
+        record: from `kernel_record`.
+        program: what the library's functions are of.
+        weights: in the layout that the library was compiled for.
+        threads: how many share the work; None: one for each core that the process may use.
+
+    Raises:
+        NemocError: TVM's runtime is not installed, or the library cannot be loaded or lacks a function.
+    """
+
+    def __init__(
+        self,
+        library: Path,
+        record: Mapping[str, Any],
+        program: Program,
+        weights: PackedWeights,
+        threads: int | None = None,
+    ) -> None:
+        self.threads = core_count() if threads is None else threads
+        if self.threads < 1:
+            raise NemocError(f"threads is {threads}, expected at least 1")
+        self._vocab = program.vocab
+        self._inputs: Mapping[str, list[str]] = record["inputs"]
+        self._functions = _load(library, tuple(self._inputs))
+        self._weights = weights.data
+        self._scratch = torch.empty(record["scratch"], dtype=torch.uint8)
+        self._lock = threading.Lock()
+
+    def allocate(self, size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.uint8)
+
+    def run(
+        self, function: str, tokens: torch.Tensor, valid: torch.Tensor, state: State
+    ) -> torch.Tensor:
+        batch, length = tokens.shape
+        shape = (batch, length) if function == PREFILL_ALL else (batch,)
+        logits = torch.empty((*shape, self._vocab), dtype=torch.float32)
+        given = {"tokens": tokens, "valid": valid}
+        with self._lock:
+            _use_threads(self.threads)
+            self._functions[function](
+                *map(_pointer, (self._weights, state.arena, self._scratch)),
+                *(_pointer(given[name]) for name in self._inputs[function]),
+                _pointer(logits),
+                batch,
+                length,
+                state.capacity,
+            )
+        return logits
+
+
+def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _load(library: Path, names: tuple[str, ...]) -> dict[str, Callable[..., object]]:
+    ffi = _runtime()
+    try:
+        module = ffi.load_module(str(library))
+        return {name: getattr(module, name) for name in names}
+    except (RuntimeError, OSError, AttributeError) as error:
+        reason = str(error).strip().splitlines()
+        raise NemocError(
+            f"{library}: cannot be loaded: {reason[-1] if reason else error}"
+        ) from None
+
+
+@cache
+def _runtime() -> Any:
+    """`tvm_ffi`, with TVM's runtime library loaded; the package `tvm`, which has the compiler, is not imported."""
+    try:
+        import tvm_ffi  # noqa: PLC0415  (the reference target runs without it)
+    except ImportError:
+        raise _not_installed() from None
+    found = importlib.util.find_spec("tvm")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        for path in Path(folder, "lib").glob("libtvm_runtime.*"):
+            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+            return tvm_ffi
+    raise _not_installed()
+
+
+def _not_installed() -> NemocError:
+    return NemocError("the cpu target needs TVM's runtime: install nemoc[cpu] (package apache-tvm)")
+
+
+_configured = threading.local()
+"""How many threads the pool of this thread has: TVM keeps a pool for each thread that calls it."""
+
+
+def _use_threads(count: int) -> None:
+    if getattr(_configured, "count", None) == count:
+        return
+    cores = [str(p) for p in usable_processors()]
+    configure = _runtime().get_global_func("runtime.config_threadpool")
+    configure(_SHARE_CORES, count, cores)
+    _configured.count = count

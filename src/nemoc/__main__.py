@@ -1,0 +1,65 @@
+"""The command `nemoc`: runs the command line and turns errors into one line and an exit code.
+
+Exit codes: 0 all well; 1 the command ran and its answer is no (a check missed its bound); 2 bad input; 70 an error in
+nemoc itself; 130 interrupted.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from nemoc.cli import Session, nemoc
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (the process's own by default) and return its exit code."""
+    session = Session()
+    try:
+        result = nemoc.main(arguments, prog_name="nemoc", obj=session, standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, click.Abort):
+        print("nemoc: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has gone (`nemoc ir ... | head`); Python must not write to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _report(error, session)
+    return result if isinstance(result, int) else 0
+
+
+def _report(error: Exception, session: Session) -> int:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        print(error.format_message(), file=sys.stderr)
+        return 2
+    message, code = _explain(error)
+    if session.debug or os.environ.get("NEMOC_DEBUG") == "1":
+        traceback.print_exception(error)
+    print(f"nemoc: {message}", file=sys.stderr)
+    return code
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    if isinstance(error, click.ClickException):
+        return f"error: {_one_line(error.format_message())}", 2
+    from nemoc.ir.errors import NemocError  # noqa: PLC0415  (loads torch, which --help does without)
+
+    if isinstance(error, NemocError):
+        return f"error: {_one_line(str(error))}", 2
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"error: {where}{error.strerror or _one_line(str(error))}", 2
+    what = _one_line(f"{type(error).__name__}: {error}")
+    return f"internal error: {what} (--debug shows where; please report it)", 70
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""The command line: what each command takes. What it does is in `nemoc.commands`.
+
+Commands import their work when they run, so that `nemoc --help` answers at once: it loads neither torch nor a
+code generator.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from nemoc import __version__
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass
+class Session:
+    """What holds for a whole command line.
+
+    Attributes:
+        debug: show the traceback of an error.
+    """
+
+    debug: bool = False
+
+
+def _set_debug(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.find_root().obj.debug = True
+
+
+def _find_plugins_here(
+    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Let modules in the working directory be plugins; whatever is installed goes first."""
+    here = str(Path.cwd())
+    if value and here not in sys.path:
+        sys.path.append(here)
+    return value
+
+
+_debug = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_debug,
+    is_eager=True,
+    help="Show the traceback of an error.",
+)
+_target = click.option(
+    "--target",
+    metavar="TARGET",
+    help="Where the model is to run: see `nemoc targets`. Default: the best this machine can do.",
+)
+_pipeline = click.option(
+    "--pipeline",
+    metavar="TEXT",
+    help="Passes to run instead of the target's preset: see `nemoc passes`.",
+)
+_plugin = click.option(
+    "--plugin",
+    "plugins",
+    metavar="MODULE",
+    multiple=True,
+    callback=_find_plugins_here,
+    help="A module with passes of your own (its list NEMOC_PASSES). Repeatable.",
+)
+_quiet = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+_threads = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads to run on. Default: NEMOC_THREADS, else one per core.",
+)
+
+
+def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order in which help lists them."""
+
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+class _InOrder(click.Group):
+    """Lists commands in the order in which this file defines them, which is that of use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="nemoc %(version)s")
+@_debug
+def nemoc() -> None:
+    """Compile Nemotron-3-style hybrid language models: Mamba-2, mixture of experts, attention.
+
+    SOURCE is a Hugging Face directory, 'sample' (a small trained model that comes with nemoc),
+    'random:PRESET' (random weights) or, where weights are not needed, a preset or a config.json.
+    """
+
+
+@nemoc.command(short_help="Compile SOURCE into an artifact.")
+@click.argument("source")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The artifact."
+)
+@_options(_target, _pipeline, _plugin)
+@click.option("--max-batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--max-context",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Tokens that a state can hold.",
+)
+@_options(_quiet, _debug)
+def compile(source: str, output: Path, quiet: bool, **options: Any) -> None:
+    """Compile SOURCE into an artifact, a directory that loads without the compiler."""
+    from nemoc.commands import compile
+
+    compile.run(source, output, quiet, options)
+
+
+@nemoc.command(short_help="Generate text with an artifact.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="The text to continue, or the message with --chat.")
+@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0.0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token each time.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0.0, max=1.0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Sample among the likeliest tokens that make up this probability.",
+)
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
+@_options(_threads, _quiet, _debug)
+def run(artifact: Path, prompt: str, **options: Any) -> None:
+    """Generate text with a compiled model, printed as it comes."""
+    from nemoc.commands import run
+
+    run.run(artifact, prompt, **options)
+
+
+@nemoc.command(short_help="Check passes, kernels and model; a table.")
+@click.argument("source")
+@_options(_target, _pipeline, _plugin, _quiet, _debug)
+def verify(source: str, quiet: bool, **options: Any) -> int:
+    """Check each pass, each kernel and the whole model against eager PyTorch; exit 1 on a miss.
+
+    SOURCE may also be an artifact, which is then checked as it stands.
+    """
+    from nemoc.commands import verify
+
+    return verify.run(source, quiet, options)
+
+
+@nemoc.command(short_help="Measure an artifact's tokens per second.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--prefill", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--decode", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write JSON there.")
+@_options(_threads, _quiet, _debug)
+def bench(artifact: Path, **options: Any) -> None:
+    """Measure tokens per second of a compiled model, and its share of the memory's bandwidth."""
+    from nemoc.commands import bench
+
+    bench.run(artifact, **options)
+
+
+@nemoc.command(short_help="Print SOURCE's graph, or what it costs.")
+@click.argument("source")
+@click.option("--summary", is_flag=True, help="Layers, parameters, state, closed-form costs.")
+@click.option(
+    "--function",
+    type=click.Choice(["prefill", "decode"]),
+    default="prefill",
+    show_default=True,
+    help="The step over any number of tokens, or over one.",
+)
+@_options(_target, _pipeline, _plugin)
+@click.option("--print-after", metavar="PASS|all", help="Print the graph after this pass.")
+@_debug
+def ir(source: str, summary: bool, **options: Any) -> None:
+    """Print a model's graph, or what it costs. No weights are needed.
+
+    SOURCE may also be a file of IR text (NAME.ir). The graph is printed as it is built, unless
+    --pipeline names passes to run first; 'preset' stands for the target's own pipeline, which
+    --print-after runs by itself.
+    """
+    from nemoc.commands import ir
+
+    ir.run(source, summary, **options)
+
+
+@nemoc.command(short_help="List the passes, or explain one.")
+@click.argument("name", required=False)
+@_options(_plugin, _debug)
+def passes(name: str | None, plugins: tuple[str, ...]) -> None:
+    """List the passes and the pipeline of each target, or explain the pass NAME."""
+    from nemoc.commands import passes
+
+    passes.run(name, plugins)
+
+
+@nemoc.command(short_help="List the targets and what works today.")
+@_debug
+def targets() -> None:
+    """List the targets and what works on this machine today."""
+    from nemoc.commands import targets
+
+    targets.run()
+
+
+@nemoc.command(short_help="Check this machine.")
+@_debug
+def doctor() -> int:
+    """Check this machine: what nemoc needs, what it found, what to do; exit 1 if something is amiss."""
+    from nemoc.commands import doctor
+
+    return doctor.run()
+
+
+@nemoc.command(short_help="Compile, verify and run the sample model.")
+@_options(_threads, _quiet, _debug)
+def demo(threads: int | None, quiet: bool) -> int:
+    """Compile, verify and run the sample model, and compare its speed with eager PyTorch."""
+    from nemoc.commands import demo
+
+    return demo.run(threads, quiet)

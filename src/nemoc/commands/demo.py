@@ -1,0 +1,161 @@
+"""`nemoc demo`: the whole of nemoc on the model that comes with it, in a minute or two."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+
+from nemoc.autotune.measure import interleaved
+from nemoc.commands.run import continuation
+from nemoc.commands.verify import number, print_rows
+from nemoc.compiler import compile
+from nemoc.models import Model, eager_reference, open_model
+from nemoc.models.reference import Cache, NemotronH
+from nemoc.progress import Progress
+from nemoc.runtime import Executable
+from nemoc.targets import default_target
+from nemoc.terminal import (
+    GOOD,
+    count,
+    duration,
+    heading,
+    print_table,
+    progress,
+    report,
+    short,
+    verdict,
+)
+from nemoc.verification import VerifyReport, verify_model
+
+_PROMPTS = (
+    'def read_lines(path):\n    """Return the lines of a file."""\n',
+    "class Stack:\n    def __init__(self):\n",
+)
+_NEW_TOKENS = 56
+_PREFILL, _DECODE, _ROUNDS = 256, 64, 7
+
+
+def run(threads: int | None, quiet: bool) -> int:
+    """Print the report; 1 when a check missed its bound."""
+    started = time.perf_counter()
+    model, target, console = open_model("sample"), default_target(), report()
+    _print_model(console, model)
+    with progress(quiet) as show:
+        executable = _compile(console, model, target, threads, show)
+    with progress(quiet) as show:
+        found = verify_model("sample", target, progress=show)
+    _print_checks(console, found)
+    _print_texts(console, executable)
+    _print_speed(console, executable, model, threads)
+    console.print(f"\nAll of it took {duration(time.perf_counter() - started)}.")
+    return 0 if found.ok else 1
+
+
+def _print_model(console: Console, model: Model) -> None:
+    config, graph = model.config, model.build_step()
+    elements = sum(int(param.type.elements) for param in graph.params)
+    console.print("The sample model", style="bold")
+    console.print(
+        f"  {count(elements)} parameters, {len(config.layers)} layers {config.pattern} "
+        "(M Mamba-2, E experts, * attention),\n"
+        "  trained on the sources of Python's standard library"
+    )
+
+
+def _compile(
+    console: Console, model: Model, target: str, threads: int | None, show: Progress
+) -> Executable:
+    started = time.perf_counter()
+    executable = compile(model, target, threads=threads, progress=show)
+    heading(console, f"Compiled for {target} in {duration(time.perf_counter() - started)}")
+    folder = executable.folder
+    if folder is not None:
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        size = short(sum(file.stat().st_size for file in files), "B")
+        console.print(f"  an artifact of {len(files)} files, {size}; it loads without the compiler")
+    return executable
+
+
+def _print_checks(console: Console, found: VerifyReport) -> None:
+    print_rows(console, "pass", found.rows)
+    kernels = [row for row in found.rows if row.kind == "kernel"]
+    if kernels:
+        worst = max(kernels, key=lambda row: row.error / row.bound if row.bound else row.error)
+        held = verdict(all(row.ok for row in kernels)).plain
+        heading(console, "Kernels: generated code against the ops it stands for")
+        console.print(
+            f"{len(kernels)} distinct kernels, each on poisoned buffers: {held}; the worst is\n"
+            f"{worst.name}, relative error {number(worst.error)}, bound {number(worst.bound)}"
+        )
+    print_rows(console, "model", found.rows)
+
+
+def _print_texts(console: Console, executable: Executable) -> None:
+    heading(console, "What it writes (the likeliest token each time)")
+    for prompt in _PROMPTS:
+        text = continuation(executable, prompt, _NEW_TOKENS)
+        console.print()
+        console.print(_indented(prompt), end="")
+        console.print(_indented(text, first=False), style=GOOD)
+
+
+def _indented(text: str, first: bool = True) -> str:
+    indented = text.replace("\n", "\n    ")
+    return f"    {indented}" if first else indented
+
+
+def _print_speed(
+    console: Console, executable: Executable, model: Model, threads: int | None
+) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    eager = eager_reference(model)
+    ids = torch.randint(
+        0, model.config.vocab_size, (1, _PREFILL), generator=torch.Generator().manual_seed(0)
+    )
+    rows = []
+    for name, tokens, candidates in (
+        (f"prefill of {_PREFILL} tokens", _PREFILL, _prefills(executable, eager, ids)),
+        (f"decode of {_DECODE} tokens", _DECODE, _decodes(executable, eager, ids[:, :_DECODE])),
+    ):
+        times = interleaved(candidates, _ROUNDS)
+        ours, theirs = times["nemoc"], times["eager"]
+        rows.append(
+            (
+                name,
+                f"{tokens / ours.median:.0f} ± {ours.spread:.0%}",
+                f"{tokens / theirs.median:.0f} ± {theirs.spread:.0%}",
+                f"{theirs.median / ours.median:.1f}x",
+            )
+        )
+    heading(console, f"Speed in tokens/s, batch 1, {torch.get_num_threads()} threads")
+    print_table(console, ("", ">nemoc", ">eager PyTorch", ">ratio"), rows)
+    console.print(f"medians of {_ROUNDS} interleaved rounds, float32 arithmetic in both")
+
+
+def _prefills(
+    executable: Executable, eager: NemotronH, ids: torch.Tensor
+) -> dict[str, Callable[[], object]]:
+    @torch.inference_mode()
+    def theirs() -> object:
+        return eager.lm_head(eager.hidden_states(ids, Cache())[:, -1])
+
+    return {"nemoc": lambda: executable.prefill(ids, executable.new_state()), "eager": theirs}
+
+
+def _decodes(
+    executable: Executable, eager: NemotronH, ids: torch.Tensor
+) -> dict[str, Callable[[], object]]:
+    def ours() -> None:
+        state = executable.new_state()
+        for token in ids[0]:
+            executable.decode(token[None], state)
+
+    @torch.inference_mode()
+    def theirs() -> None:
+        cache = Cache()
+        for token in ids[0]:
+            eager(token[None, None], cache)
+
+    return {"nemoc": ours, "eager": theirs}

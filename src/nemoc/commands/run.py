@@ -1,0 +1,60 @@
+"""`nemoc run`: text from an artifact, printed as it comes."""
+
+import sys
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from nemoc.compiler import load
+from nemoc.ir import NemocError
+from nemoc.runtime import Executable, Tokenizer
+from nemoc.terminal import progress
+
+
+def run(
+    artifact: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    chat: bool,
+    threads: int | None,
+    quiet: bool,
+) -> None:
+    """Print the prompt and what follows it; of a chat the answer alone."""
+    with progress(quiet) as show:
+        executable = load(artifact, threads=threads, progress=show)
+    ids = _encode(executable.tokenizer, prompt, chat)
+    if not chat:
+        click.echo(prompt, nl=False)
+    started, count = time.perf_counter(), 0
+    pieces = executable.tokenizer.detokenizer()
+    for tokens in executable.stream(ids, max_new_tokens, temperature, top_p, seed):
+        click.echo(pieces.push(int(tokens[0])), nl=False)
+        count += 1
+    click.echo(pieces.finish())
+    if not quiet:
+        rate = count / (time.perf_counter() - started)
+        print(f"  {count} tokens, {rate:.0f} tokens/s with the prompt's", file=sys.stderr)
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> torch.Tensor:
+    if chat:
+        text = tokenizer.chat([{"role": "user", "content": prompt}])
+        ids = tokenizer.encode(text, special=False)
+    else:
+        ids = tokenizer.encode(prompt)
+    if not ids:
+        raise NemocError("--prompt: is empty, expected some text")
+    return torch.tensor([ids])
+
+
+def continuation(executable: Executable, prompt: str, max_new_tokens: int) -> str:
+    """The likeliest continuation of a text."""
+    ids = _encode(executable.tokenizer, prompt, chat=False)
+    tokens = executable.generate(ids, max_new_tokens)
+    return executable.tokenizer.decode(tokens[0].tolist())

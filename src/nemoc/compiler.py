@@ -1,0 +1,308 @@
+"""From a model to an executable: the one place where all the rooms meet.
+
+source --models--> graph --passes--> functions --codegen--> kernels --runtime--> artifact
+"""
+
+import functools
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemoc.codegen.lower import corner_sizes, describe
+from nemoc.codegen.storage import Weight, bind_weights, weight_layout
+from nemoc.ir import DType, Graph, NemocError, Value
+from nemoc.ir.folding import stream
+from nemoc.ir.params import ParameterSource
+from nemoc.ir.region import Folded
+from nemoc.models import Model, open_model
+from nemoc.options import read_options
+from nemoc.passes import (
+    Pass,
+    PassContext,
+    PassRun,
+    load_entry_points,
+    load_plugin,
+    parse_pipeline,
+    preset,
+    run_pipeline,
+)
+from nemoc.passes.specialize_decode import SpecializeDecode
+from nemoc.progress import Progress
+from nemoc.runtime import Bounds, Contents, Executable, Generation, Machine, build
+from nemoc.runtime import load as load_artifact
+from nemoc.runtime.cpu import LIBRARY, kernel_record
+from nemoc.runtime.weights import Pieces, plain_pieces
+from nemoc.targets import resolve_target, target_info
+
+FUNCTIONS = ("prefill", "prefill_all", "decode")
+"""What an executable can do: logits of the last of L new tokens, of all of them, of the only one."""
+
+STEP_TOKENS = 512
+"""Tokens of all rows that one prefill step takes at most; longer prompts are split."""
+
+FOLD_BYTES = 64 << 20
+"""What the computation of one slice of a folded weight may take."""
+
+Pipeline = str | Sequence[Pass] | None
+"""Text, passes, or none for the target's preset."""
+
+
+@dataclass(frozen=True)
+class Functions:
+    """A model's graphs after the passes.
+
+    Attributes:
+        model: where they come from.
+        target: the resolved target.
+        graphs: by function name.
+    """
+
+    model: Model
+    target: str
+    graphs: Mapping[str, Graph]
+
+
+def compile(
+    source: Any,
+    target: str | None = None,
+    quantize: str | None = None,
+    pipeline: Pipeline = None,
+    dtype: str | None = None,
+    max_batch: int = 1,
+    max_context: int = 4096,
+    *,
+    plugins: Iterable[str | type[Pass]] = (),
+    threads: int | None = None,
+    destination: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Executable:
+    """Compile a model into an executable.
+
+    Args:
+        source: what `nemoc.models.open_model` takes: a Hugging Face directory, "sample", "random:PRESET", a transformers
+            NemotronHForCausalLM in memory.
+        target: what to compile for; None for the best target of this machine.
+        quantize: None keeps weights as the checkpoint stores them, which is all that this version does.
+        pipeline: passes or their text, for the general step (decode prepends `specialize-decode`);
+            None for the target's preset.
+        dtype: compute type of activations and the KV cache by its IR name; None for the target's best that keeps
+            the checkpoint's precision, f32 on every target of this version.
+        max_batch: most rows of a batch.
+        max_context: most tokens of a row, prompt and generated ones together.
+        plugins: passes of the user's own that the pipeline's text may name: modules or classes.
+        threads: threads that the executable runs on; None for `NEMOC_THREADS`, else all cores.
+        destination: where to write the artifact; None for a temporary place that goes with the executable.
+        progress: told what is being done.
+
+    Raises:
+        NemocError: the source, an option or the machine does not allow it; one line.
+    """
+    if quantize is not None:
+        raise NemocError(
+            f"quantize={quantize!r}: this version keeps weights as stored, expected None"
+        )
+    bounds = Bounds(max_batch, max_context, max(STEP_TOKENS, max_batch))
+    found = functions(source, target, pipeline, dtype, plugins=plugins, progress=progress)
+    model = found.model
+    if model.parameters is None:
+        raise NemocError(
+            f"{model.name} has no weights; random:{model.name} compiles with random ones"
+        )
+    bound, weights = bind_weights(found.graphs)
+    threads = threads if threads is not None else read_options().threads
+    compiled = _generate(found.target, bound, weights, bounds, progress)
+    contents = Contents(
+        target=found.target,
+        machine=compiled.machine,
+        model=model.config.to_dict(),
+        functions=bound,
+        weights=weights,
+        pieces=_pieces(model.parameters),
+        bounds=bounds,
+        generation=Generation(
+            model.generation.eos_token_ids,
+            model.generation.bos_token_id,
+            model.generation.pad_token_id,
+        ),
+        kernels=compiled.kernels,
+        files={**compiled.files, **_tokenizer_files(model)},
+        tools=_tools(found.target),
+    )
+    place = None if destination is None else Path(destination)
+    return build(contents, place, threads=threads, progress=progress or _quiet)
+
+
+def load(
+    path: str | Path,
+    threads: int | None = None,
+    resident: bool = False,
+    progress: Progress | None = None,
+) -> Executable:
+    """Open an artifact: nothing is traced, compiled or tuned.
+
+    Args:
+        path: what `Executable.save` wrote.
+        threads: as for `compile`.
+        resident: copy the weights into memory instead of mapping the file.
+        progress: told what is being done.
+
+    Raises:
+        NemocError: a file is missing or altered, or the artifact is for another machine or version.
+    """
+    threads = threads if threads is not None else read_options().threads
+    return load_artifact(path, resident=resident, threads=threads, progress=progress or _quiet)
+
+
+def functions(
+    source: Any,
+    target: str | None = None,
+    pipeline: Pipeline = None,
+    dtype: str | None = None,
+    *,
+    plugins: Iterable[str | type[Pass]] = (),
+    which: Sequence[str] = FUNCTIONS,
+    check: Callable[[PassRun, PassContext], None] | None = None,
+    on_pass: Callable[[str, PassRun], None] | None = None,
+    progress: Progress | None = None,
+) -> Functions:
+    """A model's graphs after the passes.
+
+    Args:
+        source, target, pipeline, dtype, plugins, progress: as for `compile`.
+        which: the functions wanted.
+        check: held against every pass that changed a graph (`nemoc.passes.check`).
+        on_pass: called with the function's name after each pass.
+    """
+    name = resolve_target(target)
+    model = source if isinstance(source, Model) else open_model(source)
+    compute = _compute_type(dtype)
+    ctx = PassContext(target_info(name, read_options().threads or 1), model.parameters)
+    classes = plugin_classes(plugins)
+    graphs = {}
+    for i, function in enumerate(which):
+        if progress is not None:
+            progress("run passes", i, len(which))
+        graph = model.build_step(
+            dtype=compute, logits="all" if function == "prefill_all" else "last"
+        )
+        graphs[function] = run_pipeline(
+            graph,
+            passes_of(function, name, pipeline, classes),
+            ctx,
+            check=check,
+            on_pass=None if on_pass is None else functools.partial(on_pass, function),
+        )
+    return Functions(model, name, graphs)
+
+
+def plugin_classes(plugins: Iterable[str | type[Pass]]) -> tuple[type[Pass], ...]:
+    """Pass classes of a user's own: given ones, modules', `NEMOC_PLUGINS`', installed packages'."""
+    found = list(load_entry_points())
+    for plugin in (*read_options().plugins, *plugins):
+        found.extend(load_plugin(plugin) if isinstance(plugin, str) else (plugin,))
+    return tuple(dict.fromkeys(found))
+
+
+def passes_of(
+    function: str, target: str, pipeline: Pipeline, classes: tuple[type[Pass], ...] = ()
+) -> tuple[Pass, ...]:
+    """The passes that make one of `FUNCTIONS` from the general step."""
+    decode = function == "decode"
+    if pipeline is None:
+        return preset(target.partition(":")[0], "decode" if decode else "prefill")
+    given = parse_pipeline(pipeline, classes) if isinstance(pipeline, str) else tuple(pipeline)
+    general = tuple(p for p in given if not isinstance(p, SpecializeDecode))
+    if not decode:
+        return general
+    return given if len(general) < len(given) else (SpecializeDecode(), *given)
+
+
+def _quiet(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def _compute_type(dtype: str | None) -> DType:
+    if dtype in (None, "f32", "float32"):
+        return DType.F32
+    raise NemocError(f"dtype {dtype!r}: the targets of this version compute in f32")
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A target's code, ready for the artifact."""
+
+    machine: Machine | None = None
+    kernels: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, bytes | str] = field(default_factory=dict)
+
+
+def _generate(
+    target: str,
+    graphs: Mapping[str, Graph],
+    weights: Sequence[Weight],
+    bounds: Bounds,
+    progress: Progress | None,
+) -> _Compiled:
+    """The code of a target; none for the interpreter."""
+    if target == "reference":
+        return _Compiled()
+    from nemoc.codegen.tvm.compile import compile_program  # noqa: PLC0415  (loads tvm)
+    from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
+
+    if progress is not None:
+        progress("generate and compile kernels", 0, 0)
+    cpu = cpu_target(target)
+    corners = corner_sizes(bounds.max_batch, bounds.max_tokens, bounds.max_context)
+    compiled = compile_program(graphs, weight_layout(weights), corners, cpu)
+    machine = Machine.host() if target == "cpu" else Machine.of(cpu.architecture, cpu.features)
+    return _Compiled(
+        machine,
+        kernel_record(graphs, compiled.program.scratch_bytes),
+        {
+            LIBRARY: compiled.library,
+            "kernels/step.py": compiled.source,
+            "kernels/launches.txt": describe(compiled.program.functions),
+        },
+    )
+
+
+def _pieces(source: ParameterSource) -> Pieces:
+    """The weights' data, folded ones computed slice by slice."""
+
+    def pieces(weight: Weight) -> Iterator[torch.Tensor]:
+        if weight.body is None:
+            yield from plain_pieces(source, weight)
+            return
+        args = tuple(
+            Value(name, value.type)
+            for name, value in zip(weight.params, weight.body.inputs, strict=True)
+        )
+        yield from stream(Folded(args, weight.body), source, FOLD_BYTES, weight.result)
+
+    return pieces
+
+
+def _tokenizer_files(model: Model) -> dict[str, Path | str]:
+    """What the artifact keeps of the checkpoint's tokenizer."""
+    files: dict[str, Path | str] = {}
+    if model.tokenizer_dir is not None:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            path = model.tokenizer_dir / name
+            if path.is_file():
+                files[f"tokenizer/{name}"] = path
+        if model.chat_template is not None:
+            files["tokenizer/chat_template.jinja"] = model.chat_template
+    return files
+
+
+def _tools(target: str) -> dict[str, str]:
+    """Versions of what had a part in the artifact."""
+    packages = ["nemoc", "torch"] + (["apache-tvm"] if target != "reference" else [])
+    return {p: importlib.metadata.version(p) for p in packages} | {
+        "python": platform.python_version()
+    }

@@ -1,0 +1,108 @@
+"""How fast an executable runs here, beside what the machine's memory could deliver."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemoc.autotune.measure import interleaved, read_bandwidth
+from nemoc.ir import DType, NemocError
+from nemoc.models import ModelConfig
+from nemoc.models.summary import summarize
+from nemoc.options import read_options
+from nemoc.runtime import Executable
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Medians of repeated runs of one executable, batch 1.
+
+    Attributes:
+        prefill_tokens: tokens of the prompt.
+        decode_tokens: tokens decoded behind it in one run.
+        prefill_tokens_per_second, decode_tokens_per_second: medians.
+        prefill_spread, decode_spread: half the quartile distance relative to the median.
+        decode_bytes_per_token: weights, state and cache that a token must move at least, in bytes.
+        memory_bandwidth: bytes per second that reading memory reached in the same run.
+        threads: of the executable.
+    """
+
+    prefill_tokens: int
+    decode_tokens: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    prefill_spread: float
+    decode_spread: float
+    decode_bytes_per_token: int
+    memory_bandwidth: float
+    threads: int
+
+    @property
+    def bandwidth_share(self) -> float:
+        """Part of the memory bandwidth that decoding used, counting only bytes that it must move."""
+        return self.decode_bytes_per_token * self.decode_tokens_per_second / self.memory_bandwidth
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON data."""
+        return dataclasses.asdict(self) | {"bandwidth_share": self.bandwidth_share}
+
+
+def bench(
+    executable: Executable, prefill: int = 256, decode: int = 32, rounds: int = 5
+) -> BenchReport:
+    """Measure prefill and decode of random tokens.
+
+    Args:
+        executable: what to measure.
+        prefill: tokens of the prompt.
+        decode: tokens decoded behind the prompt in each round.
+        rounds: timed rounds; prefill and decode take turns.
+
+    Raises:
+        NemocError: the executable's context is too short for that.
+    """
+    context = executable.program.bounds.max_context
+    if prefill < 1 or decode < 1 or rounds < 1:
+        raise NemocError("bench: prefill, decode and rounds must be at least 1")
+    if prefill + decode > context:
+        raise NemocError(
+            f"bench: {prefill} + {decode} tokens, but the executable holds at most {context}"
+        )
+    vocab = executable.program.vocab
+    ids = torch.randint(0, vocab, (1, prefill), generator=torch.Generator().manual_seed(0))
+    state = executable.new_state()
+
+    def run_prefill() -> None:
+        state.reset()
+        executable.prefill(ids, state)
+
+    def run_decode() -> None:
+        token = ids[:, 0]
+        for _ in range(decode):
+            token = executable.decode(token, state).argmax(-1)
+
+    config = ModelConfig.from_dict(dict(executable.program.model), executable.program.name)
+    timings = interleaved({"prefill": run_prefill, "decode": run_decode}, rounds)
+    return BenchReport(
+        prefill_tokens=prefill,
+        decode_tokens=decode,
+        prefill_tokens_per_second=prefill / timings["prefill"].median,
+        decode_tokens_per_second=decode / timings["decode"].median,
+        prefill_spread=timings["prefill"].spread,
+        decode_spread=timings["decode"].spread,
+        decode_bytes_per_token=decode_bytes(config, prefill + decode // 2),
+        memory_bandwidth=read_bandwidth(),
+        threads=read_options().threads or torch.get_num_threads(),
+    )
+
+
+def decode_bytes(config: ModelConfig, cached: int) -> int:
+    """Bytes that decoding one token must move: its weights as stored, its state in and out, its cache.
+
+    Args:
+        config: the model.
+        cached: tokens before it.
+    """
+    work = summarize(config, DType.F32).decode.at(1, 1, cached)
+    return int(work.weights + work.state)

@@ -1,0 +1,71 @@
+"""Targets: what a user may name, and what works today."""
+
+import difflib
+import importlib.util
+import shutil
+from dataclasses import dataclass
+
+from nemoc.ir.errors import NemocError
+from nemoc.passes import TargetInfo
+
+CPU_INTERLEAVE = 32
+"""Weight rows per block on CPUs: two vectors of 16 float32, or four of 8, per step of the reduction."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One family of targets.
+
+    Attributes:
+        name: how it is written.
+        works: whether this version generates code for it.
+        description: one line.
+    """
+
+    name: str
+    works: bool
+    description: str
+
+
+TARGETS = (
+    Target("reference", True, "the interpreter in eager PyTorch; the oracle of all other targets"),
+    Target("cpu", True, "the CPU at hand, through TVM and LLVM"),
+    Target("cpu:NAME", True, "another CPU by LLVM's name (cpu:znver3); builds where it runs"),
+)
+"""What this version compiles for."""
+
+
+def default_target() -> str:
+    """`cpu` where its compiler and a linker are installed, else `reference`."""
+    linker = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    return "cpu" if linker and importlib.util.find_spec("tvm") is not None else "reference"
+
+
+def resolve_target(name: str | None) -> str:
+    """The target of a name; the best of this machine when there is none.
+
+    Raises:
+        NemocError: nothing is called that.
+    """
+    if name is None:
+        return default_target()
+    kind, _, variant = name.partition(":")
+    if kind == "reference" and not variant:
+        return name
+    if kind == "cpu" and (variant or name == "cpu"):
+        if importlib.util.find_spec("tvm") is None:
+            raise NemocError(
+                f"target {name!r} needs the package apache-tvm; install nemoc with its extra 'cpu'"
+            )
+        return name
+    known = [t.name for t in TARGETS]
+    near = difflib.get_close_matches(name, ["reference", "cpu"], n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise NemocError(f"unknown target {name!r}{hint}, expected one of {', '.join(known)}")
+
+
+def target_info(name: str, threads: int) -> TargetInfo:
+    """What passes may know of a resolved target."""
+    if name.partition(":")[0] == "cpu":
+        return TargetInfo(name=name, linear_interleave=CPU_INTERLEAVE, threads=threads)
+    return TargetInfo(name=name, threads=threads)

@@ -1,0 +1,19 @@
+"""Every op of the IR has kernels, or a reason to have none."""
+
+from nemoc.codegen.tvm.emit import EMITTERS
+from nemoc.ir.op import Op
+from nemoc.ir.ops import OPS, Folded, Interleave
+
+WITHOUT: dict[type[Op], str] = {
+    Folded: "computed when the artifact is built",
+    Interleave: "applied to parameters alone, so folded when the artifact is built",
+}
+
+
+def test_every_op_has_an_emitter() -> None:
+    missing = [op.mnemonic() for op in OPS if op not in EMITTERS and op not in WITHOUT]
+    assert not missing, f"ops without kernels for the cpu target: {', '.join(missing)}"
+
+
+def test_exceptions_are_needed() -> None:
+    assert not [op.mnemonic() for op in WITHOUT if op in EMITTERS or op not in OPS]

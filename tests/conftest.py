@@ -1,0 +1,32 @@
+"""What every test shares: the `--bless` switch, hypothesis made repeatable, sources for child processes."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+settings.register_profile(
+    "nemoc", derandomize=True, deadline=None, max_examples=60, database=None, print_blob=False
+)
+settings.load_profile("nemoc")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--bless", action="store_true", help="rewrite the expected output of golden tests"
+    )
+
+
+def pytest_configure() -> None:
+    """Child processes import nemoc from the checkout, as this one does."""
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+
+
+@pytest.fixture
+def bless(request: pytest.FixtureRequest) -> bool:
+    """Whether golden tests rewrite what they expect."""
+    return bool(request.config.getoption("--bless"))

@@ -1,0 +1,53 @@
+"""Settings from the environment."""
+
+from pathlib import Path
+
+import pytest
+
+from nemoc.ir import NemocError
+from nemoc.options import Options, read_options
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_nothing_set_means_the_defaults() -> None:
+    assert read_options({"PATH": "/bin"}) == Options()
+    assert read_options({"NEMOC_THREADS": "", "NEMOC_PLUGINS": ""}) == Options()
+
+
+def test_each_variable_is_read() -> None:
+    environment = {"NEMOC_THREADS": "3", "NEMOC_PLUGINS": "mine, yours,", "NEMOC_DEBUG": "1"}
+    assert read_options(environment) == Options(3, ("mine", "yours"), debug=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("NEMOC_THREADS", "0"),
+        ("NEMOC_THREADS", "-1"),
+        ("NEMOC_THREADS", "two"),
+        ("NEMOC_DEBUG", "yes"),
+        ("NEMOC_THREAD", "2"),
+    ],
+)
+def test_a_wrong_setting_is_named(name: str, value: str) -> None:
+    with pytest.raises(NemocError, match=name):
+        read_options({name: value})
+
+
+def test_only_options_reads_the_environment() -> None:
+    allowed = {ROOT / "src/nemoc/options.py", ROOT / "src/nemoc/__main__.py"}
+    folders = ("src/nemoc", "ir", "models", "passes", "codegen", "runtime", "autotune")
+    readers = [
+        path
+        for folder in folders
+        for path in sorted((ROOT / folder).glob("**/*.py"))
+        if path not in allowed and any(w in path.read_text() for w in ("os.environ", "getenv"))
+    ]
+    assert readers == []
+
+
+def test_the_readme_lists_every_setting() -> None:
+    text = (ROOT / "README.md").read_text()
+    for field in Options.__dataclass_fields__:
+        assert f"`NEMOC_{field.upper()}`" in text

@@ -1,0 +1,65 @@
+"""Numbers, tables and progress as users see them."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from nemoc.terminal import count, duration, print_table, progress, short, verdict
+
+
+@pytest.mark.parametrize(
+    ("number", "unit", "text"),
+    [
+        (0, "B", "0 B"),
+        (999, "", "999"),
+        (1000, "B", "1.00 kB"),
+        (31_577_940_288, "", "31.6 G"),
+        (1.6e9, "B", "1.60 GB"),
+        (123_456_789, "", "123 M"),
+        (0.25, "", "0.25"),
+    ],
+)
+def test_short_numbers(number: float, unit: str, text: str) -> None:
+    assert short(number, unit) == text
+
+
+def test_counts_have_separators() -> None:
+    assert count(31577940288) == "31,577,940,288"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0008, "0.8 ms"), (12.34, "12.3 s"), (185.4, "3 min 05 s")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_tables_off_a_terminal_are_plain_and_fit() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    print_table(
+        console,
+        ("name", ">size", "what it is"),
+        [("[bold]x[/bold]", "12", "word " * 40), ("y", "3", verdict(False))],
+        wrap="what it is",
+    )
+    text = out.getvalue()
+    assert "\x1b" not in text
+    assert "MISS" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_progress_in_a_log_is_a_line_for_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress() as show:
+        show("read", 0, 2)
+        show("read", 2, 2)
+        show("write", 0, 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["  read", "  write"]
+
+
+def test_quiet_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(quiet=True) as show:
+        show("read", 0, 2)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,305 @@
+"""Artifacts: what is loaded is what was saved, and anything else is refused in one line."""
+
+import gc
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemoc.ir import NemocError
+from nemoc.runtime import Bounds, Contents, Executable, Generation, Machine, build, load
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def logits(exe: Executable) -> torch.Tensor:
+    state = exe.new_state()
+    return torch.stack([exe.prefill(IDS, state), exe.decode(IDS[:, 0], state)])
+
+
+@pytest.fixture
+def copy(artifact: Path, tmp_path: Path) -> Path:
+    """A copy of the artifact, to be damaged."""
+    return Path(shutil.copytree(artifact, tmp_path / "copy.nemoc"))
+
+
+def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest and make its own digest right again."""
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    change(data)
+    del data["digest"]
+    text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    data["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def refused(folder: Path, message: str, **options: Any) -> None:
+    with pytest.raises(NemocError, match=re.escape(message)) as caught:
+        load(folder, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_loading_gives_the_same_bits(artifact: Path, exe: Executable, tmp_path: Path) -> None:
+    expected = logits(exe)
+    loaded = load(artifact)
+    assert torch.equal(logits(loaded), expected)
+    assert torch.equal(logits(load(artifact, resident=True)), expected)
+    assert torch.equal(logits(load(artifact, verify="headers")), expected)
+    loaded.save(tmp_path / "again.nemoc")
+    assert torch.equal(logits(load(tmp_path / "again.nemoc")), expected)
+    assert os.listdir(tmp_path) == ["again.nemoc"]
+
+
+def test_a_loaded_program_knows_what_the_built_one_knew(
+    artifact: Path, contents: Callable[..., Contents]
+) -> None:
+    program = load(artifact).program
+    given = contents()
+    assert (program.bounds, program.generation) == (given.bounds, given.generation)
+    assert program.model == given.model
+    assert program.vocab == 97
+    assert program.functions == {"prefill", "prefill_all", "decode"}
+
+
+def test_artifacts_are_the_same_bytes_each_time(
+    artifact: Path, tmp_path: Path, contents: Callable[..., Contents]
+) -> None:
+    build(contents(), tmp_path / "b.nemoc")
+    for path in artifact.rglob("*"):
+        if path.is_file():
+            other = tmp_path / "b.nemoc" / path.relative_to(artifact)
+            assert other.read_bytes() == path.read_bytes(), path.name
+
+
+FILES = (
+    "manifest.json",
+    "weights.safetensors",
+    "graphs/prefill.ir",
+    "graphs/prefill_all.ir",
+    "graphs/decode.ir",
+    "report.json",
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("where", [0.0, 0.01, 0.5, 1.0])
+def test_an_altered_byte_is_refused(copy: Path, name: str, where: float) -> None:
+    path = copy / name
+    data = bytearray(path.read_bytes())
+    data[int(where * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(NemocError, match=rf"^{re.escape(str(path))}: ") as caught:
+        load(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+def test_a_missing_or_truncated_file_is_refused(copy: Path, name: str) -> None:
+    path = copy / name
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    refused(copy, f"{path}: has {size - 1} bytes, expected {size}")
+    path.unlink()
+    refused(copy, f"{path}: is missing from the artifact")
+
+
+def test_every_digit_of_the_manifest_counts(copy: Path) -> None:
+    path = copy / "manifest.json"
+    path.write_text(path.read_text().replace('"max_context": 200', '"max_context": 300'))
+    refused(copy, "manifest.json: was altered: it does not match its digest")
+
+
+def test_checking_headers_only_still_checks_the_weights_header(copy: Path) -> None:
+    path = copy / "weights.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    load(copy, verify="headers")
+    at = data.index(b"lm_head")
+    data[at] ^= 1
+    path.write_bytes(data)
+    refused(copy, "weights.safetensors: was altered: its SHA-256 is", verify="headers")
+    with pytest.raises(NemocError, match="verify is 'none', expected one of full, headers"):
+        load(copy, verify="none")  # type: ignore[arg-type]
+
+
+def test_other_versions_and_formats_are_refused(copy: Path) -> None:
+    rewrite_manifest(copy, lambda data: data.update(version=2))
+    refused(copy, "manifest.json: format version is 2, this nemoc reads version 1; compile the")
+    rewrite_manifest(copy, lambda data: data.update(format="something"))
+    refused(copy, "manifest.json: format is 'something', expected 'nemoc artifact'")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("bounds"), "manifest.json: the field 'bounds' is missing"),
+        (lambda d: d.update(surprise=1), "manifest.json: was altered: it does not match"),
+        (lambda d: d.update(bounds=[1]), "manifest.json: a field cannot be read: "),
+        (lambda d: d["bounds"].update(max_batch="1"), "manifest.json: a field cannot be read: "),
+        (lambda d: d.update(vocab="97"), "manifest.json: a field cannot be read: "),
+        (lambda d: d["files"]["report.json"].update(size="2"), "manifest.json: a field cannot be"),
+        (lambda d: d["files"].pop("weights.safetensors"), "lists no file weights.safetensors"),
+        (lambda d: d["graphs"].update(decode="graphs/x.ir"), "lists no file graphs/x.ir"),
+        (lambda d: d.update(target="tpu"), "target 'tpu' cannot be run by this nemoc"),
+        (lambda d: d["state"][0].update(dtype="f7"), "unknown element type 'f7'"),
+    ],
+)
+def test_manifests_that_do_not_hold_together_are_refused(
+    copy: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    rewrite_manifest(copy, change)
+    refused(copy, message)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside", "/etc/hostname", "graphs/../../outside", "a//b", "./x", ".x", "a\\b", "x\n"],
+)
+def test_names_that_lead_out_of_the_artifact_are_refused(copy: Path, name: str) -> None:
+    (copy.parent / "outside").write_text("outside")
+    record = {"size": 7, "sha256": hashlib.sha256(b"outside").hexdigest()}
+    rewrite_manifest(copy, lambda data: data["files"].update({name: record}))
+    refused(copy, f"the file name {name!r} is no plain relative path")
+
+
+def test_links_out_of_the_artifact_are_refused(copy: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "graphs"
+    shutil.move(copy / "graphs", outside)
+    (copy / "graphs").symlink_to(outside)
+    refused(copy, "graphs/decode.ir: is no regular file within the artifact")
+    (copy / "graphs").unlink()
+    shutil.copytree(outside, copy / "graphs")
+    (copy / "report.json").rename(tmp_path / "report.json")
+    (copy / "report.json").symlink_to(tmp_path / "report.json")
+    refused(copy, "report.json: is no regular file within the artifact")
+
+
+def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "x.nemoc", "x.nemoc: no such artifact")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "empty: is no artifact: it has no manifest.json")
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", "file: is no artifact: it is not a directory")
+    (tmp_path / "empty" / "manifest.json").write_text("[" * 100000)
+    refused(tmp_path / "empty", "manifest.json: is not JSON")
+    (tmp_path / "empty" / "manifest.json").write_text("[]\n")
+    refused(tmp_path / "empty", "manifest.json: was altered: it is not in the form")
+
+
+def test_an_artifact_for_another_machine_is_refused(
+    tmp_path: Path, contents: Callable[..., Contents]
+) -> None:
+    build(contents(machine=Machine.host()), tmp_path / "own.nemoc")
+    with pytest.raises(NemocError, match="was compiled for reference and needs an vax processor"):
+        build(contents(machine=Machine.of("vax", [])), tmp_path / "vax.nemoc")
+    host = Machine.host()
+    more = Machine(host.architecture, (*host.features, "avx9000"))
+    with pytest.raises(NemocError, match="needs a processor with avx9000"):
+        build(contents(machine=more), tmp_path / "more.nemoc")
+
+
+def test_an_artifact_replaces_an_artifact_only(
+    artifact: Path, tmp_path: Path, contents: Callable[..., Contents]
+) -> None:
+    exe = load(artifact)
+    path = tmp_path / "out.nemoc"
+    exe.save(path)
+    build(contents(model={"other": True}), path)
+    assert load(path).program.model == {"other": True}
+    exe.save(path)
+    assert load(path).program.model != {"other": True}
+    for name, make in (
+        ("folder", lambda p: p.mkdir()),
+        ("file", lambda p: p.write_text("precious")),
+        ("link", lambda p: p.symlink_to(path)),
+    ):
+        other = tmp_path / name
+        make(other)
+        with pytest.raises(NemocError, match=f"{name}: exists and is no artifact of nemoc"):
+            exe.save(other)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "link", "out.nemoc"]
+
+
+def test_saving_an_artifact_onto_itself_keeps_it(copy: Path) -> None:
+    exe = load(copy)
+    expected = logits(exe)
+    exe.save(copy)
+    assert torch.equal(logits(exe), expected)
+    assert torch.equal(logits(load(copy)), expected)
+
+
+def test_saving_checks_what_it_copies(copy: Path, tmp_path: Path) -> None:
+    exe = load(copy)
+    data = bytearray((copy / "report.json").read_bytes())
+    data[0] ^= 1
+    (copy / "report.json").write_bytes(data)
+    with pytest.raises(NemocError, match="report.json: was altered"):
+        exe.save(tmp_path / "new.nemoc")
+    assert not (tmp_path / "new.nemoc").exists()
+
+
+def test_a_temporary_artifact_goes_with_its_executable(contents: Callable[..., Contents]) -> None:
+    exe = build(contents())
+    folder = exe.folder
+    assert folder is not None
+    assert folder.exists()
+    del exe
+    gc.collect()
+    assert not folder.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"generation": Generation(eos=(97,))}, "eos token id 97 is outside the vocabulary of 97"),
+        ({"weights": ()}, "prefill: the parameter %embeddings.weight is not among the weights"),
+        ({"functions": {}}, "there is no function prefill"),
+    ],
+)
+def test_contents_that_do_not_fit_together_are_refused(
+    contents: Callable[..., Contents], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(NemocError, match=message):
+        build(contents(**change), tmp_path / "x.nemoc")
+    assert os.listdir(tmp_path) == []
+
+
+def test_progress_counts_the_bytes_of_the_weights(
+    tmp_path: Path, contents: Callable[..., Contents]
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    build(contents(), tmp_path / "x.nemoc", progress=lambda *step: told.append(step))
+    load(tmp_path / "x.nemoc", progress=lambda *step: told.append(step))
+    for stage in ("pack weights", "check weights"):
+        done = [d for s, d, _ in told if s == stage]
+        total = {t for s, _, t in told if s == stage}
+        assert done == sorted(done)
+        assert total == {done[-1]}
+
+
+def test_loading_imports_neither_compiler_nor_models(artifact: Path) -> None:
+    code = (
+        "import sys, nemoc.runtime as r\n"
+        f"r.load({str(artifact)!r})\n"
+        "bad = {'tvm', 'triton', 'transformers', 'nemoc.models', 'nemoc.passes'} & set(sys.modules)\n"
+        "sys.exit(' '.join(bad) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bounds_of_an_artifact_hold(tmp_path: Path, contents: Callable[..., Contents]) -> None:
+    exe = build(contents(bounds=Bounds(1, 8, 4)), tmp_path / "x.nemoc")
+    with pytest.raises(NemocError, match=r"batch is 2, expected 1 to 1"):
+        exe.new_state(2)
+    assert torch.equal(logits(exe), logits(load(tmp_path / "x.nemoc")))
