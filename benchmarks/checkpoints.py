@@ -1,6 +1,5 @@
 """Checkpoints that the benchmarks run on, written once and kept in `benchmarks/.cache/`."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -23,8 +22,7 @@ def random_checkpoint(preset: str, dtype: torch.dtype = torch.bfloat16, seed: in
     path = CACHE / name
     if path.exists():
         return path
-    settings = json.loads((PRESETS / f"{preset}.json").read_text())
-    config = transformers.NemotronHConfig(**settings)
+    config = transformers.NemotronHConfig.from_json_file(PRESETS / f"{preset}.json")
     torch.manual_seed(seed)
     model = transformers.NemotronHForCausalLM(config).to(dtype)
     unfinished = CACHE / f".{name}.tmp"

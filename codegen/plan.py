@@ -140,8 +140,10 @@ class Plan:
     Attributes:
         stages: the launches in order.
         scratch: the tensors that live only within the plan.
-        in_place: pairs (result, operand): the kernels are right when the two are one buffer with equal views.
-        updates: pairs (result, operand): the two must be one buffer, of which the kernels write only what changes.
+        in_place: pairs (result, operand): the kernels are right when the two are one buffer with equal views, as where
+            an element is stored only after everything that its old value is needed for.
+        updates: pairs (result, operand): the two must be one buffer, of which the kernels write only what changes. They
+            reach it through one argument, since compilers take different pointers to be different memory.
     """
 
     stages: tuple[Stage, ...]

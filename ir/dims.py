@@ -123,11 +123,20 @@ def parse_dim(text: str) -> Dim:
     Raises:
         IRError: the text is no dimension.
     """
+    if len(text) > _LONGEST:
+        raise IRError(f"dimension {text[:20]!r}... cannot be read: it has {len(text)} characters")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise IRError(f"dimension {text!r} cannot be read") from None
-    return dim(_from_ast(tree, text))
+    value = dim(_from_ast(tree, text))
+    if not isinstance(value, int) and not value.free_symbols:
+        raise IRError(f"dimension {text!r} is {value}, expected an integer")
+    return value
+
+
+_LONGEST = 400
+"""Characters of the longest dimension that is read; beyond, nesting could exhaust the parser."""
 
 
 def _from_ast(node: ast.expr, text: str) -> Any:
@@ -139,7 +148,7 @@ def _from_ast(node: ast.expr, text: str) -> Any:
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_from_ast(operand, text)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            if isinstance(op, ast.Pow) and not _is_small_power(right):
+            if isinstance(op, ast.Pow) and not _is_small_power(left, right):
                 raise IRError(f"dimension {text!r} has a power that is not a constant up to 8")
             return _BINARY[type(op)](_from_ast(left, text), _from_ast(right, text))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
@@ -147,5 +156,12 @@ def _from_ast(node: ast.expr, text: str) -> Any:
     raise IRError(f"dimension {text!r} cannot be read")
 
 
-def _is_small_power(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, int) and 0 <= node.value <= 8
+def _is_small_power(base: ast.expr, exponent: ast.expr) -> bool:
+    """Whether a power stays of a reasonable size; powers of powers do not."""
+    if any(isinstance(node, ast.Pow) for node in ast.walk(base)):
+        return False
+    return (
+        isinstance(exponent, ast.Constant)
+        and isinstance(exponent.value, int)
+        and 0 <= exponent.value <= 8
+    )

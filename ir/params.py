@@ -26,7 +26,10 @@ class ParameterSource(Protocol):
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `start` to `stop` (exclusive; None: the end) of the first axis, in the stored type."""
+        """Rows `start` to `stop` (exclusive; None: the end) of the first axis, in the stored type.
+
+        A scalar is read whole.
+        """
         ...
 
 
@@ -41,7 +44,8 @@ class InMemory:
         return TensorType.of(DType.of(tensor), tuple(tensor.shape))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        return self._tensor(name)[start:stop]
+        tensor = self._tensor(name)
+        return tensor[start:stop] if tensor.dim() else tensor
 
     def _tensor(self, name: str) -> torch.Tensor:
         try:

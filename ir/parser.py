@@ -290,6 +290,10 @@ class _Parser:
                 raise IRError(
                     f"{op_class.mnemonic()} has no attribute {key!r}", self._location(token)
                 )
+            if key in found:
+                raise IRError(
+                    f"{op_class.mnemonic()}: attribute {key} is given twice", self._location(token)
+                )
             self._take("sign", "=")
             found[key] = self._attribute(known[key], f"{op_class.mnemonic()}: {key}")
 
@@ -302,10 +306,10 @@ class _Parser:
         location = self._location()
         try:
             dtype = DType.parse(self._take("word"))
+            self._take("sign", "[")
+            return TensorType.of(dtype, self._list(self._dim, "]"))
         except IRError as error:
             raise error.at(location) from None
-        self._take("sign", "[")
-        return TensorType(dtype, tuple(self._list(self._dim, "]")))
 
     def _dim(self) -> Dim:
         """The tokens up to a comma or bracket that closes around it, read as a dimension."""
@@ -317,7 +321,7 @@ class _Parser:
             depth += {"(": 1, ")": -1}.get(self._next.text, 0)
             parts.append(self._next.text)
             self._at += 1
-        return self._parse_dim("".join(parts), location)
+        return self._parse_dim(" ".join(parts), location)
 
     def _dim_until_line_end(self, line: int) -> Dim:
         location = self._location()
@@ -325,7 +329,7 @@ class _Parser:
         while self._next.line == line and self._next.kind in ("number", "word", "sign"):
             parts.append(self._next.text)
             self._at += 1
-        return self._parse_dim("".join(parts), location)
+        return self._parse_dim(" ".join(parts), location)
 
     def _parse_dim(self, text: str, location: str) -> Dim:
         try:

@@ -171,7 +171,10 @@ def _first(
         values = found if isinstance(found, tuple) else (found,)
         old, new = [v.type for v in node.results], [v.type for v in values]
         if old != new:
-            raise IRError(f"rule {rule.name} replaces {old} by {new}", node.location)
+            raise IRError(
+                f"rule {rule.name} replaces {', '.join(map(str, old))} by {', '.join(map(str, new))}",
+                node.location,
+            )
         if on_apply is not None and on_apply(rule, node) is False:
             rewriter.rewind(mark)
             continue

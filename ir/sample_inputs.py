@@ -36,7 +36,7 @@ def sample_arguments(
 
 
 def _sample(graph: Graph, value: Value, sizes: Mapping[str, int], seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(value.name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{value.name}".encode()))
     shape = [evaluate_dim(d, sizes) for d in value.shape]
     if value.dtype.is_float:
         # Weights keep the scale of what they multiply: a matrix is divided by the root of its width.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from nemoc.ir.dims import Dim, dims, format_dim, product, substitute_dim, symbols_of
 from nemoc.ir.dtypes import DType
+from nemoc.ir.errors import expect
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,15 @@ class TensorType:
 
     @classmethod
     def of(cls, dtype: DType, shape: Iterable[Dim]) -> "TensorType":
-        """A type with its dimensions in normal form."""
-        return cls(dtype, dims(shape))
+        """A type with its dimensions in normal form.
+
+        Raises:
+            IRError: a dimension is negative.
+        """
+        normal = dims(shape)
+        for size in normal:
+            expect(not isinstance(size, int) or size >= 0, f"{size} is no size of a tensor")
+        return cls(dtype, normal)
 
     @property
     def rank(self) -> int:

@@ -27,9 +27,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Suffixes of files that can run code when they are loaded."""
 
 _TYPES = {"F32": DType.F32, "BF16": DType.BF16, "F16": DType.F16}
+_NAMES = {dtype.torch: name for name, dtype in _TYPES.items()}
 _FILE_NAME = r"(?!\.{1,2}$)[^/\\\x00-\x1f]+"
 """A name that stays in its directory on every system."""
-_NAMES = {dtype.torch: name for name, dtype in _TYPES.items()}
 
 
 class StoredTensor(Protocol):

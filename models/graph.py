@@ -58,10 +58,11 @@ def build_step(
     """The graph of one step, for any batch `B`, number of new tokens `L` and cache capacity `C`.
 
     Inputs are `tokens` i64[B, L] and `valid` i32[B], the number of real tokens (0 to L) of each
-    right-padded row; a row with none keeps its state, and its logits mean nothing. States are `lengths` i32[B], and for each layer N that needs them
-    `layers.N.conv` f32[B, K-1, channels], `layers.N.ssm` f32[B, heads, P, N], `layers.N.k` and
-    `layers.N.v` [B, C, KV heads, head dim] of the compute type. The output is f32 logits: [B, V] of
-    each row's last real token, or [B, L, V] of all (at padding they mean nothing).
+    right-padded row; a row with none keeps its state, and its logits mean nothing. States are
+    `lengths` i32[B], and for each layer N that needs them `layers.N.conv` f32[B, K-1, channels],
+    `layers.N.ssm` f32[B, heads, P, N], `layers.N.k` and `layers.N.v` [B, C, KV heads, head dim] of
+    the compute type. The output is f32 logits: [B, V] of each row's last real token, or [B, L, V]
+    of all (at padding they mean nothing).
 
     Args:
         config: the model.

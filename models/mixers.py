@@ -75,8 +75,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = wide(x)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        full = wide(x)
+        normed = full * torch.rsqrt(full.square().mean(-1, keepdim=True) + self.eps)
         return (normed * wide(self.weight)).to(x.dtype)
 
 

@@ -9,7 +9,7 @@ from nemoc.runtime.program import DECODE, PREFILL, PREFILL_ALL, Bounds, Generati
 from nemoc.runtime.reference import ReferenceBackend
 from nemoc.runtime.state import State
 from nemoc.runtime.tokenizer import Detokenizer, Tokenizer
-from nemoc.runtime.weights import PackedWeights, Pieces, whole_pieces
+from nemoc.runtime.weights import PackedWeights, Pieces, weight_pieces
 
 __all__ = [
     "DECODE",
@@ -32,5 +32,5 @@ __all__ = [
     "build",
     "kernel_record",
     "load",
-    "whole_pieces",
+    "weight_pieces",
 ]

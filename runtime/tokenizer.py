@@ -86,8 +86,9 @@ class Tokenizer:
         given = {**known, "messages": list(messages), "add_generation_prompt": True, **variables}
         try:
             return environment.from_string(self.template).render(given)
-        except jinja2.TemplateError as error:
-            raise NemocError(f"the chat template refuses the messages: {error}") from None
+        except Exception as error:  # the template is the checkpoint's code and may raise anything
+            reason = str(error).partition("\n")[0]
+            raise NemocError(f"the chat template refuses the messages: {reason}") from None
 
 
 class Detokenizer:

@@ -16,10 +16,10 @@ import torch
 from nemoc.codegen.storage import ALIGNMENT, Layout, Slot, Weight, weight_layout
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
-from nemoc.ir.op import Env
+from nemoc.ir.folding import stream
 from nemoc.ir.params import ParameterSource
-from nemoc.ir.region import evaluate_op
-from nemoc.ir.types import TensorType
+from nemoc.ir.region import Folded
+from nemoc.ir.types import TensorType, Value
 from nemoc.runtime.mapping import map_file
 
 Pieces = Callable[[Weight], Iterable[torch.Tensor]]
@@ -50,17 +50,21 @@ _SPELLING = {
 _DTYPES = {text: dtype for dtype, text in _SPELLING.items()}
 
 
-def whole_pieces(source: ParameterSource) -> Pieces:
-    """Pieces of weights by reading plain parameters slice by slice and evaluating folded ones whole."""
+def weight_pieces(source: ParameterSource, budget_bytes: int = 64 << 20) -> Pieces:
+    """Pieces of weights made from parameters slice by slice.
+
+    Args:
+        source: the parameters' data.
+        budget_bytes: what the computation of one slice of a folded weight may take.
+    """
 
     def pieces(weight: Weight) -> Iterator[torch.Tensor]:
         if weight.body is None:
             yield from plain_pieces(source, weight)
             return
-        values = dict(zip(weight.body.inputs, map(source.read, weight.params), strict=True))
-        for node in weight.body.nodes:
-            values.update(zip(node.results, evaluate_op(node.op, Env({}), values), strict=True))
-        yield values[weight.body.outputs[weight.result]]
+        args = map(Value, weight.params, (v.type for v in weight.body.inputs))
+        folded = Folded(tuple(args), weight.body)
+        yield from stream(folded, source, budget_bytes, weight.result)
 
     return pieces
 

@@ -48,7 +48,7 @@ def emit_attention(site: Site, target: CpuTarget) -> Plan:
 
 def _prefill(site: Site, target: CpuTarget) -> Stage:
     w = KernelWriter("attention")
-    flash = Flash(w, site, target, target.lanes, VECTORS)
+    flash = Flash(w, site, target, target.lanes, VECTORS, heads=1)
     batch, length, heads, _ = site.view(_Y).shape
     blocks = ceil_div(dim(length * flash.shared), flash.rows)
     block = w.let("block", f"task % {size_text(blocks)}")
@@ -66,13 +66,14 @@ def _decode(site: Site, target: CpuTarget) -> Plan:
     shared = int(heads) // int(kv_heads)
     lanes = next(n for n in (4, 8, 16) if n >= min(shared, target.lanes))
     vectors = -(-shared // lanes)
-    lead = (batch, kv_heads, SPLITS)
+    lead = (batch, SPLITS, kv_heads)
     sums = View.dense(TensorType.of(DType.F32, (*lead, width * vectors * lanes)))
     softmax = View.dense(TensorType.of(DType.F32, (*lead, 2, vectors * lanes)))
-    stages = (
-        _split(Flash(KernelWriter("attention_split"), site, target, lanes, vectors), sums, softmax),
-        _merge(Flash(KernelWriter("attention_merge"), site, target, lanes, vectors), sums, softmax),
+    split, merge = (
+        Flash(KernelWriter(f"attention_{stem}"), site, target, lanes, vectors, heads=int(kv_heads))
+        for stem in ("split", "merge")
     )
+    stages = (_split(split, sums, softmax), _merge(merge, sums, softmax))
     return Plan(stages, scratch=(sums, softmax))
 
 
@@ -80,16 +81,16 @@ def _split(flash: Flash, sums: View, softmax: View) -> Stage:
     """o, m and l over one part of the cached rows; nothing for a part without rows."""
     w = flash.writer
     split = w.let("split", f"task % {SPLITS}")
-    flash.begin(f"task // {SPLITS * flash.kv_heads}", f"task // {SPLITS} % {flash.kv_heads}", "0")
+    flash.begin(f"task // {SPLITS}", "0", "0")
     size = _part(flash)
     first = w.let("start", f"{split} * {size}")
     with w.block(f"if {first} >= {flash.reach}:"):
         w.line("return 0")
     flash.load_queries()
     flash.attend(first, w.let("end", f"T.min({first} + {size}, {flash.reach})"))
-    lead = f"{flash.batch}, {flash.head}, {split}"
+    lead = f"{flash.batch}, {split}"
     flash.store_state(w.buffer("sums", _SUMS, sums), w.buffer("softmax", _SOFTMAX, softmax), lead)
-    return w.finish(product((sums.shape[0], flash.kv_heads, SPLITS)))
+    return w.finish(product((sums.shape[0], SPLITS)))
 
 
 def _merge(flash: Flash, sums: View, softmax: View) -> Stage:
@@ -100,21 +101,20 @@ def _merge(flash: Flash, sums: View, softmax: View) -> Stage:
     count = w.let("count", f"({flash.reach} + {(size := _part(flash))} - 1) // {size}")
     o, state = w.buffer("sums", _SUMS, sums), w.buffer("softmax", _SOFTMAX, softmax)
     y = w.buffer("y", _Y, flash.site.view(_Y))
-    lead = f"{flash.batch}, {flash.head}"
     weights, row = w.local("weights", SPLITS, lanes), w.local("row", lanes)
     for first in range(0, flash.rows, lanes):
         top = w.value("top", math.const(MASKED), lanes)
         with w.loop("s", count) as s:
-            w.line(f"{top} = T.max({top}, {w.load(state, f'{lead}, {s}, 0, {first}', lanes)})")
+            w.line(f"{top} = T.max({top}, {w.load(state, f'{flash.batch}, {s}, {flash.head}, 0, {first}', lanes)})")
         total = w.value("total", math.const(0.0), lanes)
         with w.loop("s", count) as s:
-            rest = w.value("rest", f"{w.load(state, f'{lead}, {s}, 0, {first}', lanes)} - {top}", lanes)
+            rest = w.value("rest", f"{w.load(state, f'{flash.batch}, {s}, {flash.head}, 0, {first}', lanes)} - {top}", lanes)
             w.line(f"{weights}[{s}] = {math.exp(rest)}")
-            w.line(f"{total} = {total} + {weights}[{s}] * {w.load(state, f'{lead}, {s}, 1, {first}', lanes)}")
+            w.line(f"{total} = {total} + {weights}[{s}] * {w.load(state, f'{flash.batch}, {s}, {flash.head}, 1, {first}', lanes)}")
         with w.loop("d", flash.width) as d:
             acc = w.value("acc", math.const(0.0), lanes)
             with w.loop("s", count) as s:
-                part = w.load(o, f"{lead}, {s}, {d} * {flash.rows} + {first}", lanes)
+                part = w.load(o, f"{flash.batch}, {s}, {flash.head}, {d} * {flash.rows} + {first}", lanes)
                 w.line(f"{acc} = {acc} + {weights}[{s}] * {part}")
             w.line(f"{row}[T.Ramp(0, 1, {lanes})] = {acc} / {total}")
             with w.loop("g", min(lanes, flash.shared - first)) as g:

@@ -1,6 +1,6 @@
 """Writing new rows into a KV cache."""
 
-from nemoc.codegen.plan import Arg, Plan, Site
+from nemoc.codegen.plan import Plan, Site
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.update import vector_pieces
 from nemoc.codegen.tvm.writer import KernelWriter, size_text
@@ -12,7 +12,7 @@ def emit_cache_write(site: Site, target: CpuTarget) -> Plan:
     """The plan of a `CacheWrite`: one task for each new row, which copies bits; the rest of the cache is not touched."""
     assert isinstance(site.op, CacheWrite)
     w = KernelWriter("cache_write")
-    rows, lengths, cache = site.arg("rows"), site.arg("lengths"), Arg("result", 0)
+    rows, lengths, cache = (site.arg(name) for name in ("rows", "lengths", "cache"))
     source, start, sink = (w.buffer(str(a), a, site.view(a)) for a in (rows, lengths, cache))
     batch, length, heads, width = site.view(rows).shape
     capacity = size_text(site.view(cache).shape[1])
@@ -27,4 +27,4 @@ def emit_cache_write(site: Site, target: CpuTarget) -> Plan:
                 at = f"{first} + {v} * {lanes}"
                 index = at if lanes == 1 else f"T.Ramp({at}, 1, {lanes})"
                 w.line(f"{sink}[{b}, {to}, {h}, {index}] = {source}[{b}, {t}, {h}, {index}]")
-    return Plan((w.finish(product((batch, length))),), updates=((0, site.arg("cache").index),))
+    return Plan((w.finish(product((batch, length))),), updates=((0, cache.index),))

@@ -2,7 +2,8 @@
 
 A task owns a block of channels, whose taps it first copies into a tile with one row per tap, so that they load as
 vectors. With L > 1 tokens are blocked too and the new state is written by a second launch, after every task has read the
-old one; with L = 1 one launch does both, for the task of a channel owns its state.
+old one; with L = 1 one launch does both, for the task of a channel owns its state. Old and new state are one pointer in
+the kernels: LLVM is told that different pointers do not alias, and moves loads behind stores.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,24 +21,23 @@ TOKENS = 64
 """Tokens of one task."""
 
 _Y = Arg("result", 0)
-_NEXT = Arg("result", 1)
 
 
 def emit_causal_conv(site: Site, target: CpuTarget) -> Plan:
-    """The plan of a `CausalConv`; the new state may take the old one's place."""
+    """The plan of a `CausalConv`, which updates its state in place."""
     assert isinstance(site.op, CausalConv)
     if site.view(_Y).shape[1] == 1:
         stages: tuple[Stage, ...] = (_one_token(site, target),)
     else:
         stages = (_all_tokens(site, target), _shift_state(site, target))
-    return Plan(stages, in_place=((1, site.arg("state").index),))
+    return Plan(stages, updates=((1, site.arg("state").index),))
 
 
 def _one_token(site: Site, target: CpuTarget) -> Stage:
     """y and the new state for L = 1: the window moves by one where the token is valid."""
     writer = KernelWriter("conv")
     block = _ChannelBlock(writer, site, target)
-    x, state, y, following, valid = block.buffers("x", "state", _Y, _NEXT, "valid")
+    x, state, y, valid = block.buffers("x", "state", _Y, "valid")
     block.load_taps()
     b = block.row
     live = writer.let("live", f"{valid}[{b}] > 0")
@@ -48,7 +48,7 @@ def _one_token(site: Site, target: CpuTarget) -> Stage:
         writer.store(y, f"{b}, 0, {d}", block.convolve(window, d, lanes), lanes)
         for r in range(block.taps - 1):
             moved = f"T.Select({live}, {window[r + 1]}, {window[r]})"
-            writer.store(following, f"{b}, {r}, {d}", moved, lanes)
+            writer.store(state, f"{b}, {r}, {d}", moved, lanes)
 
     block.for_each_vector(write)
     return block.finish(1)
@@ -87,24 +87,25 @@ def _all_tokens(site: Site, target: CpuTarget) -> Stage:
 
 
 def _shift_state(site: Site, target: CpuTarget) -> Stage:
-    """The new state: rows valid to valid + K − 2 of state and x joined, oldest first, which is safe in place."""
+    """The new state: rows valid to valid + K − 2 of state and x joined."""
     writer = KernelWriter("conv_state")
     block = _ChannelBlock(writer, site, target)
-    x, state, following, valid = block.buffers("x", "state", _NEXT, "valid")
+    x, state, valid = block.buffers("x", "state", "valid")
     b = block.row
     back = block.taps - 1
-    with writer.loop("r", back) as r:
-        source = writer.let("source", f"{valid}[{b}] + {r}")
-        for condition, name, row in (
-            (f"{source} < {back}", state, source),
-            (f"{source} >= {back}", x, f"{source} - {back}"),
-        ):
-            with writer.block(f"if {condition}:"):
-                block.for_each_vector(
-                    lambda d, lanes, name=name, row=row: writer.store(  # type: ignore[misc]
-                        following, f"{b}, {r}, {d}", writer.load(name, f"{b}, {row}, {d}", lanes), lanes
-                    )
-                )
+    sources = [writer.let("source", f"{valid}[{b}] + {r}") for r in range(back)]
+
+    def write(d: str, lanes: int) -> None:
+        kept = [writer.load(state, f"{b}, {row}, {d}", lanes) for row in sources]
+        new = [writer.load(x, f"{b}, {row} - {back}, {d}", lanes) for row in sources]
+        window = [
+            writer.value("v", f"T.if_then_else({row} < {back}, {old}, {fresh})", lanes)
+            for row, old, fresh in zip(sources, kept, new, strict=True)
+        ]
+        for r, value in enumerate(window):
+            writer.store(state, f"{b}, {r}, {d}", value, lanes)
+
+    block.for_each_vector(write)
     return block.finish(1)
 
 
@@ -122,7 +123,7 @@ class _ChannelBlock:
         width, self.taps = (int(n) for n in site.view(site.arg("w")).shape)
         self._width = width
         self._blocks = ceil_div(width, CHANNELS)
-        streams = [site.view(a) for a in (site.arg("x"), site.arg("state"), _Y, _NEXT)]
+        streams = [site.view(a) for a in (site.arg("x"), site.arg("state"), _Y)]
         self._lanes = target.lanes if all(v.strides[-1] == 1 for v in streams) else 1
         self.row = writer.let("row", f"task // {self._blocks}")
         self._first = writer.let("channel", f"task % {self._blocks} * {CHANNELS}")

@@ -13,6 +13,7 @@ from nemoc.codegen.tvm.vmath import VectorMath
 from nemoc.codegen.tvm.writer import COMPUTE_NAMES, KernelWriter, lanes_of, size_text, tir_name
 from nemoc.ir.dims import Dim, ceil_div, dim, product
 from nemoc.ir.dtypes import DType
+from nemoc.ir.errors import NemocError
 from nemoc.ir.op import Op
 from nemoc.ir.ops import elementwise as ops
 
@@ -24,7 +25,16 @@ Formula = Callable[[VectorMath, Site, Sequence[str]], str]
 
 
 def emit_elementwise(site: Site, target: CpuTarget) -> Plan:
-    """The plan of an op that `FORMULAS` lists: one launch, which may run in place."""
+    """The plan of an op that `FORMULAS` lists: one launch, which may run in place.
+
+    Raises:
+        NemocError: the op is for f32 only and the operands are not.
+    """
+    for view in site.operands:
+        if view.dtype != DType.F32 and not isinstance(site.op, _ANY_TYPE):
+            raise NemocError(
+                f"the cpu target has no {site.op.mnemonic()} of {view.dtype}, expected f32"
+            )
     stem = site.op.mnemonic()
     formula = FORMULAS[type(site.op)]
     result = site.results[0]
@@ -178,4 +188,7 @@ FORMULAS: dict[type[Op], Formula] = {
     ops.Mul: lambda m, _, x: f"{x[0]} * {x[1]}",
     ops.Div: lambda m, _, x: f"{x[0]} / {x[1]}",
 }
-"""What each op does; `cast`, `add`, `sub`, `mul` work on every stored type, the others on f32."""
+"""What each op does to one vector."""
+
+_ANY_TYPE = (ops.Cast, ops.Binary, ops.FloorDiv)
+"""Ops whose formulas hold for every stored type; the others are for f32."""

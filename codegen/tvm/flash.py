@@ -35,7 +35,9 @@ class Flash:
             that any row of the tile sees.
     """
 
-    def __init__(self, writer: KernelWriter, site: Site, target: CpuTarget, lanes: int, vectors: int):
+    def __init__(
+        self, writer: KernelWriter, site: Site, target: CpuTarget, lanes: int, vectors: int, heads: int
+    ) -> None:
         assert isinstance(site.op, Attention)
         self.writer, self.site, self.lanes = writer, site, lanes
         self.rows = lanes * vectors
@@ -44,7 +46,7 @@ class Flash:
         self.shared = heads // self.kv_heads
         self._scale = site.op.scale
         self._lanes_wide = target.lanes
-        self._vectors = vectors
+        self._vectors, self.heads = vectors, heads
         self._deep = max(1, target.registers // (2 * vectors))
         self._math = VectorMath(writer, lanes)
 
@@ -63,44 +65,44 @@ class Flash:
         """Copy the scaled queries into a tile [D, rows], rows past the last token as zeros, and set each row's limit."""
         w = self.writer
         q = self._buffer("q")
-        self._queries = w.local("queries", self.width * self.rows)
+        self._queries = w.local("queries", self.heads * self.width * self.rows)
         self._limits = w.local("limits", self.rows, dtype="int32")
-        with w.loop("r", self.rows) as r:
-            t, h, inside = self._token(r)
+        with w.loop("i", self.heads) as i, w.loop("r", self.rows) as r:
+            t, h, inside = self._token(i, r)
             w.line(f"{self._limits}[{r}] = T.min({self._cached} + {t}, {self.reach} - 1)")
             with w.loop("d", self.width) as d:
                 value = f"{w.load(q, f'{self.batch}, {t}, {h}, {d}')} * T.float32({self._scale!r})"
                 guarded = f"T.if_then_else({inside}, {value}, T.float32(0))"
-                w.line(f"{self._queries}[{d} * {self.rows} + {r}] = {guarded}")
+                w.line(f"{self._queries}[({i} * {self.width} + {d}) * {self.rows} + {r}] = {guarded}")
 
     def attend(self, start: str, end: str) -> None:
         """o, m and l over the cached rows from start to end, of which each query row sees at least the first."""
-        w = self.writer
+        w, vectors = self.writer, self._vectors
         self._tile = w.local("tile", KEYS * self.width)
         self._p = w.local("p", KEYS * self.rows)
-        self._o = w.local("o", self.width * self.rows)
-        self._m, self._l, self._top, self._alpha = (
-            w.local(name, self._vectors, self.lanes) for name in ("m", "l", "top", "alpha")
-        )
-        k, v = self._buffer("k"), self._buffer("v")
-        with w.loop("i", self.width * self._vectors) as i:
-            w.line(f"{self._o}[{self._ramp(f'{i} * {self.lanes}')}] = {self._math.const(0.0)}")
-        for m in range(self._vectors):
-            w.line(f"{self._m}[{m}] = {self._math.const(MASKED)}")
-            w.line(f"{self._l}[{m}] = {self._math.const(0.0)}")
+        self._o = w.local("o", self.heads * self.width * self.rows)
+        self._m, self._l = (w.local(name, self.heads * vectors, self.lanes) for name in "ml")
+        self._top, self._alpha = (w.local(name, vectors, self.lanes) for name in ("top", "alpha"))
+        self._k, self._v = self._buffer("k"), self._buffer("v")
+        with w.loop("j", self.heads * self.width * vectors) as j:
+            w.line(f"{self._o}[{self._ramp(f'{j} * {self.lanes}')}] = {self._math.const(0.0)}")
+        with w.loop("j", self.heads * vectors) as j:
+            w.line(f"{self._m}[{j}] = {self._math.const(MASKED)}")
+            w.line(f"{self._l}[{j}] = {self._math.const(0.0)}")
         with w.loop("block", f"({end} - {start} + {KEYS - 1}) // {KEYS}") as block:
             key = w.let("key", f"{start} + {block} * {KEYS}")
             count = w.let("count", f"T.min({KEYS}, {end} - {key})")
             groups = w.let("groups", f"({count} + {self._deep - 1}) // {self._deep}")
-            self._fill(k, key, count, groups)
-            self._score(key, groups, v)
-            self._exponentiate(groups)
-            self._fill(v, key, count, groups)
-            whole = self.width // self._deep
-            with w.loop("i", whole) as i:
-                self._weigh(f"{i} * {self._deep}", self._deep, groups, key, k)
-            if self.width % self._deep:
-                self._weigh(str(whole * self._deep), self.width % self._deep, groups, key, k)
+            with w.loop("i", self.heads) as i:
+                self._fill(self._k, i, key, count, groups)
+                self._score(i, key, groups)
+                self._exponentiate(i, groups)
+                self._fill(self._v, i, key, count, groups)
+                whole = self.width // self._deep
+                with w.loop("j", whole) as j:
+                    self._weigh(i, f"{j} * {self._deep}", self._deep, key, groups)
+                if self.width % self._deep:
+                    self._weigh(i, str(whole * self._deep), self.width % self._deep, key, groups)
 
     def store_result(self, result: Arg) -> None:
         """y = o / l of the rows that are tokens."""
@@ -111,22 +113,24 @@ class Flash:
             at = self._ramp(str(m * self.lanes))
             w.line(f"{scale}[{at}] = {self._math.const(1.0)} / {self._l}[{m}]")
         with w.loop("r", self.rows) as r:
-            t, h, inside = self._token(r)
+            t, h, inside = self._token("0", r)
             with w.block(f"if {inside}:"), w.loop("d", self.width) as d:
                 value = f"{self._o}[{d} * {self.rows} + {r}] * {scale}[{r}]"
                 w.store(y, f"{self.batch}, {t}, {h}, {d}", value)
 
     def store_state(self, sums: str, softmax: str, lead: str) -> None:
-        """o into `sums[lead]`, m and l into `softmax[lead]`."""
-        w, lanes = self.writer, self.lanes
-        with w.loop("i", self.width * self._vectors) as i:
-            at = f"{i} * {lanes}"
-            w.store(sums, f"{lead}, {at}", f"{self._o}[{self._ramp(at)}]", lanes)
-        for m in range(self._vectors):
-            for i, name in enumerate((self._m, self._l)):
-                w.store(softmax, f"{lead}, {i}, {m * lanes}", f"{name}[{m}]", lanes)
+        """For each head i of the tile, o into `sums[lead, i]` and m and l into `softmax[lead, i]`."""
+        w, lanes, vectors = self.writer, self.lanes, self._vectors
+        with w.loop("i", self.heads) as i:
+            with w.loop("j", self.width * vectors) as j:
+                o = f"{self._o}[{self._ramp(f'({i} * {self.width * vectors} + {j}) * {lanes}')}]"
+                w.store(sums, f"{lead}, {i}, {j} * {lanes}", o, lanes)
+            for m in range(vectors):
+                for which, name in enumerate((self._m, self._l)):
+                    value = f"{name}[{i} * {vectors} + {m}]"
+                    w.store(softmax, f"{lead}, {i}, {which}, {m * lanes}", value, lanes)
 
-    def _fill(self, source: str, key: str, count: str, groups: str) -> None:
+    def _fill(self, source: str, i: str, key: str, count: str, groups: str) -> None:
         """Cached rows as f32 into the tile, zeros up to the end of the last group."""
         w = self.writer
         view = self.site.view(self.site.arg("k"))
@@ -140,22 +144,22 @@ class Flash:
                         row = k if filled else f"({count} + {k})"
                         at = f"{row} * {self.width} + {d}"
                         at = at if lanes == 1 else f"T.Ramp({at}, 1, {lanes})"
-                        index = f"{self.batch}, {key} + {k}, {self.head}, {d}"
+                        index = f"{self.batch}, {key} + {k}, {self.head} + {i}, {d}"
                         zero = VectorMath(w, lanes).const(0.0)
                         w.line(f"{self._tile}[{at}] = {w.load(source, index, lanes) if filled else zero}")
 
-    def _score(self, key: str, groups: str, ahead: str) -> None:
+    def _score(self, i: str, key: str, groups: str) -> None:
         """Masked scores into p, their maxima and m into top."""
         w, lanes, vectors = self.writer, self.lanes, self._vectors
         for m in range(vectors):
-            w.line(f"{self._top}[{m}] = {self._m}[{m}]")
+            w.line(f"{self._top}[{m}] = {self._m}[{i} * {vectors} + {m}]")
         with w.loop("group", groups) as group:
             acc = w.local("acc", self._deep * vectors, lanes)
             with w.loop("j", self._deep * vectors, "T.unroll") as j:
                 w.line(f"{acc}[{j}] = {self._math.const(0.0)}")
             with w.loop("d", self.width) as d:
-                self._prefetch(ahead, key, f"{group} * {self._deep}", d)
-                q = self._vector_row(self._queries, d)
+                self._prefetch(self._k, key, f"({i} * {KEYS // self._deep} + {group}) * {self.width} + {d}")
+                q = self._vector_row(self._queries, f"({i} * {self.width} + {d})")
                 with w.loop("j", self._deep, "T.unroll") as j:
                     element = f"{self._tile}[({group} * {self._deep} + {j}) * {self.width} + {d}]"
                     self._accumulate(acc, j, element, q)
@@ -169,47 +173,54 @@ class Flash:
                     w.line(f"{self._p}[{self._ramp(f'{row} * {self.rows} + {m * lanes}')}] = {s}")
                     w.line(f"{self._top}[{m}] = T.max({self._top}[{m}], {s})")
 
-    def _exponentiate(self, groups: str) -> None:
+    def _exponentiate(self, i: str, groups: str) -> None:
         """p = exp(s − top); l and m follow; alpha is what o must be scaled by."""
         w, lanes, math = self.writer, self.lanes, self._math
         for m in range(self._vectors):
-            old = w.value("old", math.maximum(f"{self._m}[{m}] - {self._top}[{m}]", _FLOOR), lanes)
+            at = f"{i} * {self._vectors} + {m}"
+            old = w.value("old", math.maximum(f"{self._m}[{at}] - {self._top}[{m}]", _FLOOR), lanes)
             w.line(f"{self._alpha}[{m}] = {math.exp(old)}")
-            w.line(f"{self._l}[{m}] = {self._l}[{m}] * {self._alpha}[{m}]")
-            w.line(f"{self._m}[{m}] = {self._top}[{m}]")
+            w.line(f"{self._l}[{at}] = {self._l}[{at}] * {self._alpha}[{m}]")
+            w.line(f"{self._m}[{at}] = {self._top}[{m}]")
         with w.loop("k", f"{groups} * {self._deep}") as k:
             for m in range(self._vectors):
                 at = self._ramp(f"{k} * {self.rows} + {m * lanes}")
                 rest = w.value("rest", math.maximum(f"{self._p}[{at}] - {self._top}[{m}]", _FLOOR), lanes)
                 e = math.exp(rest)
                 w.line(f"{self._p}[{at}] = {e}")
-                w.line(f"{self._l}[{m}] = {self._l}[{m}] + {e}")
+                total = f"{self._l}[{i} * {self._vectors} + {m}]"
+                w.line(f"{total} = {total} + {e}")
 
-    def _weigh(self, first: str, deep: int, groups: str, key: str, ahead: str) -> None:
+    def _weigh(self, i: str, first: str, deep: int, key: str, groups: str) -> None:
         """o ← o · alpha + Σ v · p for `deep` of the D columns."""
         w, vectors = self.writer, self._vectors
         acc = w.local("acc", deep * vectors, self.lanes)
         for out in (False, True):
             with w.loop("j", deep, "T.unroll") as j:
                 for m in range(vectors):
-                    at = f"{self._o}[{self._ramp(f'({first} + {j}) * {self.rows} + {m * self.lanes}')}]"
+                    d = f"({i} * {self.width} + {first} + {j})"
+                    at = f"{self._o}[{self._ramp(f'{d} * {self.rows} + {m * self.lanes}')}]"
                     held = f"{acc}[{j} * {vectors} + {m}]"
                     w.line(f"{at} = {held}" if out else f"{held} = {at} * {self._alpha}[{m}]")
             if not out:
                 with w.loop("k", f"{groups} * {self._deep}") as k:
                     if deep == self._deep:
-                        self._prefetch(ahead, f"{key} + {KEYS}", k, first.split(" ")[0])
+                        column = f"({i} * {self.width} + {first}) // {self._deep}"
+                        self._prefetch(self._v, key, f"{column} * {KEYS} + {k}")
                     p = self._vector_row(self._p, k)
                     with w.loop("j", deep, "T.unroll") as j:
                         element = f"{self._tile}[{k} * {self.width} + {first} + {j}]"
                         self._accumulate(acc, j, element, p)
 
-    def _prefetch(self, source: str, key: str, row: str, d: str) -> None:
-        """Bring a part of a block of cached rows nearer, while another block is worked on."""
-        w = self.writer
-        at = w.let("at", f"{d} * {self._deep}")
-        index = f"{self.batch}, {key} + {row} + {at} // {self.width}, {self.head}, {at} % {self.width}"
-        w.line(f'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of({source}[{index}]), 0, 3, 1))')
+    def _prefetch(self, source: str, key: str, step: str) -> None:
+        """Bring one piece of the next block nearer; the steps of a block go through all its heads and rows in order."""
+        if self.heads < self.kv_heads:
+            return
+        w, row = self.writer, self.kv_heads * self.width
+        at = w.let("at", f"({step}) * {self._deep}")
+        index = f"{self.batch}, {key} + {KEYS} + {at} // {row}, {at} % {row} // {self.width}, {at} % {self.width}"
+        address = f"T.address_of({source}[{index}])"
+        w.line(f'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", {address}, 0, 2, 1))')
 
     def _accumulate(self, acc: str, j: str, element: str, vectors: list[str]) -> None:
         for m, vector in enumerate(vectors):
@@ -223,11 +234,11 @@ class Flash:
             for m in range(self._vectors)
         ]
 
-    def _token(self, r: str) -> tuple[str, str, str]:
-        """The token and the query head of a row, and the condition that it is one."""
+    def _token(self, i: str, r: str) -> tuple[str, str, str]:
+        """The token and the query head of a row of the tile's head i, and the condition that it is one."""
         w = self.writer
         t = w.let("t", f"({self._first} + {r}) // {self.shared}")
-        h = w.let("h", f"{self.head} * {self.shared} + ({self._first} + {r}) % {self.shared}")
+        h = w.let("h", f"({self.head} + {i}) * {self.shared} + ({self._first} + {r}) % {self.shared}")
         return t, h, f"{t} < {size_text(self.site.view(self.site.arg('q')).shape[1])}"
 
     def _buffer(self, name: str) -> str:

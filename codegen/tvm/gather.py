@@ -2,7 +2,7 @@
 
 from nemoc.codegen.plan import Arg, Plan, Site, View
 from nemoc.codegen.tvm.elementwise import merge_axes, unflatten
-from nemoc.codegen.tvm.loops import Tiles, each_vector, element, vector_lanes
+from nemoc.codegen.tvm.loops import Tiles, each_vector, vector_lanes
 from nemoc.codegen.tvm.shape import copier
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.writer import COMPUTE_NAMES, KernelWriter
@@ -61,8 +61,8 @@ def emit_take_along(site: Site, target: CpuTarget) -> Plan:
         lead = unflatten(writer, row, rows)
         with writer.loop("j", count) as j:
             at = _load_index(writer, i, [*lead, f"{start} + {j}"], index)
-            chosen = element(source, [*lead, at])
-            writer.line(f"{element(y, [*lead, f'{start} + {j}'])} = {chosen}")
+            chosen = writer.load(source, ", ".join([*lead, at]), raw=True)
+            writer.store(y, ", ".join([*lead, f"{start} + {j}"]), chosen, raw=True)
     return Plan((writer.finish(tiles.tasks),))
 
 
@@ -77,7 +77,7 @@ def emit_take_last(site: Site, target: CpuTarget) -> Plan:
     lengths = writer.buffer("valid", site.arg("valid"), valid)
     y = writer.buffer("y", _RESULT, result)
     with tiles.loop(writer) as (b, start, count):
-        last = writer.value("last", f"T.max({element(lengths, [b])} - 1, 0)", 1, "int32")
+        last = writer.value("last", f"T.max({writer.load(lengths, b)} - 1, 0)", 1, "int32")
         copy = copier(writer, source, [b, last], y, [b], start)
         each_vector(writer, count, vector_lanes([x, result], target), copy)
     return Plan((writer.finish(tiles.tasks),))
@@ -95,6 +95,6 @@ def _axes(view: View, start: int, stop: int) -> View:
 
 def _load_index(writer: KernelWriter, index: str, at: list[str], view: View) -> str:
     """An element of an index as an int32 variable."""
-    loaded = element(index, at)
+    loaded = writer.load(index, ", ".join(at))
     wide = COMPUTE_NAMES[view.dtype] != "int32"
     return writer.value("pick", f'T.Cast("int32", {loaded})' if wide else loaded, 1, "int32")

@@ -23,13 +23,6 @@ def vector_lanes(views: Sequence[View], target: CpuTarget) -> int:
     return target.vector_bits // (8 * max(v.dtype.bytes for v in views))
 
 
-def element(buffer: str, index: Sequence[str], lanes: int = 1) -> str:
-    """The stored elements at an index, converted to nothing; with lanes, from there along the last axis."""
-    *lead, at = index
-    last = at if lanes == 1 else f"T.Ramp({at}, 1, {lanes})"
-    return f"{buffer}[{', '.join([*lead, last])}]"
-
-
 def constant(value: float, dtype: DType, lanes: int = 1) -> str:
     """A constant in the type in which kernels hold elements of `dtype`."""
     kind = COMPUTE_NAMES[dtype]

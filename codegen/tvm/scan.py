@@ -13,6 +13,7 @@ the numerics of the definition. It only has to keep the state in registers:
 
 from nemoc.codegen.plan import Arg, Plan, Site, Stage
 from nemoc.codegen.tvm.target import CpuTarget
+from nemoc.codegen.tvm.update import state_in_place
 from nemoc.codegen.tvm.vmath import VectorMath
 from nemoc.codegen.tvm.writer import KernelWriter, size_text
 from nemoc.ir.dims import product
@@ -28,7 +29,7 @@ _NEXT = Arg("result", 1)
 def emit_ssd_scan(site: Site, target: CpuTarget) -> Plan:
     """The plan of an `SsdScan`: one launch; the new state may take the old one's place."""
     assert isinstance(site.op, SsdScan)
-    return Plan((_Scan(site, target).write(),), in_place=((1, site.arg("state").index),))
+    return Plan((_Scan(site, target).write(),), in_place=state_in_place(site))
 
 
 class _Scan:

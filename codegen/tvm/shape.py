@@ -10,7 +10,6 @@ from nemoc.codegen.tvm.loops import (
     constant,
     count_of,
     each_vector,
-    element,
     sum_elements,
     vector_lanes,
 )
@@ -50,10 +49,11 @@ def emit_concat(site: Site, target: CpuTarget) -> Plan:
         offset = dim(start * y.strides[op.axis] * y.dtype.bytes)
         part = Place(_Y, View(y.dtype, x.shape, y.strides), offset)
         copy = BlockCopy(Place(Arg("operand", i), x), part)
+        if i > 0:
+            task = writer.let("task", f"task - {size_text(total)}")
         with writer.block(f"if {task} < {size_text(copy.tasks)}:"):
             copy.write(writer, task, target)
             writer.line("return 0")
-        task = writer.let("task", f"{task} - {size_text(copy.tasks)}")
         start, total = dim(start + x.shape[op.axis]), dim(total + copy.tasks)
     return Plan((writer.finish(total),))
 
@@ -136,8 +136,8 @@ def copier(
     """A body for `each_vector` that copies between rows of two buffers, given their leading indices."""
 
     def copy(at: str, lanes: int) -> None:
-        column = f"{start} + {at}"
-        writer.line(f"{element(y, [*to, column], lanes)} = {element(x, [*from_, column], lanes)}")
+        loaded = writer.load(x, ", ".join([*from_, f"{start} + {at}"]), lanes, raw=True)
+        writer.store(y, ", ".join([*to, f"{start} + {at}"]), loaded, lanes, raw=True)
 
     return copy
 
@@ -156,7 +156,7 @@ def _copy_by_number(x: View, y: View) -> Plan:
     source, result = writer.buffer("x", _X, x), writer.buffer("y", _Y, y)
     with tiles.loop(writer) as (number, _, _):
         at, to = (unflatten(writer, number, view.shape) for view in (x, y))
-        writer.line(f"{element(result, to)} = {element(source, at)}")
+        writer.store(result, ", ".join(to), writer.load(source, ", ".join(at), raw=True), raw=True)
     return Plan((writer.finish(tiles.tasks),))
 
 

@@ -49,7 +49,13 @@ def emit_ssd_update(site: Site, target: CpuTarget) -> Plan:
                 w.line(f"{sums} = {sums} + {s} * {w.load(c, f'{n}, {g}, {at}', lanes)}")
             total = w.value("total", f"{total} + {VectorMath(w, lanes).total(sums)}")
         w.line(f"{y}[{n}, {h}, {p}] = {total}")
-    return Plan((w.finish(product((batch, heads))),), in_place=((1, site.arg("state").index),))
+    return Plan((w.finish(product((batch, heads))),), in_place=state_in_place(site))
+
+
+def state_in_place(site: Site) -> tuple[tuple[int, int], ...]:
+    """The plan's `in_place` for a state op: result 1 may take the state's memory, where it lies the same."""
+    state = site.arg("state")
+    return ((1, state.index),) if site.view(state) == site.view(_NEXT) else ()
 
 
 def vector_pieces(size: int, lanes: int) -> Iterator[tuple[int, int, int]]:

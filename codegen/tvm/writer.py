@@ -10,6 +10,8 @@ The dialect, in short (TVM 0.27):
 - Buffers have int64 strides, so no offset overflows; index variables are int32.
 - A kernel ends by `return 0`; the same inside an `if` leaves early.
 - bf16 is loaded and stored as uint16; `load` and `store` convert. There is no arithmetic in bf16.
+- LLVM is told that different pointer parameters never alias: a kernel that reads what it has overwritten does both
+  through one `Arg`.
 """
 
 import functools
@@ -142,7 +144,8 @@ class KernelWriter:
             hint: the name wanted.
             arg: which tensor.
             view: its layout; several declarations of one tensor may use different views.
-            at: int64 byte offset from the tensor's first element, as text; empty for none.
+            at: int64 byte offset from the tensor's first element, as text; empty for none. LLVM takes memory reached
+                this way to be apart from that of the tensor's other declarations.
         """
         name = self.fresh(hint)
         data = self.pointer(arg)

@@ -160,10 +160,7 @@ def run(artifact: Path, prompt: str, **options: Any) -> None:
 @click.argument("source")
 @_options(_target, _pipeline, _plugin, _quiet, _debug)
 def verify(source: str, quiet: bool, **options: Any) -> int:
-    """Check each pass, each kernel and the whole model against eager PyTorch; exit 1 on a miss.
-
-    SOURCE may also be an artifact, which is then checked as it stands.
-    """
+    """Check each pass, each kernel and the whole model against eager PyTorch; exit 1 on a miss."""
     from nemoc.commands import verify
 
     return verify.run(source, quiet, options)

@@ -122,7 +122,7 @@ def compile(
         model=model.config.to_dict(),
         functions=bound,
         weights=weights,
-        pieces=_pieces(model.parameters),
+        pieces=weight_pieces(model.parameters),
         bounds=bounds,
         generation=Generation(
             model.generation.eos_token_ids,
@@ -271,7 +271,7 @@ def _generate(
     )
 
 
-def _pieces(source: ParameterSource) -> Pieces:
+def weight_pieces(source: ParameterSource) -> Pieces:
     """The weights' data, folded ones computed slice by slice."""
 
     def pieces(weight: Weight) -> Iterator[torch.Tensor]:

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 import torch
 
 from nemoc import compiler
+from nemoc.codegen.storage import Weight, bind_weights, weight_layout
 from nemoc.compiler import Functions, Pipeline
-from nemoc.ir import NemocError
+from nemoc.ir import NemocError, TensorType
+from nemoc.ir.params import LazyArguments, ParameterSource
+from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models import Model, eager_reference, open_model
 from nemoc.passes import Effect, Pass, PassContext, PassRun
 from nemoc.passes.check import NumericCheck, relative_error
@@ -17,6 +20,9 @@ from nemoc.runtime import Executable
 
 MODEL_BOUND = 1e-4
 """‖executable − eager‖ / ‖eager‖ of the logits in float32."""
+
+KERNEL_BOUND = 1e-5
+"""‖kernel − op‖ / ‖op‖ of each result, the op evaluated in float64."""
 
 _SIZES = {"B": 2, "L": 7, "C": 24}
 """Small, and no multiple of any vector or block: tails are where kernels go wrong."""
@@ -66,12 +72,14 @@ def verify_model(
     pipeline: Pipeline = None,
     *,
     plugins: Iterable[str | type[Pass]] = (),
+    executable: Executable | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Check every pass, every distinct kernel and the whole executable of a model.
 
     Args:
         source, target, pipeline, plugins, progress: as for `nemoc.compile`. The source needs weights.
+        executable: compiled from them already, for two rows; None: compile one.
 
     Returns:
         The rows; a miss is a row that is not `ok`, not an exception.
@@ -91,16 +99,17 @@ def verify_model(
     )
     rows.extend(recorder.rows)
     tell("check kernels", 0, 0)
-    rows.extend(_kernel_rows(found))
-    executable = compiler.compile(
-        model,
-        target,
-        pipeline=pipeline,
-        plugins=plugins,
-        max_batch=2,
-        max_context=64,
-        progress=progress,
-    )
+    rows.extend(kernel_rows(found))
+    if executable is None:
+        executable = compiler.compile(
+            model,
+            target,
+            pipeline=pipeline,
+            plugins=plugins,
+            max_batch=2,
+            max_context=64,
+            progress=progress,
+        )
     tell("check the model against eager PyTorch", 0, 0)
     rows.extend(model_rows(executable, model))
     return VerifyReport(tuple(rows))
@@ -129,12 +138,44 @@ class PassRecorder:
         )
 
 
-def _kernel_rows(found: Functions) -> Iterator[VerifyRow]:
-    if found.target == "reference":
+def kernel_rows(found: Functions) -> Iterator[VerifyRow]:
+    """Each distinct kernel of compiled functions, alone; none for the interpreter."""
+    if found.target == "reference" or found.model.parameters is None:
         return
     from nemoc.codegen.tvm.check import check_kernels  # noqa: PLC0415  (loads tvm)
+    from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
 
-    yield from check_kernels(found)
+    graphs, weights = bind_weights(found.graphs)
+    packed = _Packed(found.model.parameters, weights)
+    checks = check_kernels(
+        graphs,
+        weight_layout(weights),
+        lambda graph: LazyArguments(graph, packed, sample_arguments(graph, _SIZES, params=False)),
+        _SIZES,
+        cpu_target(found.target),
+        relative_error,
+    )
+    started = time.perf_counter()
+    for check in checks:
+        now = time.perf_counter()
+        name = " + ".join(check.kernels)
+        yield VerifyRow("kernel", name, check.op, check.error, KERNEL_BOUND, now - started)
+        started = now
+
+
+class _Packed:
+    """A model's weights in the form in which steps read them."""
+
+    def __init__(self, source: ParameterSource, weights: Iterable[Weight]) -> None:
+        self._pieces = compiler.weight_pieces(source)
+        self._weights = {w.name: w for w in weights}
+
+    def type_of(self, name: str) -> TensorType:
+        return self._weights[name].type
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        pieces = list(self._pieces(self._weights[name]))
+        return pieces[0] if pieces[0].dim() == 0 else torch.cat(pieces)[start:stop]
 
 
 def model_rows(executable: Executable, model: Model, seed: int = 0) -> Iterator[VerifyRow]:

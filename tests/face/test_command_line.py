@@ -97,6 +97,7 @@ BAD_INPUT = {
     ),
     "unknown plugin": (["passes", "--plugin", "no_such_module_at_all"], "no_such_module_at_all"),
     "no graph text": (["ir", "missing.ir"], "missing.ir"),
+    "summary of a graph": (["ir", "x.ir", "--summary"], "--summary needs a model"),
     "weights needed": (["compile", "nano", "-o", "x.nemoc"], "random:nano"),
     "verify without weights": (["verify", "nano"], "random:nano"),
     "no artifact to run": (["run", "missing.nemoc", "--prompt", "x"], "missing.nemoc"),

@@ -1,5 +1,6 @@
 """The wheel: what it contains, and that it works in an environment of its own."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -84,8 +85,11 @@ def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> 
         text=True,
         check=True,
     ).stdout.strip()
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
-    subprocess.run([*install, "--no-deps", "--no-index", str(wheel)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    # Without PYTHONPATH, or pip takes the checkout for an installed nemoc and does nothing.
+    clear = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    install = [*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, env=clear)
     # Paths named in a .pth file are searched, but .pth files in them are not read: so the editable
     # nemoc of this environment stays out of sight.
     borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}

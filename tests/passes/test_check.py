@@ -125,7 +125,7 @@ def test_planted_fault_is_caught_and_named(fault: str) -> None:
         run_pipeline(parse(STEP), passes, PassContext(), check=NumericCheck({"L": 7}))
     message = str(caught.value)
     assert message.startswith("pass 2 of 3 (planted) declares exact but changes ")
-    assert f'reproduce with --pipeline \'cse,planted{{fault="{fault}"}}\'' in message
+    assert f"reproduce with --pipeline 'cse,planted{{fault=\"{fault}\"}}'" in message
     assert "\n" not in message
 
 

@@ -1,7 +1,8 @@
 """Golden tests: a graph, a pipeline, and exactly what it gives.
 
-`tests/golden/passes/<pass>/<case>.ir` holds `// run: --passes=...`, the input, a line `// ---`, and the expected output.
-`pytest --bless` writes the output; read the difference before you keep it. Each case also goes through the numeric check.
+`tests/golden/passes/<pass>/<case>.ir` holds `// run: --passes=...`, the input, a line `// ---`, and the
+expected output. `pytest --bless` writes the output; read the difference before you keep it. Each case also goes
+through the numeric check.
 """
 
 from pathlib import Path
@@ -53,6 +54,8 @@ def test_every_pass_has_a_case() -> None:
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
 def test_case_needs_its_rule(rule: Rule) -> None:
     """Without its rule a case comes out otherwise, so each case shows its rule at work."""
-    given, _, expected = (FOLDER / "canonicalize" / f"{rule.name}.ir").read_text().partition(SEPARATOR)
+    given, _, expected = (
+        (FOLDER / "canonicalize" / f"{rule.name}.ir").read_text().partition(SEPARATOR)
+    )
     passes = parse_pipeline(f"canonicalize{{without=[{rule.name}]}},dce")
     assert run_pipeline(parse(given), passes, PassContext()) != parse(expected)

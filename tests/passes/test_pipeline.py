@@ -4,6 +4,7 @@ import importlib.metadata
 import sys
 import types
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -171,7 +172,7 @@ def test_driver_tells_each_run_and_returns_the_last_graph() -> None:
     assert [r.place for r in runs][1] == "pass 2 of 4 (cse)"
     assert runs[1].reproduces == "canonicalize,cse"
     assert [r.after is r.before for r in runs] == [False, False, True, True]
-    assert all(a.after is b.before for a, b in zip(runs, runs[1:], strict=False))
+    assert all(a.after is b.before for a, b in pairwise(runs))
     assert runs[-1].after is after
     assert all(r.seconds >= 0 for r in runs)
 

@@ -13,7 +13,7 @@ from nemoc.codegen.storage import bind_weights
 from nemoc.ir import Graph
 from nemoc.models import ModelConfig, RandomSource, build_step
 from nemoc.passes import PassContext, TargetInfo, preset, run_pipeline
-from nemoc.runtime import Bounds, Contents, Executable, Generation, build, whole_pieces
+from nemoc.runtime import Bounds, Contents, Executable, Generation, build, weight_pieces
 
 VOCAB = 97
 CONFIG = {
@@ -65,7 +65,7 @@ def reference_contents(**changes: Any) -> Contents:
         target="reference",
         functions=bound,
         weights=weights,
-        pieces=whole_pieces(RandomSource(ModelConfig.from_dict(CONFIG))),
+        pieces=weight_pieces(RandomSource(ModelConfig.from_dict(CONFIG))),
         bounds=BOUNDS,
         generation=Generation(eos=(2,), bos=1, pad=0),
         model=CONFIG,

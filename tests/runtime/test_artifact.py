@@ -244,7 +244,7 @@ def test_saving_checks_what_it_copies(copy: Path, tmp_path: Path) -> None:
     data = bytearray((copy / "report.json").read_bytes())
     data[0] ^= 1
     (copy / "report.json").write_bytes(data)
-    with pytest.raises(NemocError, match="report.json: was altered"):
+    with pytest.raises(NemocError, match=r"report.json: was altered"):
         exe.save(tmp_path / "new.nemoc")
     assert not (tmp_path / "new.nemoc").exists()
 

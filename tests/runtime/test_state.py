@@ -70,7 +70,7 @@ def test_states_of_other_models_and_damaged_files_are_refused(
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(NemocError, match=r"s.safetensors: cannot be read as a state"):
         exe.load_state(path)
-    with pytest.raises(NemocError, match="missing.safetensors: no such file"):
+    with pytest.raises(NemocError, match=r"missing.safetensors: no such file"):
         exe.load_state(tmp_path / "missing.safetensors")
 
 
@@ -116,6 +116,6 @@ def test_altered_states_are_refused(
 
 
 def test_a_state_that_cannot_be_written_leaves_nothing(state: State, tmp_path: Path) -> None:
-    with pytest.raises(NemocError, match="nowhere/s.safetensors: cannot be written: No such file"):
+    with pytest.raises(NemocError, match=r"nowhere/s.safetensors: cannot be written: No such file"):
         state.save(tmp_path / "nowhere" / "s.safetensors")
     assert os.listdir(tmp_path) == []

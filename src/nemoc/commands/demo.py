@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from nemoc.autotune.measure import interleaved
 from nemoc.commands.run import continuation
@@ -44,7 +45,7 @@ def run(threads: int | None, quiet: bool) -> int:
     with progress(quiet) as show:
         executable = _compile(console, model, target, threads, show)
     with progress(quiet) as show:
-        found = verify_model("sample", target, progress=show)
+        found = verify_model("sample", target, executable=executable, progress=show)
     _print_checks(console, found)
     _print_texts(console, executable)
     _print_speed(console, executable, model, threads)
@@ -67,7 +68,7 @@ def _compile(
     console: Console, model: Model, target: str, threads: int | None, show: Progress
 ) -> Executable:
     started = time.perf_counter()
-    executable = compile(model, target, threads=threads, progress=show)
+    executable = compile(model, target, max_batch=2, threads=threads, progress=show)
     heading(console, f"Compiled for {target} in {duration(time.perf_counter() - started)}")
     folder = executable.folder
     if folder is not None:
@@ -95,14 +96,11 @@ def _print_texts(console: Console, executable: Executable) -> None:
     heading(console, "What it writes (the likeliest token each time)")
     for prompt in _PROMPTS:
         text = continuation(executable, prompt, _NEW_TOKENS)
+        whole = Text(prompt)
+        whole.append(text.rstrip(), GOOD)
         console.print()
-        console.print(_indented(prompt), end="")
-        console.print(_indented(text, first=False), style=GOOD)
-
-
-def _indented(text: str, first: bool = True) -> str:
-    indented = text.replace("\n", "\n    ")
-    return f"    {indented}" if first else indented
+        for line in whole.split("\n"):
+            console.print(Text("    ") + line)
 
 
 def _print_speed(

@@ -5,17 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from nemoc.compiler import functions, passes_of, plugin_classes
-from nemoc.ir import Graph, NemocError, parse, print_graph
-from nemoc.ir.cost import Cost
-from nemoc.ir.dims import dim, format_dim, substitute_dim
+from nemoc.ir import DType, Graph, NemocError, parse, print_graph
+from nemoc.ir.params import ParameterSource
 from nemoc.models import open_model
+from nemoc.models.summary import render_summary, summarize
 from nemoc.passes import Pass, PassContext, PassRun, run_pipeline
-from nemoc.summary import Summary, per_token, summarize
 from nemoc.targets import resolve_target, target_info
-from nemoc.terminal import count, heading, print_table, report, short
 
 _PRESET = "preset"
 _ALL = "all"
@@ -101,73 +98,14 @@ def _printer(passes: tuple[Pass, ...], print_after: str | None) -> Callable[[Pas
 
 def _print_summary(source: str) -> None:
     if _is_text(source):
-        graph = _parsed(source)
-        name, layers = graph.name, ""
-        kinds: tuple[str, ...] = ()
-    else:
-        model = open_model(source)
-        graph, kinds = model.build_step(), tuple(model.config.layers)
-        name, layers = model.name, f"{len(kinds)} layers {model.config.pattern}"
-    found = summarize(graph, kinds)
-    console = report()
-    console.print(f"{name}: {layers}".rstrip(": "), style="bold", soft_wrap=True)
-    _print_totals(console, found)
-    _print_parts(console, found)
-    _print_forms(console, found)
+        raise NemocError(f"{source}: --summary needs a model, found a graph")
+    model = open_model(source)
+    types = None if model.parameters is None else _stored_types(model.parameters)
+    found = summarize(model.config, DType.F32, types)
+    pattern = "\n".join(textwrap.wrap(model.config.pattern, 76))
+    click.echo(render_summary(found, model.name), nl=False)
+    click.echo(f"\nlayers in order\n{textwrap.indent(pattern, '  ')}")
 
 
-def _print_totals(console: Console, found: Summary) -> None:
-    fixed = int(substitute_dim(found.state_bytes, {"B": 1, "C": 0}))
-    longer = int(substitute_dim(found.state_bytes, {"B": 1, "C": 1})) - fixed
-    console.print(f"  parameters          {count(found.total.parameters)}")
-    console.print(f"  active per token    {count(found.total.active)}")
-    console.print(
-        f"  state of a row      {count(fixed)} bytes + {count(longer)} per token of context"
-    )
-
-
-def _print_parts(console: Console, found: Summary) -> None:
-    heading(console, "Decoding one token")
-    rows = []
-    for part in (*found.parts, found.total):
-        cost = _without_context(per_token(part.cost))
-        rows.append(
-            (
-                part.name,
-                str(part.layers or ""),
-                short(part.parameters),
-                short(part.active),
-                short(cost.flops),
-                short(cost.bytes, "B"),
-            )
-        )
-    columns = ("part", ">layers", ">parameters", ">active", ">flops", ">bytes moved")
-    print_table(console, columns, rows)
-    whole, short_context = (
-        per_token(found.total.cost),
-        _without_context(per_token(found.total.cost)),
-    )
-    flops, moved = (
-        format_dim(dim(a - b))
-        for a, b in ((whole.flops, short_context.flops), (whole.bytes, short_context.bytes))
-    )
-    console.print(f"and {flops} flops, {moved} bytes for T tokens of context before it")
-
-
-def _without_context(cost: Cost) -> Cost:
-    """The part of a cost that does not depend on the tokens cached."""
-    none = {"T": 0}
-    return Cost(*(substitute_dim(c, none) for c in (cost.flops, cost.read, cost.written)))
-
-
-def _print_forms(console: Console, found: Summary) -> None:
-    heading(console, "A step over B rows of L new tokens, with T cached ones and capacity C")
-    cost = found.total.cost
-    for name, form in (
-        ("flops", cost.flops),
-        ("bytes read", cost.read),
-        ("bytes written", cost.written),
-        ("bytes of state", found.state_bytes),
-    ):
-        text = f"{name} = {format_dim(form)}"
-        console.print(textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="      "))
+def _stored_types(parameters: ParameterSource) -> Callable[[str], DType]:
+    return lambda name: parameters.type_of(name).dtype

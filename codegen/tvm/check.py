@@ -1,0 +1,108 @@
+"""Every distinct kernel of a model against its op, on the values that reach it in the model."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from nemoc.codegen.lower import corner_sizes, lower_program
+from nemoc.codegen.plan import Plan, Site
+from nemoc.codegen.storage import Layout
+from nemoc.codegen.tvm.emit import emit
+from nemoc.codegen.tvm.harness import CompiledSite, KernelFault, KernelSuite
+from nemoc.codegen.tvm.target import CpuTarget
+from nemoc.ir.graph import Graph, Node
+from nemoc.ir.interpreter import interpret
+from nemoc.ir.op import Env
+from nemoc.ir.region import evaluate_op
+from nemoc.ir.types import Value
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """The outcome for one site.
+
+    Attributes:
+        kernels: the names of the kernels that carry out the op.
+        op: the op's mnemonic, and the types of its operands.
+        error: the largest relative error of a result against float64; infinite or NaN when something was
+            left unwritten, or written where it must not be.
+    """
+
+    kernels: tuple[str, ...]
+    op: str
+    error: float
+
+
+def check_kernels(
+    graphs: Mapping[str, Graph],
+    weights: Layout,
+    arguments: Callable[[Graph], Mapping[str, torch.Tensor]],
+    sizes: Mapping[str, int],
+    target: CpuTarget,
+    error: Callable[[torch.Tensor, torch.Tensor], float],
+) -> Iterator[KernelCheck]:
+    """Run each distinct site of a program by itself, on poisoned and guarded memory.
+
+    Args:
+        graphs: step functions; parameters are stored weights.
+        weights: where the weights lie.
+        arguments: inputs, states and weights of a graph at `sizes`; looked up one by one.
+        sizes: B, L and C of the check.
+        target: the CPU at hand.
+        error: the relative error of a tensor against a reference.
+    """
+    suite = KernelSuite(target)
+    compiled: list[CompiledSite] = []
+
+    def record(site: Site) -> Plan:
+        compiled.append(suite.add(site, emit))
+        return compiled[-1].plan
+
+    corners = corner_sizes(sizes["B"], sizes["B"] * sizes["L"], sizes["C"])
+    lower_program(graphs, weights, corners, record)
+    waiting = {value for c in compiled for value in c.site.op.operands()}
+    values: dict[Value, torch.Tensor] = {}
+    for graph in graphs.values():
+        given = arguments(graph)
+        values.update((v, given[v.name]) for v in graph.arguments if v in waiting)
+
+        def keep(node: Node, results: tuple[torch.Tensor, ...]) -> None:
+            values.update(
+                (v, t) for v, t in zip(node.results, results, strict=True) if v in waiting
+            )
+
+        interpret(graph, given, observe=keep)
+    for site in compiled:
+        yield _check(site, values, sizes, error)
+
+
+def _check(
+    compiled: CompiledSite,
+    values: dict[Value, torch.Tensor],
+    sizes: Mapping[str, int],
+    error: Callable[[torch.Tensor, torch.Tensor], float],
+) -> KernelCheck:
+    op = compiled.site.op
+    plan = compiled.plan
+    kernels = tuple(stage.kernel.name for stage in plan.stages)
+    shapes = ", ".join(str(v.type) for v in op.operands())
+    env = Env(sizes)
+    operands = [values.get(v, _arbitrary(v, env)) for v in op.operands()]
+    wide = [t.double() if t.is_floating_point() else t for t in operands]
+    exact = evaluate_op(op, Env(sizes, float64=True), dict(zip(op.operands(), wide, strict=True)))
+    try:
+        found = compiled.run(sizes, *operands)
+    except KernelFault:
+        return KernelCheck(kernels, f"{op.mnemonic()}({shapes})", float("inf"))
+    worst = max(
+        error(f.double() if f.is_floating_point() else f, e)
+        for f, e in zip(found, exact, strict=True)
+    )
+    return KernelCheck(kernels, f"{op.mnemonic()}({shapes})", worst)
+
+
+def _arbitrary(value: Value, env: Env) -> torch.Tensor:
+    """Data for a copy that lowering put in, which no value of the graph stands for."""
+    size = torch.Size(env.shape(value.shape))
+    return torch.arange(size.numel()).reshape(size).to(value.dtype.torch)

@@ -1,0 +1,211 @@
+"""Graphs lowered, compiled and run as steps, against the interpreter."""
+
+import ctypes
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import tvm_ffi
+
+from nemoc.codegen.lower import arena_names, corner_sizes, describe, lower_program
+from nemoc.codegen.plan import Plan, Site
+from nemoc.codegen.storage import Layout
+from nemoc.codegen.tvm.compile import compile_program
+from nemoc.codegen.tvm.emit import emit
+from nemoc.codegen.tvm.target import cpu_target
+from nemoc.ir.builder import Builder
+from nemoc.ir.dims import B, L
+from nemoc.ir.dtypes import DType
+from nemoc.ir.errors import NemocError
+from nemoc.ir.graph import Graph
+from nemoc.ir.interpreter import interpret
+from nemoc.ir.ops import Add, Interleave, Linear, Mul, Permute, Reshape, Scale, Slice
+
+F32 = DType.F32
+CORNERS = corner_sizes(2, 12, 8)
+TARGET = cpu_target()
+
+
+def emit_here(site: Site) -> Plan:
+    return emit(site, TARGET)
+
+
+def accumulate(b: Builder) -> Graph:
+    """The next state is made in place, and read afterwards."""
+    x, s = b.input("x", F32, (B, 4)), b.state("s", F32, (B, 4))
+    after = b(Add(s, x))
+    return b.finish([b(Scale(after, 2.0))], [after])
+
+
+def old_value_read_later(b: Builder) -> Graph:
+    x, s = b.input("x", F32, (B, 4)), b.state("s", F32, (B, 4))
+    after = b(Add(s, x))
+    return b.finish([b(Mul(s, after))], [after])
+
+
+def old_value_is_output(b: Builder) -> Graph:
+    x, s = b.input("x", F32, (B, 4)), b.state("s", F32, (B, 4))
+    part = b(Slice(s, 1, 1, 3))
+    return b.finish([part, s], [b(Add(s, x))])
+
+
+def states_trade_places(b: Builder) -> Graph:
+    x, s = b.input("x", F32, (B, 4)), b.state("s", F32, (B, 4))
+    t, same = b.state("t", F32, (B, 4)), b.state("same", F32, (B, 3))
+    return b.finish([b(Add(s, x))], [t, s, same])
+
+
+def state_used_twice(b: Builder) -> Graph:
+    """The old state may go only after both sums; the second of them may take its place."""
+    x, s = b.input("x", F32, (B, 4)), b.state("s", F32, (B, 4))
+    first, second = b(Add(s, x)), b(Add(s, s))
+    return b.finish([first], [second])
+
+
+def views(b: Builder) -> Graph:
+    """Outputs that are views, of an input and of a value; the input itself; one value twice."""
+    x = b.input("x", F32, (B, L, 6))
+    y = b(Scale(x, 3.0))
+    turned = b(Permute(y, (2, 0, 1)))
+    return b.finish([b(Slice(x, 2, 2, 5)), turned, x, y, y])
+
+
+def reshape_that_copies(b: Builder) -> Graph:
+    x = b.input("x", F32, (B, L, 6))
+    flat = b(Reshape(b(Permute(x, (2, 1, 0))), (6 * L, B)))
+    return b.finish([b(Reshape(flat, (6, L * B)))])
+
+
+def product_of_a_transposed_operand(b: Builder) -> Graph:
+    """The rows of x have no common stride, so that the kernel asks for a copy."""
+    x = b.input("x", F32, (L, 6, B))
+    turned = b(Permute(x, (2, 0, 1)))
+    w = b.param("w", DType.BF16, Interleave(_value(5, 6), 32).infer().shape)
+    y = b(Linear(turned, w, interleave=32, features=5))
+    return b.finish([b(Add(y, y))])
+
+
+def _value(*shape: int) -> object:
+    return Builder("w").param("w", DType.BF16, shape)
+
+
+GRAPHS: list[Callable[[Builder], Graph]] = [
+    accumulate,
+    old_value_read_later,
+    old_value_is_output,
+    states_trade_places,
+    state_used_twice,
+    views,
+    reshape_that_copies,
+    product_of_a_transposed_operand,
+]
+
+
+def _aligned(size: int) -> torch.Tensor:
+    memory = torch.full((size + 64,), 0xFF, dtype=torch.uint8)
+    start = -memory.data_ptr() % 64
+    return memory[start : start + size]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _block(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    block = _aligned(int(layout.bytes))
+    for slot in layout:
+        data = _bytes(tensors[slot.name])
+        block[int(slot.offset) : int(slot.offset) + len(data)] = data
+    return block
+
+
+@pytest.mark.parametrize("build", GRAPHS, ids=lambda f: f.__name__)
+def test_step_equals_interpreter(build: Callable[[Builder], Graph]) -> None:
+    graph = build(Builder("step"))
+    weights = Layout.of((p.name, p.type) for p in graph.params)
+    compiled = compile_program({"step": graph}, weights, CORNERS, TARGET)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "step.so"
+        path.write_bytes(compiled.library)
+        step = tvm_ffi.load_module(str(path))["step"]
+    sizes = {"B": 2, "L": 5, "C": 8}
+    generator = torch.Generator().manual_seed(0)
+    arguments = {
+        v.name: torch.randn([int(n) for n in at], generator=generator).to(v.dtype.torch)
+        for v in graph.arguments
+        for at in [v.type.substitute(sizes).shape]
+    }
+    expected = interpret(graph, arguments)
+    state_layout = compiled.program.state.at(sizes)
+    state = _block(state_layout, arguments)
+    outputs = [torch.full_like(t, float("nan")).contiguous() for t in expected.outputs]
+    memory = [
+        _block(weights, arguments),
+        state,
+        _aligned(compiled.program.scratch_bytes),
+        *(arguments[v.name] for v in graph.inputs),
+        *outputs,
+    ]
+    step(*(ctypes.c_void_p(m.data_ptr()) for m in memory), *sizes.values())
+    for found, wanted in zip(outputs, expected.outputs, strict=True):
+        torch.testing.assert_close(found, wanted.contiguous(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(state, _block(state_layout, expected.states))
+
+
+def test_a_state_is_updated_where_it_lies() -> None:
+    graph = accumulate(Builder("step"))
+    program = lower_program({"step": graph}, Layout((), 0), CORNERS, emit_here)
+    first, second = program.functions[0].launches
+    assert [a.arena for a in first.buffers] == ["state", "in0_x", "state"]
+    assert [a.arena for a in second.buffers] == ["state", arena_names(graph)[-1]]
+    assert program.scratch_bytes == 0
+
+
+def test_equal_nodes_share_a_kernel() -> None:
+    b = Builder("step")
+    x = b.input("x", F32, (B, 4))
+    for _ in range(5):
+        x = b(Scale(x, 2.0))
+    program = lower_program({"step": b.finish([x])}, Layout((), 0), CORNERS, emit_here)
+    assert len(program.functions[0].launches) == 5
+    assert len(program.kernels) == 1
+
+
+def test_describes_launches_as_a_table() -> None:
+    program = lower_program(
+        {"step": accumulate(Builder("step"))}, Layout((), 0), CORNERS, emit_here
+    )
+    lines = describe(program.functions).splitlines()
+    assert lines[0].startswith("step(weights, state, scratch, in0_x, out0_")
+    assert len(lines) == 3
+
+
+def test_names_of_arenas_are_identifiers() -> None:
+    b = Builder("step")
+    x = b.input("in.put", F32, (B,))
+    assert arena_names(b.finish([x])) == (
+        "weights",
+        "state",
+        "scratch",
+        "in0_in_put",
+        "out0_in_put",
+    )
+
+
+def test_a_parameter_without_a_place_is_named() -> None:
+    graph = product_of_a_transposed_operand(Builder("step"))
+    with pytest.raises(NemocError, match="parameter %w is no stored weight"):
+        lower_program({"step": graph}, Layout((), 0), CORNERS, emit_here)
+
+
+def test_functions_with_other_states_are_named() -> None:
+    graphs = {"one": accumulate(Builder("a")), "two": states_trade_places(Builder("b"))}
+    with pytest.raises(NemocError, match="two: its states differ"):
+        lower_program(graphs, Layout((), 0), CORNERS, emit_here)
+
+
+def test_scratch_suffices_for_every_shape_within_the_bounds() -> None:
+    """The corners bound B·L, not B and L apart."""
+    assert corner_sizes(4, 10, 7) == ({"B": 1, "L": 10, "C": 7}, {"B": 4, "L": 3, "C": 7})

@@ -1,0 +1,157 @@
+"""The cpu target against the interpreter: same artifact format, same states, same logits."""
+
+import dataclasses
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemoc.codegen.lower import corner_sizes
+from nemoc.codegen.storage import weight_layout
+from nemoc.ir import NemocError
+from nemoc.runtime import LIBRARY, Contents, Executable, Machine, build, kernel_record, load
+
+if importlib.util.find_spec("tvm") is None:
+    pytest.skip("needs apache-tvm", allow_module_level=True)
+
+from nemoc.codegen.tvm.compile import compile_program
+from nemoc.codegen.tvm.target import cpu_target
+
+IDS = torch.randint(3, 97, (3, 80), generator=torch.Generator().manual_seed(0))
+LENGTHS = torch.tensor(
+    [80, 5, 67]
+)  # three rows take 64 tokens a step: rows end in different chunks
+NEXT = torch.tensor([5, 6, 7])
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.fixture(scope="module")
+def cpu_contents(contents: Callable[..., Contents]) -> Contents:
+    given = contents()
+    bounds = given.bounds
+    corners = corner_sizes(bounds.max_batch, bounds.max_tokens, bounds.max_context)
+    layout = weight_layout(given.weights)
+    compiled = compile_program(given.functions, layout, corners, cpu_target())
+    return dataclasses.replace(
+        given,
+        target="cpu",
+        machine=Machine.host(),
+        kernels=kernel_record(given.functions, compiled.program.scratch_bytes),
+        files={LIBRARY: compiled.library, "kernels/step.py": compiled.source},
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(cpu_contents: Contents, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cpu") / "model.nemoc"
+    build(cpu_contents, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cpu(saved: Path) -> Executable:
+    return load(saved, threads=2)
+
+
+def test_logits_and_states_are_those_of_the_interpreter(cpu: Executable, exe: Executable) -> None:
+    mine, theirs = cpu.new_state(3), exe.new_state(3)
+    found = cpu.prefill(IDS, mine, LENGTHS, all_logits=True)
+    assert error(found, exe.prefill(IDS, theirs, LENGTHS, all_logits=True)) < 1e-5
+    for _ in range(3):
+        assert error(cpu.decode(NEXT, mine), exe.decode(NEXT, theirs)) < 1e-5
+    assert error(cpu.prefill(IDS[:, :3], mine), exe.prefill(IDS[:, :3], theirs)) < 1e-5
+    assert torch.equal(mine.lengths, theirs.lengths)
+    for name, tensor in theirs.tensors.items():
+        if name.endswith((".conv", ".ssm")):
+            assert error(mine.tensors[name], tensor) < 1e-5, name
+
+
+def test_rows_of_unequal_length_equal_each_row_alone(cpu: Executable) -> None:
+    state = cpu.new_state(3)
+    together = cpu.prefill(IDS, state, LENGTHS)
+    following = cpu.decode(NEXT, state)
+    for row, length in enumerate(LENGTHS.tolist()):
+        alone = cpu.new_state(1)
+        logits = cpu.prefill(IDS[row : row + 1, :length], alone)
+        assert error(together[row : row + 1], logits) < 1e-5
+        assert error(following[row : row + 1], cpu.decode(NEXT[row : row + 1], alone)) < 1e-5
+
+
+def test_a_row_without_tokens_keeps_its_state_to_the_bit(cpu: Executable) -> None:
+    state = cpu.new_state(2, capacity=20)
+    cpu.prefill(IDS[:2, :12], state)
+    before = state.clone()
+    cpu._backend.run("prefill", IDS[:2, :9].contiguous(), torch.tensor([0, 8]).int(), state)
+    assert state.lengths.tolist() == [12, 20]
+    for name, tensor in state.tensors.items():
+        kept = slice(0, 12) if name.endswith((".k", ".v")) else slice(None)
+        was = before.tensors[name]
+        same = tensor[0] == was[0] if tensor.dim() == 1 else tensor[0, kept] == was[0, kept]
+        assert bool(same.all()), name
+
+
+def test_steps_are_repeatable_whatever_memory_held(cpu: Executable, saved: Path) -> None:
+    other = load(saved, threads=1, resident=True)
+    results = []
+    for exe in (cpu, cpu, other):
+        state = exe.new_state(2)
+        state.arena.view(torch.uint8)[:] = 0
+        for name, tensor in state.tensors.items():
+            if name.endswith((".k", ".v")):
+                tensor.fill_(torch.nan)  # what is not cached yet must not matter
+        results.append(torch.stack([exe.prefill(IDS[:2], state), exe.decode(NEXT[:2], state)]))
+    assert results[0].isfinite().all()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_generation_is_that_of_the_interpreter(cpu: Executable, exe: Executable) -> None:
+    assert torch.equal(cpu.generate(IDS, 8, lengths=LENGTHS), exe.generate(IDS, 8, lengths=LENGTHS))
+
+
+def test_states_move_between_loads(cpu: Executable, saved: Path, tmp_path: Path) -> None:
+    state = cpu.new_state(1)
+    cpu.prefill(IDS[:1], state)
+    state.save(tmp_path / "s")
+    other = load(saved)
+    restored = other.load_state(tmp_path / "s")
+    assert torch.equal(other.decode(NEXT[:1], restored), cpu.decode(NEXT[:1], state))
+
+
+def test_loading_and_running_never_imports_the_compiler(saved: Path) -> None:
+    code = (
+        "import sys, torch, nemoc.runtime as r\n"
+        f"exe = r.load({str(saved)!r}, threads=1)\n"
+        "exe.generate(torch.tensor([[5, 6]]), 3)\n"
+        "assert 'tvm' not in sys.modules\n"
+        "assert 'libtvm_compiler' not in open('/proc/self/maps').read()"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_a_library_that_is_none_is_refused(
+    cpu_contents: Contents, saved: Path, tmp_path: Path
+) -> None:
+    broken = dataclasses.replace(cpu_contents, files={LIBRARY: b"no library"})
+    with pytest.raises(NemocError, match=rf"{LIBRARY}: cannot be loaded: ") as caught:
+        build(broken, tmp_path / "broken.nemoc")
+    assert "\n" not in str(caught.value)
+    copy = Path(shutil.copytree(saved, tmp_path / "copy.nemoc"))
+    data = bytearray((copy / LIBRARY).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / LIBRARY).write_bytes(data)
+    with pytest.raises(NemocError, match=r"step.so: was altered: its SHA-256 is"):
+        load(copy)
+
+
+def test_no_threads_are_refused(saved: Path) -> None:
+    with pytest.raises(NemocError, match="threads is 0, expected at least 1"):
+        load(saved, threads=0)

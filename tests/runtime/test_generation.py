@@ -1,0 +1,165 @@
+"""Sampling and generation: repeatable, each row by itself, ended by ids and texts."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from nemoc.ir import NemocError
+from nemoc.runtime import Contents, Executable, Generation, build
+from nemoc.runtime.sampling import Sampler
+
+PROMPTS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
+LENGTHS = torch.tensor([4, 2, 3])
+
+
+def test_greedy_generation_takes_the_largest_logit(exe: Executable) -> None:
+    out = exe.generate(PROMPTS, 6)
+    state = exe.new_state(3)
+    logits = exe.prefill(PROMPTS, state)
+    for step in range(out.shape[1]):
+        assert torch.equal(out[:, step], logits.argmax(-1))
+        logits = exe.decode(out[:, step], state)
+    assert out.dtype == torch.int64
+
+
+def test_a_seed_repeats_and_another_differs(exe: Executable) -> None:
+    first, again, other = (exe.generate(PROMPTS, 8, 1.0, 0.9, seed) for seed in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    fresh = [exe.generate(PROMPTS, 8, temperature=1.0) for _ in range(2)]
+    assert not torch.equal(*fresh)
+
+
+def test_a_row_depends_on_no_other(exe: Executable) -> None:
+    together = exe.generate(PROMPTS, 8, 0.8, 0.95, seed=[3, 4, 5], lengths=LENGTHS)
+    for row, length in enumerate(LENGTHS.tolist()):
+        alone = exe.generate(PROMPTS[row : row + 1, :length], 8, 0.8, 0.95, seed=3 + row)
+        assert torch.equal(together[row : row + 1, : alone.shape[1]], alone)
+        assert not together[row, alone.shape[1] :].any()  # padding
+    assert torch.equal(together, exe.generate(PROMPTS, 8, 0.8, 0.95, seed=3, lengths=LENGTHS))
+
+
+def test_rows_end_at_eos_and_are_padded(contents: Callable[..., Contents]) -> None:
+    plain = build(contents(generation=Generation())).generate(PROMPTS, 12)
+    eos = int(plain[0, 2])
+    out = build(contents(generation=Generation(eos=(eos,), pad=96))).generate(PROMPTS, 12)
+    for row in range(3):
+        places = (plain[row] == eos).nonzero()
+        end = int(places[0]) + 1 if len(places) else out.shape[1]
+        assert torch.equal(out[row, :end], plain[row, :end])
+        assert bool((out[row, end:] == 96).all())
+
+
+def test_stop_ids_end_rows_and_generation_ends_with_the_last(exe: Executable) -> None:
+    plain = exe.generate(PROMPTS, 12)
+    out = exe.generate(PROMPTS, 12, stop=[int(t) for t in plain[:, 1]])
+    assert out.shape[1] <= 2
+    assert torch.equal(exe.generate(PROMPTS[:1], 12, stop=int(plain[0, 0])), plain[:1, :1])
+
+
+def test_stop_texts_end_rows_wherever_tokens_part_them(exe: Executable) -> None:
+    plain = exe.generate(PROMPTS[:1], 20, temperature=1.0, seed=1)
+    tokenizer = exe.tokenizer
+    text = tokenizer.decode(plain[0].tolist(), skip_special=False)
+    stop = tokenizer.decode(plain[0, 5:8].tolist(), skip_special=False)
+    out = exe.generate(PROMPTS[:1], 20, temperature=1.0, seed=1, stop=["never there", stop])
+    found = tokenizer.decode(out[0].tolist(), skip_special=False)
+    assert found == text[: text.index(stop) + len(stop)]
+
+
+def test_stream_gives_the_tokens_of_generate_one_by_one(exe: Executable) -> None:
+    stream = exe.stream(PROMPTS, 8, 1.0, 1.0, 5, lengths=LENGTHS)
+    first = next(stream)
+    assert first.shape == (3,)
+    rest = list(stream)
+    expected = exe.generate(PROMPTS, 8, 1.0, 1.0, 5, lengths=LENGTHS)
+    assert torch.equal(torch.stack([first, *rest], 1), expected)
+
+
+def test_generation_goes_on_from_a_state(exe: Executable) -> None:
+    whole = exe.generate(PROMPTS, 4)
+    state = exe.new_state(3, capacity=7)
+    exe.prefill(PROMPTS[:, :2], state)
+    assert torch.equal(exe.generate(PROMPTS[:, 2:], 4, state=state), whole)
+    assert state.lengths.tolist() == [7, 7, 7]
+    with pytest.raises(NemocError, match="row 0: 7 tokens so far and 1 more exceed"):
+        exe.generate(PROMPTS[:, :1], 1, state=state)
+
+
+def test_a_context_is_filled_to_the_last_token(exe: Executable) -> None:
+    ids = torch.randint(3, 97, (1, 198))
+    assert exe.generate(ids, 3, stop=[]).shape[1] <= 3
+    with pytest.raises(
+        NemocError, match="a prompt of 198 tokens and 4 new ones exceed the context of 200 tokens"
+    ):
+        exe.generate(ids, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
+        ({"temperature": -1.0}, "temperature is -1.0, expected a finite number from 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0, expected more than 0 and at most 1"),
+        ({"seed": [1]}, "1 seeds for 3 rows"),
+        ({"stop": ""}, "stop: an empty text would end every row at once"),
+    ],
+)
+def test_bad_options_are_refused_at_once(
+    exe: Executable, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(NemocError, match=message):
+        exe.stream(PROMPTS, **options)  # type: ignore[arg-type]
+
+
+def test_stop_texts_need_a_tokenizer(contents: Callable[..., Contents]) -> None:
+    exe = build(contents())
+    with pytest.raises(NemocError, match=r"model.nemoc: the model came without a tokenizer"):
+        exe.generate(PROMPTS, stop="x")
+
+
+def test_samples_follow_the_distribution() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -30.0]])
+    sampler = Sampler(1, temperature=0.5, top_p=1.0, seed=0)
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[sampler.sample(logits)] += 1
+    expected = (logits[0] / 0.5).softmax(-1)
+    assert torch.allclose(counts / 4000, expected, atol=0.03)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
+    for top_p, kept in (
+        (0.4, {1}),
+        (0.5, {1}),
+        (0.6, {1, 3}),
+        (0.8, {1, 2, 3}),
+        (1.0, {0, 1, 2, 3}),
+    ):
+        sampler = Sampler(1, 1.0, top_p, seed=2)
+        assert {int(sampler.sample(logits)) for _ in range(300)} == kept
+
+
+def test_extreme_temperatures_are_safe() -> None:
+    logits = torch.tensor([[1e4, -1e4, float("-inf"), 0.0]])
+    assert int(Sampler(1, 1e-6, 1.0, 0).sample(logits)) == 0
+    seen = {
+        int(t) for t, _ in zip(draws(Sampler(1, 1e9, 1.0, 0), logits), range(200), strict=False)
+    }
+    assert seen == {0, 1, 3}
+
+
+def draws(sampler: Sampler, logits: torch.Tensor) -> itertools.chain[torch.Tensor]:
+    return itertools.chain.from_iterable(sampler.sample(logits) for _ in itertools.count())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(temperature: float) -> None:
+    logits = torch.zeros(3, 5)
+    logits[1, 2] = torch.nan
+    with pytest.raises(NemocError, match="row 1: the model's logits are not finite numbers"):
+        Sampler(3, temperature).sample(logits)
