@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import transformers
 
 CACHE = Path(__file__).parent / ".cache"
 PRESETS = Path(__file__).parent.parent / "models" / "presets"
@@ -16,8 +17,6 @@ def random_checkpoint(preset: str, dtype: torch.dtype = torch.bfloat16, seed: in
         dtype: what the weights are stored in.
         seed: of the weights.
     """
-    import transformers
-
     name = f"{preset}-{str(dtype).removeprefix('torch.')}-seed{seed}"
     path = CACHE / name
     if path.exists():

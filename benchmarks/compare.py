@@ -53,8 +53,8 @@ def main(
     """Print a table of engines and write it as JSON."""
     torch.set_num_threads(threads)
     bandwidth = read_bandwidth()
-    engines, first_use = _load(name, length, steps, threads, compiled)
-    rows = _measure(engines, first_use, name, length, steps, rounds)
+    engines, first_use = load_engines(name, length, steps, threads, compiled)
+    rows = measure(engines, first_use, name, length, steps, rounds)
     needed = decode_bytes(preset(name), length + steps // 2)
     report = _report(rows, length, steps, bandwidth, needed)
     report["command"] = (
@@ -67,7 +67,7 @@ def main(
         out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _load(
+def load_engines(
     name: str, length: int, steps: int, threads: int, compiled: bool
 ) -> tuple[dict[str, Engine], dict[str, float]]:
     """The engines, and the seconds from the checkpoint to the first token of each."""
@@ -83,18 +83,19 @@ def _load(
     for engine, make in factories.items():
         start = time.perf_counter()
         engines[engine] = make()
-        engines[engine].prefill(_prompt(name, length))
+        engines[engine].prefill(prompt(name, length))
         engines[engine].decode(torch.tensor([1]))
         seconds[engine] = time.perf_counter() - start
     return engines, seconds
 
 
-def _prompt(name: str, length: int) -> torch.Tensor:
+def prompt(name: str, length: int) -> torch.Tensor:
+    """Random tokens int64 [1, length] of a preset's vocabulary."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(3, preset(name).vocab_size, (1, length), generator=generator)
 
 
-def _measure(
+def measure(
     engines: dict[str, Engine],
     first_use: dict[str, float],
     name: str,
@@ -102,7 +103,8 @@ def _measure(
     steps: int,
     rounds: int,
 ) -> list[Row]:
-    ids = _prompt(name, length)
+    """Every engine's figures, taken in turns."""
+    ids = prompt(name, length)
     logits = {engine: _logits(e, ids) for engine, e in engines.items()}
     reference = logits["transformers"]
     prefill = interleaved(
@@ -120,7 +122,7 @@ def _measure(
     return [
         Row(
             engine,
-            first_use[engine],
+            first_use.get(engine, 0.0),
             prefill[engine],
             Timing(tuple(decode[engine])),
             float((logits[engine] - reference).norm() / reference.norm()),

@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
+
+import nemoc
 
 
 class Engine(Protocol):
@@ -22,8 +25,6 @@ class Nemoc:
     """nemoc's executable for the CPU."""
 
     def __init__(self, checkpoint: Path, threads: int, capacity: int) -> None:
-        import nemoc
-
         self.executable = nemoc.compile(
             str(checkpoint), target="cpu", max_context=capacity, threads=threads
         )
@@ -41,8 +42,6 @@ class Transformers:
     """transformers' own class in float32, as it stands or under torch.compile."""
 
     def __init__(self, checkpoint: Path, threads: int, compiled: bool = False) -> None:
-        import transformers
-
         torch.set_num_threads(threads)
         model: Any = transformers.NemotronHForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32

@@ -156,7 +156,7 @@ def _generation(config: ModelConfig, directory: Path | None = None) -> Generatio
     """The ids of `generation_config.json` where the directory has one, else those of `config.json`."""
     path = None if directory is None else directory / "generation_config.json"
     data = read_json(path) if path is not None and path.is_file() else {}
-    read = FieldReader(data, str(path))
+    read = FieldReader(data, str(path), frozenset())
     return Generation(
         read.integers("eos_token_id", config.eos_token_ids),
         read.optional_integer("bos_token_id", config.bos_token_id),
