@@ -245,11 +245,11 @@ class _Lowering:
                 return
         results = tuple(View.dense(v.type) for v in node.results)
         plan, operands = self._plan(node, operands, results)
-        places: dict[int, _Place] = {}
-        for result, operand in plan.updates:
-            if not self._may_overwrite(operands, operand, index):
-                operands[operand] = self._copied(operands[operand])
-            places[result] = operands[operand]
+        copied = [i for _, i in plan.updates if not self._may_update(operands, i, index)]
+        if copied:  # the kernels depend on the views, so they are planned anew for the copies
+            operands = [self._copied(p) if i in copied else p for i, p in enumerate(operands)]
+            plan, operands = self._plan(node, operands, results)
+        places = {result: operands[operand] for result, operand in plan.updates}
         for result, operand in plan.in_place:
             place = operands[operand]
             if (
@@ -274,6 +274,10 @@ class _Lowering:
         except LayoutError:
             operands = [p if p.view.is_dense else self._copied(p) for p in operands]
             return self._emit(Site(node.op, tuple(p.view for p in operands), results)), operands
+
+    def _may_update(self, operands: list[_Place], which: int, index: int) -> bool:
+        """Whether node `index` may update an operand where it lies: it is dense, like the result."""
+        return operands[which].view.is_dense and self._may_overwrite(operands, which, index)
 
     def _may_overwrite(self, operands: list[_Place], which: int, index: int) -> bool:
         """Whether node `index` may write over an operand: nobody reads the old elements afterwards or otherwise."""

@@ -14,6 +14,7 @@ from nemoc.ir.dims import Dim, dim, dims, product, substitute_dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 from nemoc.ir.op import Op, operand_fields
+from nemoc.ir.printer import print_op
 from nemoc.ir.types import TensorType
 
 
@@ -207,12 +208,8 @@ class Site:
             len(v) if isinstance(v, tuple) else v is not None
             for v in (getattr(self.op, name) for name in operand_fields(type(self.op)))
         )
-        attributes = tuple(_hashable(v) for v in self.op.attributes().values())
-        return type(self.op), attributes, holds, self.operands, self.results
-
-
-def _hashable(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+        # As text, since 0.0 == -0.0, and both may not share a kernel.
+        return type(self.op), print_op(self.op), holds, self.operands, self.results
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Views of views: reshape, permute and slice as new strides over the same memory, wherever strides can say it."""
 
+import functools
+
 import sympy
 
 from nemoc.codegen.plan import View
@@ -29,6 +31,7 @@ def apply_view(op: Op, view: View) -> tuple[View, Dim] | None:
     return None
 
 
+@functools.cache
 def reshape_view(view: View, shape: tuple[Dim, ...]) -> View | None:
     """The view under another shape of as many elements, in row-major order; None when strides cannot say it.
 
@@ -66,6 +69,7 @@ def _runs(view: View) -> list[tuple[Dim, Dim]]:
     return runs
 
 
+@functools.cache
 def _quotient(a: Dim, b: Dim) -> Dim | None:
     """a / b where it is a whole number or polynomial, else None."""
     if isinstance(a, int) and isinstance(b, int):

@@ -106,12 +106,13 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Div: lambda a, b: sympy.sympify(a) / sympy.sympify(b),
     ast.Pow: operator.pow,
 }
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "floor": sympy.floor,
-    "ceiling": sympy.ceiling,
-    "Min": sympy.Min,
-    "Max": sympy.Max,
+_FUNCTIONS: dict[str, tuple[Callable[..., Any], range]] = {
+    "floor": (sympy.floor, range(1, 2)),
+    "ceiling": (sympy.ceiling, range(1, 2)),
+    "Min": (sympy.Min, range(2, 5)),
+    "Max": (sympy.Max, range(2, 5)),
 }
+"""Functions that may be called, and with how many arguments."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -129,6 +130,7 @@ def parse_dim(text: str) -> Dim:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise IRError(f"dimension {text!r} cannot be read") from None
+    _check_size(tree, text)
     value = dim(_from_ast(tree, text))
     if not isinstance(value, int) and not value.free_symbols:
         raise IRError(f"dimension {text!r} is {value}, expected an integer")
@@ -152,16 +154,35 @@ def _from_ast(node: ast.expr, text: str) -> Any:
                 raise IRError(f"dimension {text!r} has a power that is not a constant up to 8")
             return _BINARY[type(op)](_from_ast(left, text), _from_ast(right, text))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
-            return _FUNCTIONS[name](*(_from_ast(a, text) for a in args))
+            function, arity = _FUNCTIONS[name]
+            if len(args) in arity:
+                return function(*(_from_ast(a, text) for a in args))
     raise IRError(f"dimension {text!r} cannot be read")
 
 
+_MOST_NODES, _MOST_SUMS_MULTIPLIED = 96, 6
+"""Limits of a dimension's expression: multiplying out n sums may give 2ⁿ terms."""
+
+
+def _check_size(tree: ast.expr, text: str) -> None:
+    """Refuse an expression whose normal form could be huge."""
+    nodes = list(ast.walk(tree))
+    multiplied = any(
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Mult | ast.Pow)
+        and any(isinstance(inner, ast.Add | ast.Sub) for inner in ast.walk(node))
+        for node in nodes
+    )
+    sums = sum(isinstance(node, ast.Add | ast.Sub) for node in nodes)
+    if len(nodes) > _MOST_NODES or (multiplied and sums > _MOST_SUMS_MULTIPLIED):
+        raise IRError(f"dimension {text!r} is too large")
+
+
 def _is_small_power(base: ast.expr, exponent: ast.expr) -> bool:
-    """Whether a power stays of a reasonable size; powers of powers do not."""
-    if any(isinstance(node, ast.Pow) for node in ast.walk(base)):
-        return False
+    """Whether a power is one of a name or a number to a constant of at most 8."""
     return (
-        isinstance(exponent, ast.Constant)
+        isinstance(base, ast.Name | ast.Constant)
+        and isinstance(exponent, ast.Constant)
         and isinstance(exponent.value, int)
         and 0 <= exponent.value <= 8
     )

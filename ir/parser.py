@@ -40,6 +40,10 @@ _TOKEN = re.compile(
 )
 
 
+_LONGEST_NUMBER, _DEEPEST = 400, 32
+"""Limits of text from files: digits of a number, regions within regions."""
+
+
 @dataclass(frozen=True)
 class _Token:
     kind: str
@@ -138,7 +142,9 @@ class _Parser:
         self._take("sign", "{")
         return self._content(name)
 
-    def _content(self, name: str) -> Graph:
+    def _content(self, name: str, depth: int = 0) -> Graph:
+        if depth > _DEEPEST:
+            raise self._fail(f"at most {_DEEPEST} regions within each other")
         scope: dict[str, Value] = {}
         arguments: dict[str, list[Value]] = {"input": [], "param": [], "state": []}
         while self._next.kind == "word" and self._next.text in arguments:
@@ -146,7 +152,7 @@ class _Parser:
             arguments[kind].append(self._argument(scope))
         nodes: list[Node] = []
         while self._next.kind == "value":
-            nodes.append(self._node(scope))
+            nodes.append(self._node(scope, depth))
         self._take("word", "return")
         outputs = [self._use(scope)]
         while self._accept(","):
@@ -192,7 +198,7 @@ class _Parser:
 
     # -- nodes --
 
-    def _node(self, scope: dict[str, Value]) -> Node:
+    def _node(self, scope: dict[str, Value], depth: int) -> Node:
         start = self._next
         names = [self._take("value")[1:]]
         while self._accept(","):
@@ -206,7 +212,7 @@ class _Parser:
             written.append(self._type())
         if "body" in attribute_fields(op_class):
             self._take("sign", "{")
-            fields["body"] = self._content("body")
+            fields["body"] = self._content("body", depth + 1)
         op, inferred = self._build(op_class, fields, start)
         if list(inferred) != written or len(names) != len(written):
             raise IRError(
@@ -376,6 +382,8 @@ class _Parser:
             return json.loads(token.text)
         if hint is DType:
             return self._dtype(token)
+        if len(token.text) > _LONGEST_NUMBER:
+            raise IRError(f"{what}: a number of {len(token.text)} digits", self._location(token))
         return hint(token.text)
 
     def _dtype(self, token: _Token) -> DType:

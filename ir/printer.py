@@ -137,9 +137,15 @@ def _operand(operand: Operand, name: Namer) -> str:
 
 def _attributes(op: Op) -> str:
     defaults = attribute_defaults(type(op))
-    shown = [
-        f"{key}={format_attribute(value)}"
+    texts = {
+        key: format_attribute(value)
         for key, value in op.attributes().items()
-        if not isinstance(value, Graph) and not (key in defaults and defaults[key] == value)
+        if not isinstance(value, Graph)
+    }
+    # Defaults are left out by their text: -0.0 equals 0.0 but is another value.
+    shown = [
+        f"{key}={text}"
+        for key, text in texts.items()
+        if key not in defaults or format_attribute(defaults[key]) != text
     ]
     return f" {{{', '.join(shown)}}}" if shown else ""

@@ -20,6 +20,7 @@ from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 from nemoc.ir.types import TensorType
 from nemoc.models.config import ModelConfig
+from nemoc.models.config_fields import read_json
 from nemoc.models.graph import build_step
 from nemoc.models.safetensors_file import read_header
 
@@ -294,20 +295,3 @@ def pickle_error(path: Path) -> NemocError:
     return NemocError(
         f"{path}: is a pickle, which can run code when it is loaded; expected safetensors"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        NemocError: the file cannot be read or holds no JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise NemocError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise NemocError(f"{path}: is not JSON: {str(error).splitlines()[0]}") from None
-    if not isinstance(data, dict):
-        raise NemocError(f"{path}: found a JSON {type(data).__name__}, expected an object")
-    return data

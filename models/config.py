@@ -10,14 +10,13 @@ Fields that no computation depends on (`expand`, `rope_theta`, `residual_in_fp32
 computes logits. `use_bias` is the switch of the Mamba projections there, not `mamba_proj_bias`.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from nemoc.ir.errors import NemocError
-from nemoc.models.config_fields import FieldReader
+from nemoc.models.config_fields import FieldReader, read_json
 
 LayerKind = Literal["mamba", "moe", "attention", "mlp"]
 Activation = Literal["relu2", "relu", "silu", "gelu", "gelu_pytorch_tanh"]
@@ -145,14 +144,7 @@ class ModelConfig:
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise NemocError(f"{path}: cannot be read: {error.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise NemocError(f"{path}: is not JSON: {error}") from None
-        if not isinstance(data, dict):
-            raise NemocError(f"{path}: found the JSON value {data!r:.40}, expected an object")
+        data = read_json(path)
         return cls.from_dict(data, source=str(path))
 
     @classmethod
@@ -167,34 +159,38 @@ class ModelConfig:
             NemocError: A field is missing, misspelt, of the wrong type or impossible; the message
                 is one line naming source, field, what was found and what was expected.
         """
-        return cls(**_parse(FieldReader(data, source)))
+        return cls(**_parse(FieldReader(data, source, _FIELDS)))
 
     def to_dict(self) -> dict[str, Any]:
         """A `config.json` that transformers 5 and `from_dict` both read, in plain JSON types."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        # Zero stands for "the model has no such layer", which a file says by leaving the field out.
+        data = {
+            name: getattr(self, name)
+            for name, field in self.__dataclass_fields__.items()
+            if field.type is bool or not field.default == 0 == getattr(self, name)
+        }
         eos, mtp = data.pop("eos_token_ids"), data.pop("mtp_layers")
         del data["layers"]
-        # Zero stands for "the model has no such layer"; a file says so by leaving the field out.
-        data = {name: value for name, value in data.items() if value != 0 or name in _MAY_BE_ZERO}
+        if mtp:
+            data["mtp_layers_block_type"] = [_TRANSFORMERS_NAMES[kind] for kind in mtp]
         return data | {
             "architectures": ["NemotronHForCausalLM"],
             "model_type": "nemotron_h",
             "layers_block_type": [_TRANSFORMERS_NAMES[kind] for kind in self.layers],
             "num_hidden_layers": len(self.layers),
-            "mtp_layers_block_type": [_TRANSFORMERS_NAMES[kind] for kind in mtp] or None,
             "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         }
 
 
-_MAY_BE_ZERO = frozenset(
-    name for name, field in ModelConfig.__dataclass_fields__.items() if field.default != 0
-) | {
-    "use_bias",
-    "attention_bias",
-    "mlp_bias",
-    "tie_word_embeddings",
-    "num_nextn_predict_layers",
-    "pad_token_id",
+_FIELDS = frozenset(ModelConfig.__dataclass_fields__) | {
+    "model_type",
+    "layers_block_type",
+    "hybrid_override_pattern",
+    "num_hidden_layers",
+    "mtp_layers_block_type",
+    "mtp_hybrid_override_pattern",
+    "eos_token_id",
+    "time_step_limit",
 }
 
 
@@ -242,7 +238,7 @@ def _mamba(read: FieldReader) -> dict[str, Any]:
     if heads % groups:
         read.fail("mamba_num_heads", str(heads), f"a multiple of n_groups ({groups})")
     return values | {
-        "conv_kernel": read.integer("conv_kernel"),
+        "conv_kernel": read.integer("conv_kernel", minimum=2),
         "use_conv_bias": read.flag("use_conv_bias", True),
         "use_bias": read.flag("use_bias", False),
         "mamba_hidden_act": _activation(read, "mamba_hidden_act", "silu"),

@@ -1,7 +1,9 @@
 """Reading the fields of a `config.json` one by one, with errors that name file and field."""
 
 import difflib
+import json
 import math
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from nemoc.ir.errors import NemocError
@@ -22,20 +24,16 @@ _ALIASES = {
     "time_step_limit": ("mamba_dt_limit",),
 }
 
-# Fields that change no logit, or none in a model without such layers, and so never count as a
-# misspelling of one that does.
+# Fields that change no logit, and so never count as a misspelling of one that does.
 _TOLERATED = frozenset(
     {
         "architectures",
-        "attention_bias",
         "attention_dropout",
         "auto_map",
         "chunk_size_feed_forward",
         "expand",
-        "head_dim",
         "hidden_dropout",
         "initializer_range",
-        "intermediate_size",
         "mamba_dt_init_floor",
         "mamba_dt_max",
         "mamba_dt_min",
@@ -43,8 +41,6 @@ _TOLERATED = frozenset(
         "mamba_proj_bias",
         "mamba_ssm_cache_dtype",
         "moe_shared_expert_overlap",
-        "n_group",
-        "n_groups",
         "num_beams",
         "num_logits_to_keep",
         "output_router_logits",
@@ -66,12 +62,19 @@ _TOLERATED = frozenset(
 
 
 class FieldReader:
-    """Typed access to a parsed `config.json`; remembers which fields it has been asked for."""
+    """Typed access to a parsed `config.json`; remembers which fields it has been asked for.
 
-    def __init__(self, data: dict[str, Any], source: str) -> None:
+    Args:
+        data: The JSON object.
+        source: What error messages call the file.
+        fields: Every field that has a meaning, whether or not this file needs it.
+    """
+
+    def __init__(self, data: dict[str, Any], source: str, fields: frozenset[str]) -> None:
         self._data = data
         self._source = source
-        self._known: set[str] = set()
+        self._fields = fields
+        self._asked: set[str] = set()
 
     def fail(self, field: str, found: str, expected: str) -> NoReturn:
         """Raises the error that `field` holds `found` in place of `expected`."""
@@ -81,7 +84,6 @@ class FieldReader:
 
     def missing(self, field: str, expected: str) -> NoReturn:
         """Raises the error that `field` is absent, or, if one looks like it, that it is misspelt."""
-        self._known.add(field)
         self.check_unknown()
         raise NemocError(f"{self._source}: {field}: found nothing, expected {expected}")
 
@@ -91,13 +93,11 @@ class FieldReader:
         Raises:
             NemocError: Such a field exists; the message suggests the likely name.
         """
-        known = {name for field in self._known for name in (field, *_ALIASES.get(field, ()))}
-        absent = {field for field in self._known if self._spelling(field) not in self._data}
-        candidates = {name for field in absent for name in (field, *_ALIASES.get(field, ()))}
-        for field in self._data:
-            if field in known or field in _TOLERATED:
-                continue
-            near = difflib.get_close_matches(field, sorted(candidates), n=1, cutoff=0.84)
+        known = {name for field in self._fields for name in _names(field)} | _TOLERATED
+        absent = {field for field in self._asked if self._spelling(field) not in self._data}
+        candidates = sorted(name for field in absent for name in _names(field))
+        for field in sorted(self._data.keys() - known):
+            near = difflib.get_close_matches(field, candidates, n=1, cutoff=0.84)
             if near:
                 raise NemocError(
                     f"{self._source}: {field}: found an unknown field, expected '{near[0]}'?"
@@ -173,15 +173,20 @@ class FieldReader:
         return tuple(value)
 
     def _get(self, field: str, default: _T) -> Any | _T:
-        self._known.add(field)
+        self._asked.add(field)
         return self._data.get(self._spelling(field), default)
 
     def _spelling(self, field: str) -> str:
         """The name under which the file holds `field`; `field` itself if it holds none."""
-        for name in (field, *_ALIASES.get(field, ())):
+        for name in _names(field):
             if name in self._data:
                 return name
         return field
+
+
+def _names(field: str) -> tuple[str, ...]:
+    """All spellings of a field, the usual one first."""
+    return (field, *_ALIASES.get(field, ()))
 
 
 def _as_float(value: Any) -> float | None:
@@ -189,10 +194,31 @@ def _as_float(value: Any) -> float | None:
         value = {"Infinity": math.inf, "-Infinity": -math.inf}.get(str(value["__float__"]))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond every float
+        return math.inf if value > 0 else -math.inf
 
 
 def _show(value: Any) -> str:
     """The value as JSON would write it, cut to a length that fits a line."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        NemocError: the file cannot be read or holds no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NemocError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise NemocError(f"{path}: is not JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        kind = "null" if data is None else type(data).__name__
+        raise NemocError(f"{path}: found a JSON {kind}, expected an object")
+    return data

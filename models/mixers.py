@@ -88,7 +88,7 @@ class GatedRMSNorm(RMSNorm):
         self.groups = groups
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        gated = (wide(x) * F.silu(wide(gate))).unflatten(-1, (self.groups, -1))
+        gated: Tensor = (wide(x) * F.silu(wide(gate))).unflatten(-1, (self.groups, -1))
         normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps)
         return normed.flatten(-2) * wide(self.weight)
 
@@ -224,7 +224,8 @@ def chunked_scan(
 def _chunks(value: Tensor, chunk: int) -> Tensor:
     """[B, L, ...] -> [B, chunks, chunk, ...], zeros after the end."""
     missing = -value.shape[1] % chunk
-    return F.pad(value, (0, 0) * (value.dim() - 2) + (0, missing)).unflatten(1, (-1, chunk))
+    padded = F.pad(value, (0, 0) * (value.dim() - 2) + (0, missing))
+    return padded.view(value.shape[0], -1, chunk, *value.shape[2:])
 
 
 def _lower(value: Tensor) -> Tensor:
@@ -271,17 +272,17 @@ class AttentionMixer(nn.Module):
         """Writes k and v behind each row's tokens; the mask [B, 1, L, T] hides what follows a query."""
         position = lengths[:, None] + torch.arange(k.shape[1], device=k.device)
         capacity = int(lengths.max()) + k.shape[1]
-        old = cache.layers.get(self.index)
-        assert old is None or isinstance(old, KeysValues)
-        grown = []
-        for new, before in ((k, old and old.keys), (v, old and old.values)):
-            held = new.new_zeros(new.shape[0], capacity, *new.shape[2:])
-            if before is not None:
-                held[:, : before.shape[1]] = before[:, :capacity]
-            grown.append(held.scatter(1, position[..., None, None].expand_as(new), new))
-        cache.layers[self.index] = KeysValues(*grown)
+        old = cache.layers.get(self.index, KeysValues(k[:, :0], v[:, :0]))
+        assert isinstance(old, KeysValues)
+        keys, values = (
+            F.pad(
+                before[:, :capacity], (0, 0, 0, 0, 0, max(0, capacity - before.shape[1]))
+            ).scatter(1, position[..., None, None].expand_as(new), new)
+            for before, new in ((old.keys, k), (old.values, v))
+        )
+        cache.layers[self.index] = KeysValues(keys, values)
         mask = torch.arange(capacity, device=k.device) <= position[..., None]
-        return grown[0], grown[1], mask[:, None]
+        return keys, values, mask[:, None]
 
 
 class MLP(nn.Module):
@@ -353,7 +354,7 @@ class Experts(nn.Module):
             )
             if len(part)
         ]
-        chosen = torch.cat(outputs)[order.argsort()].unflatten(0, experts.shape)
+        chosen = torch.cat(outputs)[order.argsort()].view(*experts.shape, -1)
         return (chosen * weights[..., None]).sum(1)
 
 

@@ -19,7 +19,7 @@ from nemoc.runtime.cpu import LIBRARY, CpuBackend
 from nemoc.runtime.executable import Executable
 from nemoc.runtime.files import replacing_directory
 from nemoc.runtime.machine import Machine
-from nemoc.runtime.manifest import MANIFEST, WEIGHTS, FileRecord, Manifest, read_manifest
+from nemoc.runtime.manifest import MANIFEST, WEIGHTS, FileRecord, Manifest, is_plain, read_manifest
 from nemoc.runtime.program import DECODE, PREFILL, Bounds, Generation, Program
 from nemoc.runtime.reference import ReferenceBackend
 from nemoc.runtime.state import LENGTHS
@@ -79,8 +79,8 @@ def build(
         progress: told how much of the weights is packed.
 
     Raises:
-        NemocError: the contents do not fit together, or the artifact cannot be written; then nothing has changed under
-            its name.
+        NemocError: the contents do not fit together, or the artifact cannot be written: then nothing has changed under
+            its name. Or it is written, but for another machine than this.
     """
     vocab = _check(contents)
     temporary = None
@@ -170,6 +170,9 @@ def _check(contents: Contents) -> int:
     states = [(s.name, s.type) for s in prefill.states]
     if LENGTHS not in dict(states):
         raise NemocError(f"{prefill.name}: has no state %{LENGTHS}")
+    for name in contents.files:
+        if not is_plain(name):
+            raise NemocError(f"the file name {name!r} is no plain relative path")
     stored = {w.name for w in contents.weights}
     for name, graph in contents.functions.items():
         if [(s.name, s.type) for s in graph.states] != states:

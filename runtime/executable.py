@@ -67,14 +67,7 @@ class Executable:
 
     def load_state(self, path: str | os.PathLike[str]) -> State:
         """A state that `State.save` wrote, of this model."""
-        state = State.load(path, self.program.state, self.program.identity, self._backend.allocate)
-        bounds = self.program.bounds
-        if state.batch > bounds.max_batch or state.capacity > bounds.max_context:
-            raise NemocError(
-                f"{path}: {state.batch} rows of {state.capacity} tokens, expected at most "
-                f"{bounds.max_batch} of {bounds.max_context}"
-            )
-        return state
+        return State.load(path, self.program, self._backend.allocate)
 
     def prefill(
         self,
@@ -97,7 +90,7 @@ class Executable:
         inputs.check_state(self.program, state)
         inputs.check_ids("ids", ids, 2, state.batch)
         lengths = inputs.check_lengths(ids, lengths)
-        inputs.check_vocabulary("ids", ids, lengths, self.program.vocab)
+        inputs.check_vocabulary(self.program, ids, lengths)
         inputs.check_capacity(state, lengths)
         function = PREFILL_ALL if all_logits else PREFILL
         if function not in self.program.functions:
@@ -123,11 +116,9 @@ class Executable:
         """Take in one token of each row: int64 [B] -> float32 [B, V]."""
         inputs.check_state(self.program, state)
         inputs.check_ids("next_ids", next_ids, 1, state.batch)
-        tokens = next_ids.unsqueeze(1)
-        ones = torch.ones_like(next_ids)
-        inputs.check_vocabulary("next_ids", tokens, ones, self.program.vocab)
-        inputs.check_capacity(state, ones)
-        return self._backend.run(DECODE, tokens.contiguous(), ones.int(), state)
+        inputs.check_next(self.program, state, next_ids)
+        valid = torch.ones(state.batch, dtype=torch.int32)
+        return self._backend.run(DECODE, next_ids.unsqueeze(1).contiguous(), valid, state)
 
     def generate(
         self,
@@ -174,7 +165,7 @@ class Executable:
         """`generate`, step by step: yields each row's next token, int64 [B], as soon as it is known."""
         inputs.check_ids("ids", ids, 2, None if state is None else state.batch)
         counted = inputs.check_lengths(ids, lengths)
-        inputs.check_vocabulary("ids", ids, counted, self.program.vocab)
+        inputs.check_vocabulary(self.program, ids, counted)
         if max_new_tokens < 1:
             raise NemocError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         sampler = Sampler(ids.shape[0], temperature, top_p, seed)

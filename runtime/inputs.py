@@ -57,20 +57,33 @@ def check_lengths(ids: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tens
     return lengths
 
 
-def check_vocabulary(name: str, ids: torch.Tensor, lengths: torch.Tensor, vocab: int) -> None:
+def check_vocabulary(program: Program, ids: torch.Tensor, lengths: torch.Tensor) -> None:
     """Every id of [B, L] that counts must be in the vocabulary.
 
     Raises:
         NemocError: one is not.
     """
     counts = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
-    wrong = (counts & ((ids < 0) | (ids >= vocab))).nonzero()
+    wrong = (counts & ((ids < 0) | (ids >= program.vocab))).nonzero()
     if len(wrong):
         row, position = wrong[0].tolist()
-        raise NemocError(
-            f"{name}: row {row}, position {position}: token id {int(ids[row, position])} is out of "
-            f"range, the vocabulary has {vocab} tokens"
-        )
+        found = f"ids: row {row}, position {position}: token id {int(ids[row, position])}"
+        raise _out_of_range(found, program)
+
+
+def check_next(program: Program, state: State, next_ids: torch.Tensor) -> None:
+    """Every id of [B] must be in the vocabulary, and the state have room for one more of each row.
+
+    Raises:
+        NemocError: one is not, or it has not.
+    """
+    # Plain integers: for a few rows ten times as fast as tensor operations, and this is in every step.
+    for row, token in enumerate(next_ids.tolist()):
+        if not 0 <= token < program.vocab:
+            raise _out_of_range(f"next_ids: row {row}: token id {token}", program)
+    for row, length in enumerate(state.lengths.tolist()):
+        if length >= state.capacity:
+            raise _full(row, length, 1, state)
 
 
 def check_capacity(state: State, lengths: torch.Tensor) -> None:
@@ -79,10 +92,17 @@ def check_capacity(state: State, lengths: torch.Tensor) -> None:
     Raises:
         NemocError: it has not.
     """
-    after = state.lengths.cpu() + lengths
-    row = int(after.argmax())
-    if int(after[row]) > state.capacity:
-        raise NemocError(
-            f"row {row}: {int(state.lengths[row])} tokens so far and {int(lengths[row])} more exceed "
-            f"the state's capacity of {state.capacity} tokens"
-        )
+    for row, (cached, new) in enumerate(zip(state.lengths.tolist(), lengths.tolist(), strict=True)):
+        if cached + new > state.capacity:
+            raise _full(row, cached, new, state)
+
+
+def _out_of_range(found: str, program: Program) -> NemocError:
+    return NemocError(f"{found} is out of range, the vocabulary has {program.vocab} tokens")
+
+
+def _full(row: int, cached: int, new: int, state: State) -> NemocError:
+    return NemocError(
+        f"row {row}: {cached} tokens so far and {new} more exceed the state's capacity of "
+        f"{state.capacity} tokens"
+    )

@@ -147,11 +147,16 @@ def read_manifest(folder: Path) -> Manifest:
         if name not in manifest.files:
             raise NemocError(f"{path}: lists no file {name}")
     for name in manifest.files:
-        if not _NAME.fullmatch(name):
+        if not is_plain(name):
             raise NemocError(f"{path}: the file name {name!r} is no plain relative path")
     if manifest.to_text() != _dump(data):
         raise NemocError(f"{path}: was altered: it does not match its digest")
     return manifest
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name may be that of a file in an artifact: a relative path that stays inside."""
+    return _NAME.fullmatch(name) is not None
 
 
 def is_manifest(path: Path) -> bool:

@@ -31,7 +31,7 @@ def map_file(path: Path, resident: bool = False) -> torch.Tensor:
                 raise NemocError(f"{path}: is empty")
             if not resident:
                 return _tensor(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
-            memory = mmap.mmap(-1, size)
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 memory.madvise(mmap.MADV_HUGEPAGE)
             into = memoryview(memory)

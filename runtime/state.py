@@ -13,6 +13,7 @@ from nemoc.codegen.storage import Layout
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 from nemoc.runtime.files import replacing_file
+from nemoc.runtime.program import Program
 
 LENGTHS = "lengths"
 """The state that counts the tokens of each row: i32 [B]."""
@@ -85,30 +86,26 @@ class State:
     def load(
         cls,
         path: str | os.PathLike[str],
-        layout: Layout,
-        identity: str,
+        program: Program,
         allocate: Callable[[int], torch.Tensor],
     ) -> "State":
         """Read a state that `save` wrote.
 
+        Args:
+            path: the file.
+            program: what the state must belong to and fit.
+            allocate: memory for it, see `Backend.allocate`.
+
         Raises:
-            NemocError: the file is missing or damaged, or holds the state of another model.
+            NemocError: the file is missing or damaged, holds the state of another model, or a larger one than the
+                program takes.
         """
         where = Path(path)
         try:
             with safetensors.safe_open(where, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if "nemoc.state" not in metadata:
-                    raise NemocError(f"{where}: holds no state of nemoc")
-                if metadata.get("identity") != identity:
-                    raise NemocError(
-                        f"{where}: the state of model {metadata.get('identity', '?')[:12]}, "
-                        f"expected {identity[:12]}"
-                    )
-                batch = _count(where, metadata, "batch")
-                capacity = _count(where, metadata, "capacity")
-                size = layout.at({"B": batch, "C": capacity}).bytes
-                state = cls(layout, identity, batch, capacity, allocate(int(size)))
+                batch, capacity = _read_sizes(where, file.metadata() or {}, program)
+                size = int(program.state.at({"B": batch, "C": capacity}).bytes)
+                state = cls(program.state, program.identity, batch, capacity, allocate(size))
                 state._fill(where, file)
         except FileNotFoundError:
             raise NemocError(f"{where}: no such file") from None
@@ -143,8 +140,20 @@ def _view(arena: torch.Tensor, offset: int, dtype: DType, shape: list[int]) -> t
     return arena[offset : offset + size].view(dtype.torch).view(shape)
 
 
-def _count(path: Path, metadata: Mapping[str, str], key: str) -> int:
-    text = metadata.get(key, "")
-    if not text.isdecimal() or int(text) < 1:
-        raise NemocError(f"{path}: {key} is {text!r}, expected a positive integer")
-    return int(text)
+def _read_sizes(path: Path, metadata: Mapping[str, str], program: Program) -> tuple[int, int]:
+    """Batch and capacity of a saved state, after checking whose it is."""
+    if "nemoc.state" not in metadata:
+        raise NemocError(f"{path}: holds no state of nemoc")
+    identity = metadata.get("identity", "")
+    if identity != program.identity:
+        raise NemocError(
+            f"{path}: the state of model {identity[:12]}, expected {program.identity[:12]}"
+        )
+    sizes = []
+    limits = {"batch": program.bounds.max_batch, "capacity": program.bounds.max_context}
+    for name, limit in limits.items():
+        text = metadata.get(name, "")
+        if not text.isdecimal() or not 1 <= int(text) <= limit:
+            raise NemocError(f"{path}: {name} is {text!r}, expected 1 to {limit}")
+        sizes.append(int(text))
+    return sizes[0], sizes[1]

@@ -150,7 +150,7 @@ def _write_weight(
             raise NemocError(
                 f"weight {origin}: the data is {piece.dtype}, expected {weight.type.dtype.torch}"
             )
-        if piece.is_floating_point() and bool(piece.isnan().any()):
+        if _has_nan(piece):
             raise NemocError(f"weight {origin}: holds NaN")
         data = piece.contiguous().reshape(-1).view(torch.uint8).numpy()
         written += data.size
@@ -163,6 +163,13 @@ def _write_weight(
             f"weight {origin}: the data has {written} bytes or more, expected {expected} "
             f"for {weight.type}"
         )
+
+
+def _has_nan(piece: torch.Tensor) -> bool:
+    if not piece.is_floating_point() or not piece.numel():
+        return False
+    comparable = piece if piece.dtype.itemsize > 1 else piece.float()
+    return bool(comparable.amax().isnan())  # a maximum is NaN if any element is, and is one pass
 
 
 class PackedWeights:

@@ -9,7 +9,7 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 
 settings.register_profile(
-    "nemoc", derandomize=True, deadline=None, max_examples=60, database=None, print_blob=False
+    "nemoc", derandomize=True, deadline=None, max_examples=80, database=None, print_blob=False
 )
 settings.load_profile("nemoc")
 

@@ -1,0 +1,1 @@
+"""Kernels for CPUs, through TVM and LLVM. Only this folder imports tvm."""

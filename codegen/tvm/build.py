@@ -1,37 +1,18 @@
 """From module text to a shared library: TVMScript, TIR passes, LLVM, linker."""
 
 import shutil
-import types
 from pathlib import Path
 
 import tvm
 from tvm import tirx
-from tvm.script import from_source
-from tvm.script import ir as I
-from tvm.script import tirx as T
 
+from nemoc.codegen.tvm.reader import read_module
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.ir.errors import NemocError
 
 
-class _PrimFunc:
-    """`T.prim_func` as the parser needs it: the real one looks at the whole Python stack at each call."""
-
-    dispatch_token = "tirx"
-
-    def __call__(self, **options: bool) -> "_PrimFunc":
-        return self
-
-
-def parse_module(source: str) -> tvm.IRModule:
-    """The module that TVMScript text describes."""
-    names = types.ModuleType("T")
-    names.__dict__.update(vars(T), prim_func=_PrimFunc())
-    return from_source(source, extra_vars={"I": I, "T": names})
-
-
 def lower_module(source: str, target: CpuTarget) -> tvm.IRModule:
-    """Parse module text and lower it to what LLVM code generation takes.
+    """Read module text and lower it to what LLVM code generation takes.
 
     Only passes that this dialect needs run. Kernels skip `LowerTVMBuiltin`, so that their local buffers stay on the
     stack; the step functions need it for argument checks.
@@ -49,7 +30,7 @@ def lower_module(source: str, target: CpuTarget) -> tvm.IRModule:
             passes.LowerIntrin(),
         ]
     )
-    module = pipeline(parse_module(source))
+    module = pipeline(read_module(source))
     exported = {
         name: function
         for name, function in module.functions.items()
@@ -69,11 +50,12 @@ def build_library(source: str, target: CpuTarget, path: Path) -> None:
     """Compile module text into a shared library that tvm_ffi loads without the compiler.
 
     Raises:
-        NemocError: there is no linker, or the target is not the CPU at hand.
+        NemocError: there is no linker, or the target is of another platform than this machine.
     """
     if not target.host:
         raise NemocError(
-            f"a library for {target.mcpu} cannot be linked here, which is another machine; build on one"
+            f"a library for {target.mcpu} ({target.triple}) cannot be linked on this platform, "
+            f"expected to be built on its own"
         )
     linker = find_linker()
     compile_module(source, target).export_library(str(path), cc=linker)

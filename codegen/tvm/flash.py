@@ -8,7 +8,7 @@ from nemoc.codegen.tvm.writer import KernelWriter, size_text
 from nemoc.ir.ops.attention import Attention
 
 KEYS = 32
-"""Cached rows of a block, a multiple of every register tile."""
+"""Cached rows of a block: a power of 2, as the depths of register tiles are."""
 
 MASKED = -1e30
 """The score of a row that is not seen: finite, so that no difference of scores is NaN."""
@@ -41,13 +41,12 @@ class Flash:
         assert isinstance(site.op, Attention)
         self.writer, self.site, self.lanes = writer, site, lanes
         self.rows = lanes * vectors
-        _, _, heads, self.width = (n if i < 2 else int(n) for i, n in enumerate(site.operands[0].shape))
-        self.kv_heads = int(site.view(site.arg("k")).shape[2])
-        self.shared = heads // self.kv_heads
+        self.kv_heads, self.width = (int(n) for n in site.view(site.arg("k")).shape[2:])
+        self.shared = int(site.view(site.arg("q")).shape[2]) // self.kv_heads
         self._scale = site.op.scale
         self._lanes_wide = target.lanes
         self._vectors, self.heads = vectors, heads
-        self._deep = max(1, target.registers // (2 * vectors))
+        self._deep = max(1, 1 << (target.registers // (2 * vectors)).bit_length() - 1)
         self._math = VectorMath(writer, lanes)
 
     def begin(self, batch: str, head: str, first: str) -> None:

@@ -7,8 +7,11 @@ from tvm.target import codegen
 
 from nemoc.ir.errors import NemocError
 
-_FOREIGN = ("aarch64-linux-gnu", "x86_64-linux-gnu")
+_FOREIGN = ("x86_64-linux-gnu", "aarch64-linux-gnu")
 """Triples tried, after the host's, to find the architecture of a CPU by its name."""
+
+_APPLE = "arm64-apple-darwin"
+"""The triple of Apple's CPUs."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class CpuTarget:
         triple: LLVM's name of the platform.
         vector_bits: width of the widest vector registers that kernels use.
         registers: how many of them there are.
-        host: whether it is the CPU at hand, so that libraries link and run here.
+        host: whether it belongs to this machine's platform, so that its libraries link here; they run here if the CPU
+            at hand has its features.
         features: the instruction sets that code for it may use, in LLVM's names, sorted.
     """
 
@@ -29,7 +33,7 @@ class CpuTarget:
     vector_bits: int
     registers: int
     host: bool
-    features: tuple[str, ...] = ()
+    features: tuple[str, ...]
 
     @property
     def architecture(self) -> str:
@@ -55,14 +59,15 @@ def cpu_target(name: str = "cpu") -> CpuTarget:
         NemocError: the name is no CPU target, or LLVM does not know the CPU.
     """
     if name == "cpu":
-        return _describe(codegen.llvm_get_system_cpu(), codegen.llvm_get_system_triple(), host=True)
+        return _describe(codegen.llvm_get_system_cpu(), codegen.llvm_get_system_triple())
     kind, _, mcpu = name.partition(":")
     if kind != "cpu" or not mcpu:
         raise NemocError(f"target {name!r} is not a cpu target, expected cpu or cpu:NAME")
-    for triple in (codegen.llvm_get_system_triple(), *_FOREIGN):
-        if mcpu in _known_cpus(triple):
-            return _describe(mcpu, triple, host=mcpu == codegen.llvm_get_system_cpu())
-    known = ", ".join(_known_cpus(codegen.llvm_get_system_triple()))
+    host = codegen.llvm_get_system_triple()
+    for triple in (_APPLE,) if mcpu.startswith("apple-") else (host, *_FOREIGN):
+        if codegen.llvm_is_valid_cpu(mcpu, triple):
+            return _describe(mcpu, triple)
+    known = ", ".join(_known_cpus(host))
     raise NemocError(
         f"target {name!r}: LLVM knows no CPU {mcpu!r}; for this platform it knows {known}"
     )
@@ -73,7 +78,7 @@ def _known_cpus(triple: str) -> tuple[str, ...]:
     return tuple(str(cpu) for cpu in codegen.llvm_get_cpu_archlist(target))
 
 
-def _describe(mcpu: str, triple: str, host: bool) -> CpuTarget:
+def _describe(mcpu: str, triple: str) -> CpuTarget:
     target = tvm.target.Target({"kind": "llvm", "mcpu": mcpu, "mtriple": triple})
     features = {str(f) for f in codegen.llvm_get_cpu_features(target)}
     if "avx512f" in features:
@@ -82,4 +87,5 @@ def _describe(mcpu: str, triple: str, host: bool) -> CpuTarget:
         bits, registers = 256, 16
     else:
         bits, registers = 128, 32 if "neon" in features else 16
+    host = triple == codegen.llvm_get_system_triple()
     return CpuTarget(mcpu, triple, bits, registers, host, tuple(sorted(features)))

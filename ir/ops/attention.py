@@ -83,7 +83,10 @@ class Attention(Op):
         expect(self.k.type == expected, f"attention: k is {self.k.type}, expected {expected}")
         expect(self.v.type == self.k.type, f"attention: v is {self.v.type}, expected {self.k.type}")
         expect(
-            isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0,
+            isinstance(heads, int)
+            and isinstance(kv_heads, int)
+            and kv_heads > 0
+            and heads % kv_heads == 0,
             f"attention: {heads} query heads do not divide over {kv_heads} key heads",
         )
         expect(

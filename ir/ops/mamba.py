@@ -147,7 +147,7 @@ class SsdScan(Op):
 
 def _check_groups(name: str, heads: Dim, groups: Dim) -> None:
     expect(
-        isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0,
+        isinstance(heads, int) and isinstance(groups, int) and groups > 0 and heads % groups == 0,
         f"{name}: {heads} heads do not divide into {groups} groups",
     )
 

@@ -147,6 +147,7 @@ class Concat(Op):
             others = [d for i, d in enumerate(x.shape) if i != self.axis]
             expect(
                 x.dtype == first.dtype
+                and x.type.rank == first.type.rank
                 and others == [d for i, d in enumerate(first.shape) if i != self.axis],
                 f"concat: {x.type} does not fit {first.type} along axis {self.axis}",
             )

@@ -45,6 +45,8 @@ def export(model: NemotronH, tokenizer: Tokenizer, directory: Path) -> None:
     save_file(
         {name: value.contiguous() for name, value in tensors.items()}, partial, {"format": "pt"}
     )
+    # safetensors makes files that only their owner can read.
+    partial.chmod(0o644)
     partial.replace(directory / "model.safetensors")
 
 

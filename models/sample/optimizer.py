@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrix: Tensor) -> Tensor:
     """U·Vᵀ of each matrix U·S·Vᵀ in [..., m, n], to about 15 %, by five Newton-Schulz steps."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16()
+    x: Tensor = matrix.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -48,12 +48,13 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """The optimizers of all parameters, each with its peak rate in every group's `peak`."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, param in model.named_parameters():
         inner = ".mixer." in name and param.dim() >= 2
         is_matrix = inner and "conv1d" not in name and "gate" not in name
         (matrices if is_matrix else rest).append(param)
-    built = [
+    built: list[torch.optim.Optimizer] = [
         Muon(matrices, lr=_MUON_RATE, weight_decay=_MUON_DECAY),
         torch.optim.AdamW(rest, lr=_ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.01),
     ]

@@ -166,7 +166,7 @@ class Run:
         for part in rows.split(MICRO_ROWS):
             with torch.autocast("cpu", torch.bfloat16):
                 nats = loss(self.model, part) * (len(part) / len(rows))
-            nats.backward()  # type: ignore[no-untyped-call]
+            nats.backward()
             total += nats.item()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:

@@ -36,25 +36,33 @@ def _report(error: Exception, session: Session) -> int:
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         print(error.format_message(), file=sys.stderr)
         return 2
-    message, code = _explain(error)
-    if session.debug or os.environ.get("NEMOC_DEBUG") == "1":
+    if isinstance(error, click.ClickException):
+        message, code, debug = f"error: {_one_line(error.format_message())}", 2, session.debug
+    else:
+        message, code, debug = _explain(error, session)
+    if debug:
         traceback.print_exception(error)
     print(f"nemoc: {message}", file=sys.stderr)
     return code
 
 
-def _explain(error: Exception) -> tuple[str, int]:
-    if isinstance(error, click.ClickException):
-        return f"error: {_one_line(error.format_message())}", 2
-    from nemoc.ir.errors import NemocError  # noqa: PLC0415  (loads torch, which --help does without)
+def _explain(error: Exception, session: Session) -> tuple[str, int, bool]:
+    """What to say of an error, the exit code, and whether to show where it was raised."""
+    # Here, not above: these load torch, and help and usage errors do without.
+    from nemoc.ir.errors import NemocError  # noqa: PLC0415
+    from nemoc.options import read_options  # noqa: PLC0415
 
+    try:
+        debug = session.debug or read_options().debug
+    except NemocError:
+        debug = session.debug
     if isinstance(error, NemocError):
-        return f"error: {_one_line(str(error))}", 2
+        return f"error: {_one_line(str(error))}", 2, debug
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"error: {where}{error.strerror or _one_line(str(error))}", 2
+        return f"error: {where}{error.strerror or _one_line(str(error))}", 2, debug
     what = _one_line(f"{type(error).__name__}: {error}")
-    return f"internal error: {what} (--debug shows where; please report it)", 70
+    return f"internal error: {what} (--debug shows where; please report it)", 70, debug
 
 
 def _one_line(text: str) -> str:

@@ -191,13 +191,14 @@ def bench(artifact: Path, **options: Any) -> None:
 )
 @_options(_target, _pipeline, _plugin)
 @click.option("--print-after", metavar="PASS|all", help="Print the graph after this pass.")
+@click.option("--remarks", is_flag=True, help="Print what each pass did and saved instead.")
 @_debug
 def ir(source: str, summary: bool, **options: Any) -> None:
     """Print a model's graph, or what it costs. No weights are needed.
 
     SOURCE may also be a file of IR text (NAME.ir). The graph is printed as it is built, unless
     --pipeline names passes to run first; 'preset' stands for the target's own pipeline, which
-    --print-after runs by itself.
+    --print-after and --remarks run by themselves.
     """
     from nemoc.commands import ir
 

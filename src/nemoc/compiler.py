@@ -25,6 +25,7 @@ from nemoc.passes import (
     Pass,
     PassContext,
     PassRun,
+    Remark,
     load_entry_points,
     load_plugin,
     parse_pipeline,
@@ -60,11 +61,13 @@ class Functions:
         model: where they come from.
         target: the resolved target.
         graphs: by function name.
+        remarks: what passes did and refused, site by site.
     """
 
     model: Model
     target: str
     graphs: Mapping[str, Graph]
+    remarks: tuple[Remark, ...]
 
 
 def compile(
@@ -84,8 +87,8 @@ def compile(
     """Compile a model into an executable.
 
     Args:
-        source: what `nemoc.models.open_model` takes: a Hugging Face directory, "sample", "random:PRESET", a transformers
-            NemotronHForCausalLM in memory.
+        source: what `nemoc.models.open_model` takes: a Hugging Face directory, "sample", "random:PRESET",
+            a transformers NemotronHForCausalLM in memory.
         target: what to compile for; None for the best target of this machine.
         quantize: None keeps weights as the checkpoint stores them, which is all that this version does.
         pipeline: passes or their text, for the general step (decode prepends `specialize-decode`);
@@ -197,7 +200,7 @@ def functions(
             check=check,
             on_pass=None if on_pass is None else functools.partial(on_pass, function),
         )
-    return Functions(model, name, graphs)
+    return Functions(model, name, graphs, tuple(ctx.remarks))
 
 
 def plugin_classes(plugins: Iterable[str | type[Pass]]) -> tuple[type[Pass], ...]:

@@ -132,6 +132,7 @@ class _Moving:
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage not in self._tasks:
             for task in self._tasks.values():
+                self._bars.update(task, completed=1, total=1)
                 self._bars.stop_task(task)
             self._tasks[stage] = self._bars.add_task(stage, total=None)
         self._bars.update(self._tasks[stage], completed=done, total=total or None)

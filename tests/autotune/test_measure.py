@@ -5,7 +5,9 @@ from nemoc.autotune.measure import Timing, interleaved
 
 def test_candidates_run_in_turn_after_warming_up() -> None:
     order: list[str] = []
-    interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warmup=1)
+    interleaved(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warmup=1
+    )
     assert order == ["a", "b"] * 3
 
 

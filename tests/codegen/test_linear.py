@@ -74,6 +74,15 @@ STRIDED = SUITE.add(
 )
 
 
+_AVX2 = cpu_target("cpu:x86-64-v3")
+_LACKING = {"avx2", "fma"} - set(cpu_target().features)
+AVX2_SUITE = KernelSuite(_AVX2)
+AVX2 = {
+    "linear": AVX2_SUITE.add(Site.dense(linear_op(70, 37, BF16, 32)), emit_linear),
+    "plain": AVX2_SUITE.add(Site.dense(linear_op(35, 45, F32, 1)), emit_linear),
+}
+
+
 def _weight(case: CompiledSite, generator: torch.Generator) -> torch.Tensor:
     """A random weight; rows that only fill up the last panel are zero, as `interleave` leaves them."""
     op = case.site.op
@@ -96,6 +105,16 @@ def test_linear_for_every_number_of_rows(name: str) -> None:
     for rows in ROWS:
         x = torch.randn(rows, width, generator=generator)
         case.check({"B": 1, "L": rows}, x, w, tolerance=2e-6)
+
+
+@pytest.mark.skipif(bool(_LACKING), reason="this machine has no AVX2")
+@pytest.mark.parametrize("name", AVX2)
+def test_linear_for_older_cpus(name: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    w = _weight(AVX2[name], generator)
+    for rows in ROWS:
+        x = torch.randn(rows, int(AVX2[name].site.operands[0].shape[1]), generator=generator)
+        AVX2[name].check({"B": 1, "L": rows}, x, w, tolerance=2e-6)
 
 
 def test_linear_reads_slices_of_wider_rows() -> None:
@@ -151,6 +170,11 @@ def test_inner_loops_are_vector_fmas_that_spill_nothing(cpu: str, register: str)
     assert not re.findall(r"vfmadd\d+ss", assembly)
     spills = re.findall(rf"%{register}\d+, -?\d*\(%r[sb]p\)", assembly)
     assert not spills
+
+
+def test_other_architectures_get_vector_code_too() -> None:
+    assembly = _assembly(cpu_target("cpu:apple-m1"))
+    assert len(re.findall(r"fmla\.4s|fmla\s+v\d+\.4s", assembly)) >= 24
 
 
 def test_source_is_deterministic() -> None:

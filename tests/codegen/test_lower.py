@@ -21,7 +21,19 @@ from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
 from nemoc.ir.interpreter import interpret
-from nemoc.ir.ops import Add, Interleave, Linear, Mul, Permute, Reshape, Scale, Slice
+from nemoc.ir.ops import (
+    Add,
+    CausalConv,
+    Div,
+    Full,
+    Interleave,
+    Linear,
+    Mul,
+    Permute,
+    Reshape,
+    Scale,
+    Slice,
+)
 
 F32 = DType.F32
 CORNERS = corner_sizes(2, 12, 8)
@@ -91,6 +103,21 @@ def _value(*shape: int) -> object:
     return Builder("w").param("w", DType.BF16, shape)
 
 
+def strided_state_updated_and_read(b: Builder) -> Graph:
+    """The update happens on a dense copy, which the kernels must be planned for."""
+    x, w = b.input("x", F32, (B, L, 4)), b.param("w", F32, (4, 4))
+    s, valid = b.state("s", F32, (3, B, 4)), b(Full(4.0, DType.I32, (B,)))
+    y, after = b.all(CausalConv(x, w, None, b(Permute(s, (1, 0, 2))), valid))
+    return b.finish([y, s], [b(Permute(after, (1, 0, 2)))])
+
+
+def zeros_of_both_signs(b: Builder) -> Graph:
+    """Two ops whose attributes are equal numbers and different values."""
+    x = b.input("x", F32, (B, 4))
+    zeros = [b(Full(value, F32, (4,))) for value in (0.0, -0.0)]
+    return b.finish([b(Div(x, zero)) for zero in zeros])
+
+
 GRAPHS: list[Callable[[Builder], Graph]] = [
     accumulate,
     old_value_read_later,
@@ -100,6 +127,8 @@ GRAPHS: list[Callable[[Builder], Graph]] = [
     views,
     reshape_that_copies,
     product_of_a_transposed_operand,
+    strided_state_updated_and_read,
+    zeros_of_both_signs,
 ]
 
 

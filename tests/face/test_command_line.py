@@ -155,8 +155,15 @@ def test_wrong_setting_is_named(
     assert "NEMOC_THREADS: found 'many'" in err
 
 
-def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(capsys, "ir", "nanoo", "--debug")
+@pytest.mark.parametrize(("option", "setting"), [(["--debug"], "0"), ([], "1")])
+def test_debug_shows_the_traceback(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: list[str],
+    setting: str,
+) -> None:
+    monkeypatch.setenv("NEMOC_DEBUG", setting)
+    code, _, err = run(capsys, "ir", "nanoo", *option)
     assert code == 2
     assert "Traceback" in err
     assert err.rstrip().splitlines()[-1].startswith("nemoc: error: ")

@@ -1,5 +1,6 @@
 """The text form: what is written comes back equal, and what cannot be read is refused at its line."""
 
+import math
 import re
 
 import pytest
@@ -157,6 +158,42 @@ def test_attribute_values_come_back() -> None:
         last = builder(ops.Scale(last, value))
     again = parse(str(builder.finish([last])))
     assert [repr(n.op.attributes()["factor"]) for n in again.nodes] == [repr(v) for v in values]
+
+
+def test_negative_zero_is_printed_where_zero_is_the_default() -> None:
+    b = Builder("g")
+    x = b.input("x", DType.F32, (4, 4))
+    graph = b.finish([b(ops.GroupLimit(x, 2, 1, -0.0))])
+    again = parse(print_graph(graph))
+    assert math.copysign(1.0, again.nodes[0].op.attributes()["fill"]) == -1.0
+    assert graph != parse(print_graph(graph).replace(", fill=-0.0", ""))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "floor()",
+        "floor(B, L)",
+        "Min(B)",
+        "*".join(["(B + L + 1)"] * 9),
+        "(B + L)**8",
+        "B" + "+B" * 60,
+    ],
+)
+def test_dimensions_that_could_explode_are_refused(text: str) -> None:
+    with pytest.raises(IRError, match="dimension"):
+        parse_dim(text)
+
+
+def test_endless_numbers_and_nesting_are_refused() -> None:
+    digits = (
+        "graph @g {\n  %v = full() {value=1" + "0" * 5000 + ", dtype=f32} : f32[]\n  return %v\n}"
+    )
+    with pytest.raises(IRError, match="5001 digits"):
+        parse(digits)
+    nested = "graph @g {\n" + "%v = folded([]) : f32[] {\n" * 2000
+    with pytest.raises(IRError, match="regions within each other"):
+        parse(nested)
 
 
 def test_nan_attribute_comes_back() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ Y = Value("y", X.type)
 STATE = Value("s", X.type)
 
 
-def _graph(**changes: object) -> Graph:
+def _graph(**changes: Any) -> Graph:
     graph = Graph("g", (X,), (Node(ops.Exp(X), (Y,)),), (Y,), (), (STATE,), (Y,))
     return dataclasses.replace(graph, **changes)
 

@@ -238,8 +238,8 @@ def test_names_file_field_found_and_expected(changes: dict[str, Any], message: s
     [
         (None, "cannot be read: No such file or directory"),
         ("{'a': 1}", "is not JSON: Expecting property name"),
-        ("[1]", "found the JSON value [1], expected an object"),
-        ("null", "found the JSON value None, expected an object"),
+        ("[1]", "found a JSON list, expected an object"),
+        ("null", "found a JSON null, expected an object"),
     ],
 )
 def test_unreadable_files_are_named(content: str | None, message: str, tmp_path: Path) -> None:

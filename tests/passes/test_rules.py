@@ -16,9 +16,9 @@ def _special_values(dtype: DType) -> torch.Tensor:
     if dtype is DType.BOOL:
         return torch.tensor([False, True])
     if not dtype.is_float:
-        info = torch.iinfo(dtype.torch)
+        whole = torch.iinfo(dtype.torch)
         return torch.tensor(
-            [info.min, info.min + 1, 0, 1, 7, info.max - 1, info.max], dtype=dtype.torch
+            [whole.min, whole.min + 1, 0, 1, 7, whole.max - 1, whole.max], dtype=dtype.torch
         )
     if dtype.bytes <= 2:  # all of them
         bits = torch.arange(2 ** (8 * dtype.bytes), dtype=torch.int32)
@@ -90,7 +90,10 @@ SPECIAL = """graph @g {
   %back = cast(%wide) {dtype=f32} : f32[B]
   %relu = relu(%back) : f32[B]
   %same = relu(%relu) : f32[B]
-  return %back, %same
+  %shifted = shift(%x) {amount=0.0} : f32[B]
+  %plus = full() {value=0.0, dtype=f32, shape=[B]} : f32[B]
+  %added = add(%plus, %x) : f32[B]
+  return %back, %same, %shifted, %added
 }
 """
 

@@ -265,6 +265,7 @@ def test_a_temporary_artifact_goes_with_its_executable(contents: Callable[..., C
         ({"generation": Generation(eos=(97,))}, "eos token id 97 is outside the vocabulary of 97"),
         ({"weights": ()}, "prefill: the parameter %embeddings.weight is not among the weights"),
         ({"functions": {}}, "there is no function prefill"),
+        ({"files": {"../x": ""}}, "the file name '../x' is no plain relative path"),
     ],
 )
 def test_contents_that_do_not_fit_together_are_refused(

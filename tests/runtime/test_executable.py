@@ -147,7 +147,7 @@ def test_bad_prompts_are_refused(
 def test_bad_tokens_of_a_decode_are_refused(exe: Executable) -> None:
     state = exe.new_state(2, capacity=4)
     exe.prefill(prompts(2, 3), state)
-    with pytest.raises(NemocError, match="next_ids: row 1, position 0: token id 1000 is out of"):
+    with pytest.raises(NemocError, match="next_ids: row 1: token id 1000 is out of"):
         exe.decode(torch.tensor([3, 1000]), state)
     with pytest.raises(NemocError, match=r"next_ids is int64 \[2, 1\], expected int64 \[B\]"):
         exe.decode(torch.tensor([[3], [4]]), state)

@@ -64,8 +64,8 @@ def test_states_of_other_models_and_damaged_files_are_refused(
     other = build(contents(functions=functions))
     with pytest.raises(NemocError, match=r"s.safetensors: the state of model \w+, expected \w+"):
         other.load_state(path)
-    small = build(contents(bounds=Bounds(1, 8, 8)))
-    with pytest.raises(NemocError, match="2 rows of 10 tokens, expected at most 1 of 8"):
+    small = build(contents(bounds=Bounds(2, 8, 8)))
+    with pytest.raises(NemocError, match="capacity is '10', expected 1 to 8"):
         small.load_state(path)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(NemocError, match=r"s.safetensors: cannot be read as a state"):
@@ -78,7 +78,7 @@ def test_states_of_other_models_and_damaged_files_are_refused(
     ("change", "metadata", "message"),
     [
         ({}, {"nemoc.state": None}, "holds no state of nemoc"),
-        ({}, {"batch": "two"}, "batch is 'two', expected a positive integer"),
+        ({}, {"batch": "two"}, "batch is 'two', expected 1 to 3"),
         (
             {},
             {"capacity": "11"},

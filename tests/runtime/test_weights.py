@@ -132,7 +132,7 @@ def test_no_weights_are_an_empty_block(tmp_path: Path) -> None:
             [torch.zeros(4, 3).double()],
             "weight w: the data is torch.float64, expected torch.float32",
         ),
-        ([torch.zeros(2, 3), torch.full((2, 3), torch.nan)], "weight w: holds NaN"),
+        ([torch.zeros(2, 3), torch.tensor([[0, torch.nan, 9]] * 2)], "weight w: holds NaN"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(pieces: list[torch.Tensor], message: str) -> None:

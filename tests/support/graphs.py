@@ -20,7 +20,7 @@ WIDTH = 12
 
 @dataclass
 class _Plan:
-    """A graph under construction: what may be read, what the states become."""
+    """A graph under construction: what may be read, what the states become, whether steps follow the last value."""
 
     draw: st.DrawFn
     builder: Builder
@@ -28,6 +28,7 @@ class _Plan:
     lengths: Value
     pool: list[Value] = field(default_factory=list)
     following: list[Value] = field(default_factory=list)
+    chained: bool = False
 
     def number(self, low: int, high: int) -> int:
         return self.draw(st.integers(low, high))
@@ -36,8 +37,9 @@ class _Plan:
         return items[self.number(0, len(items) - 1)]
 
     def any(self, fits: Callable[[Value], bool] = lambda v: True) -> Value:
-        """A value that fits; the first input always does."""
-        return self.pick([v for v in self.pool if fits(v)] or self.pool[:1])
+        """A value that fits, every other time the last one, so that ops meet their kind; the input always fits."""
+        found = [v for v in self.pool if fits(v)] or self.pool[:1]
+        return found[-1] if self.chained or self.number(0, 1) else self.pick(found)
 
     def hidden(self) -> Value:
         """A value that the blocks of a model can read."""
@@ -81,6 +83,12 @@ def _unary(plan: _Plan) -> None:
         plan.add(ops.Scale(x, plan.pick([1.0, -1.0, 0.5])))
     else:
         plan.add(ops.Shift(x, plan.pick([0.0, -0.0, 1.0])))
+
+
+def _full(plan: _Plan) -> None:
+    """A constant, which the next steps may lay out otherwise or compute with."""
+    value = plan.pick([1.0, 0.0, -0.0, 2.0])
+    plan.add(ops.Full(value, DType.F32, (B, L, WIDTH)))
 
 
 def _binary(plan: _Plan) -> None:
@@ -173,6 +181,14 @@ def _repeat(plan: _Plan) -> None:
     plan.add(ops.Mul(a, b))
 
 
+def _chain(plan: _Plan) -> None:
+    """A few steps that each read what the one before gave."""
+    plan.chained = True
+    for _ in range(plan.number(2, 4)):
+        plan.pick(_CHAINED)(plan)
+    plan.chained = False
+
+
 def _conv(plan: _Plan) -> None:
     b = plan.builder
     state = b.state(b.fresh("conv") + ".s", DType.F32, (B, 3, WIDTH))
@@ -228,9 +244,10 @@ def _last(plan: _Plan) -> None:
     plan.add(ops.TakeLast(plan.hidden(), plan.valid))
 
 
+_CHAINED = [_unary, _binary, _reshape, _permute, _permute, _slice, _slice, _concat, _casts]
 _STEPS = [
-    *[_unary, _binary, _reshape, _permute, _slice, _concat, _casts, _sum, _linear, _norm],
-    *[_repeat, _conv, _scan, _attention, _experts, _last],
+    *[_chain, _chain, _chain, _full, _binary, _concat, _slice, _sum, _linear, _norm, _repeat],
+    *[_conv, _scan, _attention, _experts, _last],
 ]
 
 

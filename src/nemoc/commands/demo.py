@@ -13,7 +13,6 @@ from nemoc.commands.verify import number, print_rows
 from nemoc.compiler import compile
 from nemoc.models import Model, eager_reference, open_model
 from nemoc.models.reference import Cache, NemotronH
-from nemoc.progress import Progress
 from nemoc.runtime import Executable
 from nemoc.targets import default_target
 from nemoc.terminal import (
@@ -35,6 +34,8 @@ _PROMPTS = (
 )
 _NEW_TOKENS = 56
 _PREFILL, _DECODE, _ROUNDS = 256, 64, 7
+_NOISY = 0.2
+"""Half the distance between the quartiles, relative to the median, beyond which a machine counts as busy."""
 
 
 def run(threads: int | None, quiet: bool) -> int:
@@ -42,8 +43,10 @@ def run(threads: int | None, quiet: bool) -> int:
     started = time.perf_counter()
     model, target, console = open_model("sample"), default_target(), report()
     _print_model(console, model)
+    compiling = time.perf_counter()
     with progress(quiet) as show:
-        executable = _compile(console, model, target, threads, show)
+        executable = compile(model, target, max_batch=2, threads=threads, progress=show)
+    _print_artifact(console, executable, time.perf_counter() - compiling)
     with progress(quiet) as show:
         found = verify_model("sample", target, executable=executable, progress=show)
     _print_checks(console, found)
@@ -64,18 +67,12 @@ def _print_model(console: Console, model: Model) -> None:
     )
 
 
-def _compile(
-    console: Console, model: Model, target: str, threads: int | None, show: Progress
-) -> Executable:
-    started = time.perf_counter()
-    executable = compile(model, target, max_batch=2, threads=threads, progress=show)
-    heading(console, f"Compiled for {target} in {duration(time.perf_counter() - started)}")
-    folder = executable.folder
-    if folder is not None:
-        files = [file for file in folder.rglob("*") if file.is_file()]
+def _print_artifact(console: Console, executable: Executable, seconds: float) -> None:
+    heading(console, f"Compiled for {executable.program.target} in {duration(seconds)}")
+    if executable.folder is not None:
+        files = [file for file in executable.folder.rglob("*") if file.is_file()]
         size = short(sum(file.stat().st_size for file in files), "B")
         console.print(f"  an artifact of {len(files)} files, {size}; it loads without the compiler")
-    return executable
 
 
 def _print_checks(console: Console, found: VerifyReport) -> None:
@@ -112,13 +109,14 @@ def _print_speed(
     ids = torch.randint(
         0, model.config.vocab_size, (1, _PREFILL), generator=torch.Generator().manual_seed(0)
     )
-    rows = []
+    rows, spreads = [], []
     for name, tokens, candidates in (
         (f"prefill of {_PREFILL} tokens", _PREFILL, _prefills(executable, eager, ids)),
         (f"decode of {_DECODE} tokens", _DECODE, _decodes(executable, eager, ids[:, :_DECODE])),
     ):
         times = interleaved(candidates, _ROUNDS)
         ours, theirs = times["nemoc"], times["eager"]
+        spreads += [ours.spread, theirs.spread]
         rows.append(
             (
                 name,
@@ -130,6 +128,8 @@ def _print_speed(
     heading(console, f"Speed in tokens/s, batch 1, {torch.get_num_threads()} threads")
     print_table(console, ("", ">nemoc", ">eager PyTorch", ">ratio"), rows)
     console.print(f"medians of {_ROUNDS} interleaved rounds, float32 arithmetic in both")
+    if max(spreads) > _NOISY:
+        console.print("the spread is large: this machine is busy, and the ratios are rough")
 
 
 def _prefills(

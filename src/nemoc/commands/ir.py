@@ -1,17 +1,21 @@
 """`nemoc ir`: a model's graph as text, or what it costs."""
 
+import re
 import textwrap
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 
 from nemoc.compiler import functions, passes_of, plugin_classes
 from nemoc.ir import DType, Graph, NemocError, parse, print_graph
+from nemoc.ir.cost import Cost
+from nemoc.ir.dims import format_dim
 from nemoc.ir.params import ParameterSource
 from nemoc.models import open_model
 from nemoc.models.summary import render_summary, summarize
-from nemoc.passes import Pass, PassContext, PassRun, run_pipeline
+from nemoc.passes import Pass, PassContext, PassRun, Remark, run_pipeline
 from nemoc.targets import resolve_target, target_info
 
 _PRESET = "preset"
@@ -27,19 +31,22 @@ def run(
     pipeline: str | None,
     plugins: tuple[str, ...],
     print_after: str | None,
+    remarks: bool,
 ) -> None:
-    """Print the summary, or the graph of a function after the passes asked for."""
+    """Print the summary, or the graph of a function after the passes asked for, or what they did."""
     if summary:
         _print_summary(source)
         return
     name = resolve_target(target)
     if pipeline is None:
-        pipeline = _PRESET if print_after else ""
+        pipeline = _PRESET if print_after or remarks else ""
     passes = passes_of(
         function, name, None if pipeline == _PRESET else pipeline, plugin_classes(plugins)
     )
-    graph = _rewritten(source, function, name, passes, _printer(passes, print_after))
-    if print_after is None:
+    graph, said = _rewritten(source, function, name, passes, _printer(passes, print_after))
+    if remarks:
+        _print_remarks(passes, said)
+    elif print_after is None:
         click.echo(print_graph(graph), nl=False)
 
 
@@ -49,10 +56,10 @@ def _rewritten(
     target: str,
     passes: tuple[Pass, ...],
     on_pass: Callable[[PassRun], None] | None,
-) -> Graph:
+) -> tuple[Graph, Sequence[Remark]]:
     if _is_text(source):
         ctx = PassContext(target_info(target, threads=1))
-        return run_pipeline(_parsed(source), passes, ctx, on_pass=on_pass)
+        return run_pipeline(_parsed(source), passes, ctx, on_pass=on_pass), ctx.remarks
     found = functions(
         source,
         target,
@@ -60,7 +67,7 @@ def _rewritten(
         which=(function,),
         on_pass=None if on_pass is None else lambda _, run: on_pass(run),
     )
-    return found.graphs[function]
+    return found.graphs[function], found.remarks
 
 
 def _is_text(source: str) -> bool:
@@ -94,6 +101,23 @@ def _printer(passes: tuple[Pass, ...], print_after: str | None) -> Callable[[Pas
             click.echo(print_graph(run.after))
 
     return print_it
+
+
+def _print_remarks(passes: tuple[Pass, ...], said: Sequence[Remark]) -> None:
+    """For each pass how often it did what, and what that saves together."""
+    for name in dict.fromkeys(p.name for p in passes):
+        own = [remark for remark in said if remark.pass_name == name]
+        click.echo(f"{name}: {len(own)} sites")
+        for message, count in Counter(_kind(remark.message) for remark in own).most_common():
+            click.echo(f"  {count:6} x {message}")
+        saved = sum((remark.saved for remark in own), Cost())
+        if saved != Cost():
+            click.echo(f"  saves {format_dim(saved.flops)} flops, {format_dim(saved.bytes)} bytes")
+
+
+def _kind(message: str) -> str:
+    """A remark without the names of values, so that equal ones are counted together."""
+    return re.sub(r"%[\w.]+", "%_", message)
 
 
 def _print_summary(source: str) -> None:

@@ -29,11 +29,12 @@ def run(
     with progress(quiet) as show:
         executable = load(artifact, threads=threads, progress=show)
     ids = _encode(executable.tokenizer, prompt, chat)
+    steps = executable.stream(ids, max_new_tokens, temperature, top_p, seed)
     if not chat:
         click.echo(prompt, nl=False)
     started, count = time.perf_counter(), 0
     pieces = executable.tokenizer.detokenizer()
-    for tokens in executable.stream(ids, max_new_tokens, temperature, top_p, seed):
+    for tokens in steps:
         click.echo(pieces.push(int(tokens[0])), nl=False)
         count += 1
     click.echo(pieces.finish())
@@ -43,13 +44,13 @@ def run(
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> torch.Tensor:
+    if not prompt:
+        raise NemocError("--prompt: found nothing, expected some text")
     if chat:
         text = tokenizer.chat([{"role": "user", "content": prompt}])
         ids = tokenizer.encode(text, special=False)
     else:
         ids = tokenizer.encode(prompt)
-    if not ids:
-        raise NemocError("--prompt: is empty, expected some text")
     return torch.tensor([ids])
 
 

@@ -33,11 +33,20 @@ def print_rows(console: Console, kind: str, rows: Iterable[VerifyRow]) -> None:
     if not shown:
         return
     heading(console, _TITLES[kind])
+    # A kernel's name begins with its op; what else it was made for fills a line of its own.
+    named = kind == "kernel"
     cells = [
-        (row.name, row.detail, number(row.error), number(row.bound), verdict(row.ok))
+        (
+            row.name,
+            *(() if named else (row.detail,)),
+            number(row.error),
+            number(row.bound),
+            verdict(row.ok),
+        )
         for row in shown
     ]
-    print_table(console, (kind, "what", ">error", ">bound", ""), cells, wrap="what")
+    columns = (kind, *(() if named else ("what",)), ">error", ">bound", "")
+    print_table(console, columns, cells, wrap=kind if named else "what")
     took = duration(sum(row.seconds for row in shown))
     console.print(f"in {took}")
 
