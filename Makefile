@@ -43,7 +43,8 @@ test-slow: $(STAMP)
 	$(BIN)/pytest -m slow --benchmark-disable
 
 bench: $(STAMP)
-	$(BIN)/pytest benchmarks --benchmark-only
+	$(BIN)/pytest benchmarks --timeout 3600
+	$(BIN)/python -m benchmarks.compare
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix

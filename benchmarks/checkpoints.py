@@ -9,19 +9,26 @@ CACHE = Path(__file__).parent / ".cache"
 PRESETS = Path(__file__).parent.parent / "models" / "presets"
 
 
-def random_checkpoint(preset: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+def random_checkpoint(
+    preset: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0, layers: int | None = None
+) -> Path:
     """The directory of a checkpoint of that preset with random weights, as transformers initialises and writes it.
 
     Args:
         preset: a preset's name; its weights, twice over in float32, have to fit into memory.
         dtype: what the weights are stored in.
         seed: of the weights.
+        layers: keep only so many of the preset's layers.
     """
-    name = f"{preset}-{str(dtype).removeprefix('torch.')}-seed{seed}"
+    kept = "" if layers is None else f"-{layers}-layers"
+    name = f"{preset}-{str(dtype).removeprefix('torch.')}-seed{seed}{kept}"
     path = CACHE / name
     if path.exists():
         return path
     config = transformers.NemotronHConfig.from_json_file(PRESETS / f"{preset}.json")
+    if layers is not None:
+        config.layers_block_type = config.layers_block_type[:layers]
+        config.num_hidden_layers = layers
     torch.manual_seed(seed)
     model = transformers.NemotronHForCausalLM(config).to(dtype)
     unfinished = CACHE / f".{name}.tmp"

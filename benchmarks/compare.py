@@ -4,6 +4,7 @@ All engines live in one process and take turns; figures are medians, and what to
 all engines are held against each other first, so that nothing wrong is called fast.
 """
 
+import functools
 import json
 import platform
 import time
@@ -98,27 +99,27 @@ def prompt(name: str, length: int) -> torch.Tensor:
 def measure(
     engines: dict[str, Engine],
     first_use: dict[str, float],
-    name: str,
+    preset_name: str,
     length: int,
     steps: int,
     rounds: int,
 ) -> list[Row]:
     """Every engine's figures, taken in turns."""
-    ids = prompt(name, length)
+    ids = prompt(preset_name, length)
     logits = {engine: _logits(e, ids) for engine, e in engines.items()}
     reference = logits["transformers"]
     prefill = interleaved(
-        {engine: (lambda e=e: e.prefill(ids)) for engine, e in engines.items()}, rounds
+        {name: functools.partial(engine.prefill, ids) for name, engine in engines.items()}, rounds
     )
-    decode: dict[str, list[float]] = {engine: [] for engine in engines}
+    decode: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(rounds):
         for engine in engines.values():  # every round decodes behind the same prompt
             engine.prefill(ids)
         timings = interleaved(
-            {engine: (lambda e=e: _decode(e, steps)) for engine, e in engines.items()}, 1, warmup=0
+            {name: functools.partial(_decode, e, steps) for name, e in engines.items()}, 1, warmup=0
         )
-        for engine, timing in timings.items():
-            decode[engine].append(timing.median)
+        for name, timing in timings.items():
+            decode[name].append(timing.median)
     return [
         Row(
             engine,

@@ -30,7 +30,7 @@ def watch():
         peak[0] = max(peak[0], anonymous())
         time.sleep(0.005)
 
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 started = time.perf_counter()
 {work}
@@ -50,14 +50,16 @@ executable.decode(torch.tensor([1]), executable.new_state(capacity=64))
 
 @click.command()
 @click.option("--preset", default="mid", help="Model preset, with random weights.")
+@click.option("--layers", type=int, help="Keep only so many layers.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Where to write the figures.")
-def main(preset: str, out: Path | None) -> None:
+def main(preset: str, layers: int | None, out: Path | None) -> None:
     """Compile a preset from its checkpoint, then load it and decode one token."""
-    source = str(random_checkpoint(preset))
+    source = str(random_checkpoint(preset, layers=layers))
     with tempfile.TemporaryDirectory() as folder:
         artifact = str(Path(folder) / "model.nemoc")
-        report = {
-            "command": f"python -m benchmarks.memory --preset {preset}",
+        report: dict[str, Any] = {
+            "command": f"python -m benchmarks.memory --preset {preset}"
+            + ("" if layers is None else f" --layers {layers}"),
             "compile": _run(_COMPILE.format(source=source, artifact=artifact)),
             "load": _run(_LOAD.format(artifact=artifact)),
         }

@@ -50,16 +50,20 @@ class Transformers:
             # Its own decode step has no lower limit on the step size: see docs/architecture.md.
             if hasattr(layer.mixer, "time_step_limit"):
                 layer.mixer.time_step_limit = (0.0, float("inf"))
-        self._cache_of = lambda: transformers.DynamicCache(config=model.config)
-        self._cache = self._cache_of()
-        self._model = torch.compile(model) if compiled else model
+        self._config = model.config
+        self._model: Any = torch.compile(model) if compiled else model
+        self._forget()
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        self._cache = self._cache_of()
+        self._forget()
         return self._step(ids)
 
     def decode(self, token: torch.Tensor) -> torch.Tensor:
         return self._step(token.unsqueeze(1))
+
+    def _forget(self) -> None:
+        library: Any = transformers  # its classes carry no annotations
+        self._cache = library.DynamicCache(config=self._config)
 
     @torch.inference_mode()
     def _step(self, ids: torch.Tensor) -> torch.Tensor:

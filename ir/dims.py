@@ -179,9 +179,9 @@ def _check_size(tree: ast.expr, text: str) -> None:
 
 
 def _is_small_power(base: ast.expr, exponent: ast.expr) -> bool:
-    """Whether a power is one of a name or a number to a constant of at most 8."""
+    """Whether a power is one of a name, a number or a call to a constant of at most 8."""
     return (
-        isinstance(base, ast.Name | ast.Constant)
+        isinstance(base, ast.Name | ast.Constant | ast.Call)
         and isinstance(exponent, ast.Constant)
         and isinstance(exponent.value, int)
         and 0 <= exponent.value <= 8

@@ -113,14 +113,12 @@ def run_pipeline(
     if verify:
         verify_graph(graph)
     ordered = tuple(passes)
-    for position, pass_ in enumerate(ordered):
-        started = time.perf_counter()
+    for position in range(len(ordered)):
         try:
-            after = pass_.run(graph, ctx)
-            run = PassRun(ordered, position, graph, after, time.perf_counter() - started)
-            if after is not graph:
+            run = _run_one(graph, ordered, position, ctx)
+            if run.after is not graph:
                 if verify:
-                    verify_graph(after)
+                    verify_graph(run.after)
                 if check is not None:
                     check(run, ctx)
         except PassError:
@@ -129,8 +127,14 @@ def run_pipeline(
             raise _failure(ordered, position, error) from error
         if on_pass is not None:
             on_pass(run)
-        graph = after
+        graph = run.after
     return graph
+
+
+def _run_one(graph: Graph, passes: tuple[Pass, ...], position: int, ctx: PassContext) -> PassRun:
+    started = time.perf_counter()
+    after = passes[position].run(graph, ctx)
+    return PassRun(passes, position, graph, after, time.perf_counter() - started)
 
 
 def _failure(passes: tuple[Pass, ...], position: int, error: Exception) -> PassError:

@@ -1,17 +1,19 @@
 """Attention over the cache, vectorised over query rows.
 
-The query heads that share a kv head, times a block of tokens, are the rows of one task; they fill the lanes. So keys and values
-are read in their natural layout, one broadcast element at a time, each used for all rows; maxima and sums run along lanes
-and nothing is reduced across them. Softmax is online (Milakov and Gimelshein, arXiv 1805.02867):
+The query heads that share a kv head, times a block of tokens, are the rows of a tile; they fill the lanes. So keys and
+values are read in their natural layout, one broadcast element at a time, each used for all rows; maxima and sums run
+along lanes and nothing is reduced across them. Softmax is online (Milakov and Gimelshein, arXiv 1805.02867):
 
-    queries into a tile [D, rows];  m ← −∞, l ← 0, o[D, rows] ← 0
-    for each block of KEYS cache rows: widened to f32 into a tile [KEYS, D], zeros behind the last one that any row sees
-        s[key, rows] = Σ k[key, d] · q[d, rows], where a row does not see a key: −1e30
-        m' = max(m, max s);  p = exp(s − m');  l ← l · exp(m − m') + Σ p;  o ← o · exp(m − m') + Σ v[key, d] · p[key, rows]
+    queries into a tile [D, rows];  m ← −1e30, l ← 0, o[D, rows] ← 0
+    for each block of KEYS cached rows, widened to f32 into a tile [KEYS, D], zeros behind the last one that is seen:
+        s[key, rows] = Σ k[key, d] · q[d, rows], or −1e30 where the row does not see the key
+        m' = max(m, max s);  p = exp(s − m');  l ← l · exp(m − m') + Σ p
+        o ← o · exp(m − m') + Σ v[key, d] · p[key, rows];  m ← m'
     y = o / l
 
-Prefill has a task for each kv head and block of query rows. Decode (L = 1) has only one such block, so it splits the cached
-rows into SPLITS tasks that leave (o, m, l) in scratch, and a second launch merges them.
+Prefill has a task for each kv head and block of query rows. Decode (L = 1) splits the cached rows instead: a task takes
+up to 1 / SPLITS of them with all their heads, which makes one stream through memory, and leaves (o, m, l) in scratch;
+a second launch merges the parts.
 """
 
 from nemoc.codegen.plan import Arg, Plan, Site, Stage, View
@@ -25,7 +27,7 @@ from nemoc.ir.ops.attention import Attention
 from nemoc.ir.types import TensorType
 
 SPLITS = 16
-"""Tasks for each row and kv head in decode, at most."""
+"""Parts of the cached rows in decode, at most."""
 
 KEYS_PER_SPLIT = 64
 """Cached rows that a decode task takes, at least; a multiple of KEYS."""
@@ -49,11 +51,12 @@ def emit_attention(site: Site, target: CpuTarget) -> Plan:
 def _prefill(site: Site, target: CpuTarget) -> Stage:
     w = KernelWriter("attention")
     flash = Flash(w, site, target, target.lanes, VECTORS, heads=1)
-    batch, length, heads, _ = site.view(_Y).shape
+    batch, length = site.view(_Y).shape[:2]
     blocks = ceil_div(dim(length * flash.shared), flash.rows)
     block = w.let("block", f"task % {size_text(blocks)}")
     rest = w.let("rest", f"task // {size_text(blocks)}")
-    flash.begin(f"{rest} // {flash.kv_heads}", f"{rest} % {flash.kv_heads}", f"{block} * {flash.rows}")
+    first = w.let("first", f"{block} * {flash.rows}")
+    flash.begin(f"{rest} // {flash.kv_heads}", f"{rest} % {flash.kv_heads}", first)
     flash.load_queries()
     flash.attend("0", flash.reach)
     flash.store_result(_Y)
@@ -98,24 +101,29 @@ def _merge(flash: Flash, sums: View, softmax: View) -> Stage:
     w, lanes = flash.writer, flash.lanes
     math = VectorMath(w, lanes)
     flash.begin(f"task // {flash.kv_heads}", f"task % {flash.kv_heads}", "0")
-    count = w.let("count", f"({flash.reach} + {(size := _part(flash))} - 1) // {size}")
+    size = _part(flash)
+    count = w.let("count", f"({flash.reach} + {size} - 1) // {size}")
     o, state = w.buffer("sums", _SUMS, sums), w.buffer("softmax", _SOFTMAX, softmax)
     y = w.buffer("y", _Y, flash.site.view(_Y))
+
+    def part(name: str, s: str, index: str) -> str:
+        return w.load(name, f"{flash.batch}, {s}, {flash.head}, {index}", lanes)
+
     weights, row = w.local("weights", SPLITS, lanes), w.local("row", lanes)
     for first in range(0, flash.rows, lanes):
         top = w.value("top", math.const(MASKED), lanes)
         with w.loop("s", count) as s:
-            w.line(f"{top} = T.max({top}, {w.load(state, f'{flash.batch}, {s}, {flash.head}, 0, {first}', lanes)})")
+            w.line(f"{top} = T.max({top}, {part(state, s, f'0, {first}')})")
         total = w.value("total", math.const(0.0), lanes)
         with w.loop("s", count) as s:
-            rest = w.value("rest", f"{w.load(state, f'{flash.batch}, {s}, {flash.head}, 0, {first}', lanes)} - {top}", lanes)
+            rest = w.value("rest", f"{part(state, s, f'0, {first}')} - {top}", lanes)
             w.line(f"{weights}[{s}] = {math.exp(rest)}")
-            w.line(f"{total} = {total} + {weights}[{s}] * {w.load(state, f'{flash.batch}, {s}, {flash.head}, 1, {first}', lanes)}")
+            w.line(f"{total} = {total} + {weights}[{s}] * {part(state, s, f'1, {first}')}")
         with w.loop("d", flash.width) as d:
             acc = w.value("acc", math.const(0.0), lanes)
             with w.loop("s", count) as s:
-                part = w.load(o, f"{flash.batch}, {s}, {flash.head}, {d} * {flash.rows} + {first}", lanes)
-                w.line(f"{acc} = {acc} + {weights}[{s}] * {part}")
+                piece = part(o, s, f"{d} * {flash.rows} + {first}")
+                w.line(f"{acc} = {acc} + {weights}[{s}] * {piece}")
             w.line(f"{row}[T.Ramp(0, 1, {lanes})] = {acc} / {total}")
             with w.loop("g", min(lanes, flash.shared - first)) as g:
                 head = f"{flash.head} * {flash.shared} + {first} + {g}"

@@ -2,14 +2,14 @@
 
 from nemoc.codegen.plan import Plan, Site
 from nemoc.codegen.tvm.target import CpuTarget
-from nemoc.codegen.tvm.update import vector_pieces
+from nemoc.codegen.tvm.vectors import vector_pieces
 from nemoc.codegen.tvm.writer import KernelWriter, size_text
 from nemoc.ir.dims import product
 from nemoc.ir.ops.attention import CacheWrite
 
 
 def emit_cache_write(site: Site, target: CpuTarget) -> Plan:
-    """The plan of a `CacheWrite`: one task for each new row, which copies bits; the rest of the cache is not touched."""
+    """The plan of a `CacheWrite`: a task copies the bits of one new row; the rest of the cache stays."""
     assert isinstance(site.op, CacheWrite)
     w = KernelWriter("cache_write")
     rows, lengths, cache = (site.arg(name) for name in ("rows", "lengths", "cache"))

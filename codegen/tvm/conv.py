@@ -1,9 +1,10 @@
 """The causal convolution over time, vectorised over channels.
 
 A task owns a block of channels, whose taps it first copies into a tile with one row per tap, so that they load as
-vectors. With L > 1 tokens are blocked too and the new state is written by a second launch, after every task has read the
-old one; with L = 1 one launch does both, for the task of a channel owns its state. Old and new state are one pointer in
-the kernels: LLVM is told that different pointers do not alias, and moves loads behind stores.
+vectors. With L > 1 tokens are blocked too and the new state is written by a second launch, after every task has read
+the old one; with L = 1 one launch does both, for the task of a channel owns its state, in all rows of the batch.
+Old and new state are one pointer in the kernels: LLVM is told that different ones do not alias, and moves loads
+behind stores.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,18 +40,17 @@ def _one_token(site: Site, target: CpuTarget) -> Stage:
     block = _ChannelBlock(writer, site, target)
     x, state, y, valid = block.buffers("x", "state", _Y, "valid")
     block.load_taps()
-    b = block.row
-    live = writer.let("live", f"{valid}[{b}] > 0")
 
     def write(d: str, lanes: int) -> None:
         window = [block.load(state, f"{b}, {r}, {d}", lanes) for r in range(block.taps - 1)]
         window.append(block.load(x, f"{b}, 0, {d}", lanes))
         writer.store(y, f"{b}, 0, {d}", block.convolve(window, d, lanes), lanes)
         for r in range(block.taps - 1):
-            moved = f"T.Select({live}, {window[r + 1]}, {window[r]})"
+            moved = f"T.Select({valid}[{b}] > 0, {window[r + 1]}, {window[r]})"
             writer.store(state, f"{b}, {r}, {d}", moved, lanes)
 
-    block.for_each_vector(write)
+    with writer.loop("b", size_text(site.view(_Y).shape[0])) as b:
+        block.for_each_vector(write)
     return block.finish(1)
 
 
@@ -58,7 +58,7 @@ def _all_tokens(site: Site, target: CpuTarget) -> Stage:
     """y of a block of tokens; the first K − 1 tokens look back into the state."""
     writer = KernelWriter("conv")
     block = _ChannelBlock(writer, site, target)
-    length = site.view(_Y).shape[1]
+    batch, length = site.view(_Y).shape[:2]
     blocks = ceil_div(length, TOKENS)
     b = writer.let("b", f"{block.row} // {size_text(blocks)}")
     first = writer.let("first", f"{block.row} % {size_text(blocks)} * {TOKENS}")
@@ -75,15 +75,15 @@ def _all_tokens(site: Site, target: CpuTarget) -> Stage:
         block.for_each_vector(write)
 
     with writer.block(f"if {first} == 0:"):
-        for t in range(back):
-            joined = range(t, t + block.taps)
-            with writer.block(f"if {t} < {end}:"):
-                write_at(str(t), [(state, f"{r}") if r < back else (x, f"{r - back}") for r in joined])
+        joined = [(state, str(r)) for r in range(back)] + [(x, str(r)) for r in range(back)]
+        for early in range(back):
+            with writer.block(f"if {early} < {end}:"):
+                write_at(str(early), joined[early : early + block.taps])
     start = writer.let("start", f"T.max({first}, {back})")
     with writer.loop("k", f"{end} - {start}") as k:
         t = writer.let("t", f"{start} + {k}")
         write_at(t, [(x, f"{t} - {back - j}") for j in range(block.taps)])
-    return block.finish(blocks)
+    return block.finish(product((batch, blocks)))
 
 
 def _shift_state(site: Site, target: CpuTarget) -> Stage:
@@ -106,7 +106,7 @@ def _shift_state(site: Site, target: CpuTarget) -> Stage:
             writer.store(state, f"{b}, {r}, {d}", value, lanes)
 
     block.for_each_vector(write)
-    return block.finish(1)
+    return block.finish(site.view(_Y).shape[0])
 
 
 class _ChannelBlock:
@@ -173,7 +173,6 @@ class _ChannelBlock:
         terms = [f"{tile(self._tile, j)} * {x}" for j, x in enumerate(window)]
         return " + ".join([tile(self._bias, 0), *terms] if self._bias else terms)
 
-    def finish(self, blocks: Dim) -> Stage:
-        """The stage, with `blocks` tasks for each row of the batch and channel block."""
-        batch = self._site.view(_Y).shape[0]
-        return self._writer.finish(product((batch, blocks, self._blocks)))
+    def finish(self, rows: Dim) -> Stage:
+        """The stage, with a task for each of `rows` values of `row` and each channel block."""
+        return self._writer.finish(product((rows, self._blocks)))

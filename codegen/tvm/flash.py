@@ -2,12 +2,12 @@
 
 from nemoc.codegen.plan import Arg, Site
 from nemoc.codegen.tvm.target import CpuTarget
-from nemoc.codegen.tvm.update import vector_pieces
+from nemoc.codegen.tvm.vectors import prefetch, vector_pieces
 from nemoc.codegen.tvm.vmath import VectorMath
 from nemoc.codegen.tvm.writer import KernelWriter, size_text
 from nemoc.ir.ops.attention import Attention
 
-KEYS = 32
+KEYS = 16
 """Cached rows of a block: a power of 2, as the depths of register tiles are."""
 
 MASKED = -1e30
@@ -30,13 +30,20 @@ class Flash:
         rows: query rows of a tile.
         shared: query heads of each kv head.
         kv_heads: how many kv heads there are.
+        heads: kv heads of a tile, each with `rows` query rows.
         width: D.
-        batch, head, reach: names, after `begin`: the row of the batch, the kv head, and the end of the cached rows
-            that any row of the tile sees.
+        batch, head, reach: names, after `begin`: the row of the batch, the tile's first kv head, and the end of the
+            cached rows that any row of the tile sees.
     """
 
     def __init__(
-        self, writer: KernelWriter, site: Site, target: CpuTarget, lanes: int, vectors: int, heads: int
+        self,
+        writer: KernelWriter,
+        site: Site,
+        target: CpuTarget,
+        lanes: int,
+        vectors: int,
+        heads: int,
     ) -> None:
         assert isinstance(site.op, Attention)
         self.writer, self.site, self.lanes = writer, site, lanes
@@ -44,9 +51,10 @@ class Flash:
         self.kv_heads, self.width = (int(n) for n in site.view(site.arg("k")).shape[2:])
         self.shared = int(site.view(site.arg("q")).shape[2]) // self.kv_heads
         self._scale = site.op.scale
+        self.heads = heads
         self._lanes_wide = target.lanes
-        self._vectors, self.heads = vectors, heads
-        self._deep = max(1, 1 << (target.registers // (2 * vectors)).bit_length() - 1)
+        self._vectors = vectors
+        self._deep = 1 << max(0, (target.registers // (2 * vectors)).bit_length() - 1)
         self._math = VectorMath(writer, lanes)
 
     def begin(self, batch: str, head: str, first: str) -> None:
@@ -57,11 +65,12 @@ class Flash:
         self.batch, self.head = w.let("b", batch), w.let("head", head)
         self._first = w.let("first", first)
         self._cached = w.let("cached", f"{lengths}[{self.batch}]")
-        last = w.let("last", f"T.min(({self._first} + {self.rows - 1}) // {self.shared}, {length} - 1)")
+        token = f"({self._first} + {self.rows - 1}) // {self.shared}"
+        last = w.let("last", f"T.min({token}, {length} - 1)")
         self.reach = w.let("reach", f"T.min({self._cached} + {last} + 1, {capacity})")
 
     def load_queries(self) -> None:
-        """Copy the scaled queries into a tile [D, rows], rows past the last token as zeros, and set each row's limit."""
+        """Copy the scaled queries into a tile [heads, D, rows], zeros past the last token, and set each row's limit."""
         w = self.writer
         q = self._buffer("q")
         self._queries = w.local("queries", self.heads * self.width * self.rows)
@@ -72,7 +81,8 @@ class Flash:
             with w.loop("d", self.width) as d:
                 value = f"{w.load(q, f'{self.batch}, {t}, {h}, {d}')} * T.float32({self._scale!r})"
                 guarded = f"T.if_then_else({inside}, {value}, T.float32(0))"
-                w.line(f"{self._queries}[({i} * {self.width} + {d}) * {self.rows} + {r}] = {guarded}")
+                at = f"({i} * {self.width} + {d}) * {self.rows} + {r}"
+                w.line(f"{self._queries}[{at}] = {guarded}")
 
     def attend(self, start: str, end: str) -> None:
         """o, m and l over the cached rows from start to end, of which each query row sees at least the first."""
@@ -145,7 +155,8 @@ class Flash:
                         at = at if lanes == 1 else f"T.Ramp({at}, 1, {lanes})"
                         index = f"{self.batch}, {key} + {k}, {self.head} + {i}, {d}"
                         zero = VectorMath(w, lanes).const(0.0)
-                        w.line(f"{self._tile}[{at}] = {w.load(source, index, lanes) if filled else zero}")
+                        value = w.load(source, index, lanes) if filled else zero
+                        w.line(f"{self._tile}[{at}] = {value}")
 
     def _score(self, i: str, key: str, groups: str) -> None:
         """Masked scores into p, their maxima and m into top."""
@@ -157,7 +168,8 @@ class Flash:
             with w.loop("j", self._deep * vectors, "T.unroll") as j:
                 w.line(f"{acc}[{j}] = {self._math.const(0.0)}")
             with w.loop("d", self.width) as d:
-                self._prefetch(self._k, key, f"({i} * {KEYS // self._deep} + {group}) * {self.width} + {d}")
+                done = f"({i} * {KEYS // self._deep} + {group}) * {self.width} + {d}"
+                self._prefetch(self._k, key, done)
                 q = self._vector_row(self._queries, f"({i} * {self.width} + {d})")
                 with w.loop("j", self._deep, "T.unroll") as j:
                     element = f"{self._tile}[({group} * {self._deep} + {j}) * {self.width} + {d}]"
@@ -168,7 +180,8 @@ class Flash:
                     limit = f"{self._limits}[{self._ramp(str(m * lanes))}]"
                     seen = f"T.Broadcast({key} + {row}, {lanes}) <= {limit}"
                     at = f"{j} * {vectors} + {m}"
-                    s = w.value("s", f"T.Select({seen}, {acc}[{at}], {self._math.const(MASKED)})", lanes)
+                    masked = f"T.Select({seen}, {acc}[{at}], {self._math.const(MASKED)})"
+                    s = w.value("s", masked, lanes)
                     w.line(f"{self._p}[{self._ramp(f'{row} * {self.rows} + {m * lanes}')}] = {s}")
                     w.line(f"{self._top}[{m}] = T.max({self._top}[{m}], {s})")
 
@@ -184,8 +197,8 @@ class Flash:
         with w.loop("k", f"{groups} * {self._deep}") as k:
             for m in range(self._vectors):
                 at = self._ramp(f"{k} * {self.rows} + {m * lanes}")
-                rest = w.value("rest", math.maximum(f"{self._p}[{at}] - {self._top}[{m}]", _FLOOR), lanes)
-                e = math.exp(rest)
+                rest = math.maximum(f"{self._p}[{at}] - {self._top}[{m}]", _FLOOR)
+                e = math.exp(w.value("rest", rest, lanes))
                 w.line(f"{self._p}[{at}] = {e}")
                 total = f"{self._l}[{i} * {self._vectors} + {m}]"
                 w.line(f"{total} = {total} + {e}")
@@ -215,11 +228,10 @@ class Flash:
         """Bring one piece of the next block nearer; the steps of a block go through all its heads and rows in order."""
         if self.heads < self.kv_heads:
             return
-        w, row = self.writer, self.kv_heads * self.width
-        at = w.let("at", f"({step}) * {self._deep}")
+        row = self.kv_heads * self.width
+        at = self.writer.let("at", f"({step}) * {self._deep}")
         index = f"{self.batch}, {key} + {KEYS} + {at} // {row}, {at} % {row} // {self.width}, {at} % {self.width}"
-        address = f"T.address_of({source}[{index}])"
-        w.line(f'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", {address}, 0, 2, 1))')
+        prefetch(self.writer, source, index)
 
     def _accumulate(self, acc: str, j: str, element: str, vectors: list[str]) -> None:
         for m, vector in enumerate(vectors):
@@ -228,16 +240,15 @@ class Flash:
 
     def _vector_row(self, tile: str, row: str) -> list[str]:
         """The vectors of one row of a tile with `rows` columns."""
-        return [
-            self.writer.value("v", f"{tile}[{self._ramp(f'{row} * {self.rows} + {m * self.lanes}')}]", self.lanes)
-            for m in range(self._vectors)
-        ]
+        starts = (f"{row} * {self.rows} + {m * self.lanes}" for m in range(self._vectors))
+        return [self.writer.value("v", f"{tile}[{self._ramp(at)}]", self.lanes) for at in starts]
 
     def _token(self, i: str, r: str) -> tuple[str, str, str]:
         """The token and the query head of a row of the tile's head i, and the condition that it is one."""
         w = self.writer
         t = w.let("t", f"({self._first} + {r}) // {self.shared}")
-        h = w.let("h", f"({self.head} + {i}) * {self.shared} + ({self._first} + {r}) % {self.shared}")
+        among = f"({self._first} + {r}) % {self.shared}"
+        h = w.let("h", f"({self.head} + {i}) * {self.shared} + {among}")
         return t, h, f"{t} < {size_text(self.site.view(self.site.arg('q')).shape[1])}"
 
     def _buffer(self, name: str) -> str:

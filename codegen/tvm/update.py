@@ -1,9 +1,8 @@
 """Decode of the state-space recurrence: the state streams through once, vectorised over its columns N."""
 
-from collections.abc import Iterator
-
 from nemoc.codegen.plan import Arg, Plan, Site
 from nemoc.codegen.tvm.target import CpuTarget
+from nemoc.codegen.tvm.vectors import vector_pieces
 from nemoc.codegen.tvm.vmath import VectorMath
 from nemoc.codegen.tvm.writer import KernelWriter
 from nemoc.ir.dims import product
@@ -56,14 +55,3 @@ def state_in_place(site: Site) -> tuple[tuple[int, int], ...]:
     """The plan's `in_place` for a state op: result 1 may take the state's memory, where it lies the same."""
     state = site.arg("state")
     return ((1, state.index),) if site.view(state) == site.view(_NEXT) else ()
-
-
-def vector_pieces(size: int, lanes: int) -> Iterator[tuple[int, int, int]]:
-    """Cover `size` elements by vectors: (lanes, how many, first element), the rest by shorter ones and scalars."""
-    first = 0
-    while first < size:
-        count = (size - first) // lanes
-        if count:
-            yield lanes, count, first
-            first += count * lanes
-        lanes = lanes // 2 if lanes > 4 else 1

@@ -6,19 +6,14 @@ source --models--> graph --passes--> functions --codegen--> kernels --runtime-->
 import functools
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nemoc.codegen.lower import corner_sizes, describe
 from nemoc.codegen.storage import Weight, bind_weights, weight_layout
-from nemoc.ir import DType, Graph, NemocError, Value
-from nemoc.ir.folding import stream
-from nemoc.ir.params import ParameterSource
-from nemoc.ir.region import Folded
+from nemoc.ir import DType, Graph, NemocError
 from nemoc.models import Model, open_model
 from nemoc.options import read_options
 from nemoc.passes import (
@@ -37,7 +32,7 @@ from nemoc.progress import Progress
 from nemoc.runtime import Bounds, Contents, Executable, Generation, Machine, build
 from nemoc.runtime import load as load_artifact
 from nemoc.runtime.cpu import LIBRARY, kernel_record
-from nemoc.runtime.weights import Pieces, plain_pieces
+from nemoc.runtime.weights import weight_pieces
 from nemoc.targets import resolve_target, target_info
 
 FUNCTIONS = ("prefill", "prefill_all", "decode")
@@ -45,9 +40,6 @@ FUNCTIONS = ("prefill", "prefill_all", "decode")
 
 STEP_TOKENS = 512
 """Tokens of all rows that one prefill step takes at most; longer prompts are split."""
-
-FOLD_BYTES = 64 << 20
-"""What the computation of one slice of a folded weight may take."""
 
 Pipeline = str | Sequence[Pass] | None
 """Text, passes, or none for the target's preset."""
@@ -272,22 +264,6 @@ def _generate(
             "kernels/launches.txt": describe(compiled.program.functions),
         },
     )
-
-
-def weight_pieces(source: ParameterSource) -> Pieces:
-    """The weights' data, folded ones computed slice by slice."""
-
-    def pieces(weight: Weight) -> Iterator[torch.Tensor]:
-        if weight.body is None:
-            yield from plain_pieces(source, weight)
-            return
-        args = tuple(
-            Value(name, value.type)
-            for name, value in zip(weight.params, weight.body.inputs, strict=True)
-        )
-        yield from stream(Folded(args, weight.body), source, FOLD_BYTES, weight.result)
-
-    return pieces
 
 
 def _tokenizer_files(model: Model) -> dict[str, Path | str]:

@@ -17,6 +17,7 @@ from nemoc.passes import Effect, Pass, PassContext, PassRun
 from nemoc.passes.check import NumericCheck, relative_error
 from nemoc.progress import Progress
 from nemoc.runtime import Executable
+from nemoc.runtime.weights import weight_pieces
 
 MODEL_BOUND = 1e-4
 """‖executable − eager‖ / ‖eager‖ of the logits in float32."""
@@ -167,7 +168,7 @@ class _Packed:
     """A model's weights in the form in which steps read them."""
 
     def __init__(self, source: ParameterSource, weights: Iterable[Weight]) -> None:
-        self._pieces = compiler.weight_pieces(source)
+        self._pieces = weight_pieces(source)
         self._weights = {w.name: w for w in weights}
 
     def type_of(self, name: str) -> TensorType:

@@ -81,6 +81,15 @@ def test_graph_text_goes_through_a_pipeline(
     assert print_graph(parse(out)) == out
 
 
+def test_remarks_say_what_each_pass_did(capsys: pytest.CaptureFixture[str]) -> None:
+    out = output(capsys, "ir", "mid", "--function", "decode", "--remarks", "--target", "reference")
+    mambas = preset("mid").layers.count("mamba")
+    assert re.search(rf"^ +{mambas} x scan-to-update$", out, re.MULTILINE)
+    assert re.search(r"^fold-constants: \d+ sites$", out, re.MULTILINE)
+    assert re.search(r"^  saves \d+ flops, \d+ bytes$", out, re.MULTILINE)
+    assert "graph @" not in out
+
+
 def test_passes_lists_every_pass(capsys: pytest.CaptureFixture[str]) -> None:
     out = output(capsys, "passes")
     assert all(f"\n{cls.name} " in out for cls in PASSES)

@@ -267,7 +267,11 @@ def test_negative_sizes_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("ceiling(L/16)", "ceiling(L/16)"), ("Min(L, C)", "Min(C, L)"), ("2*(B + 1)", "2*B + 2")],
+    [
+        ("ceiling(L/16)**2", "ceiling(L/16)**2"),
+        ("Min(L, C)", "Min(C, L)"),
+        ("2*(B + 1)", "2*B + 2"),
+    ],
 )
 def test_dimension_functions(text: str, expected: str) -> None:
     assert format_dim(parse_dim(text)) == expected
