@@ -42,13 +42,9 @@ def bits(model: NemotronH, ids: list[int]) -> float:
     return total / math.log(2)
 
 
-def bits_per_byte(model: NemotronH, tokenizer: Tokenizer, texts: Iterable[str]) -> float:
-    """Mean over all bytes of `texts`, each text on its own."""
-    total, size = 0.0, 0
-    for text in texts:
-        total += bits(model, tokenizer.encode(text).ids)
-        size += len(text.encode())
-    return total / size
+def bits_per_byte(model: NemotronH, tokenizer: Tokenizer, text: str) -> float:
+    """Mean over the bytes of `text`, after `<s>` alone."""
+    return bits(model, tokenizer.encode(text).ids) / len(text.encode())
 
 
 def xz_bits_per_byte(texts: Iterable[str]) -> float:
@@ -80,15 +76,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Evaluate nemoc's sample model.")
     parser.add_argument("--directory", type=Path, default=CHECKPOINT)
     parser.add_argument("--prompt", default=_PROMPT)
-    parser.add_argument("--temperature", type=float, default=0.5)
+    parser.add_argument("--temperature", type=float, default=0.8)
     options = parser.parse_args()
     model, tokenizer = load_model(options.directory)
     held_out = corpus.load().held_out
+    total, size = 0.0, 0
     for path, text in held_out.items():
-        print(f"{bits_per_byte(model, tokenizer, [text]):6.3f} bits per byte  {path}", flush=True)
-    print(
-        f"{bits_per_byte(model, tokenizer, held_out.values()):6.3f} bits per byte  all held-out files"
-    )
+        mean, length = bits_per_byte(model, tokenizer, text), len(text.encode())
+        total, size = total + mean * length, size + length
+        print(f"{mean:6.3f} bits per byte  {path}", flush=True)
+    print(f"{total / size:6.3f} bits per byte  all held-out files")
     print(f"{xz_bits_per_byte(held_out.values()):6.3f} bits per byte  xz -9e, all concatenated")
     print(generate(model, tokenizer, options.prompt, 200, options.temperature, seed=0))
 
