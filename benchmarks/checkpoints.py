@@ -1,5 +1,6 @@
 """Checkpoints that the benchmarks run on, written once and kept in `benchmarks/.cache/`."""
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ def random_checkpoint(
         preset: a preset's name; its weights, twice over in float32, have to fit into memory.
         dtype: what the weights are stored in.
         seed: of the weights.
-        layers: keep only so many of the preset's layers.
+        layers: how many, the preset's over and over; None: as many as it has.
     """
     kept = "" if layers is None else f"-{layers}-layers"
     name = f"{preset}-{str(dtype).removeprefix('torch.')}-seed{seed}{kept}"
@@ -27,7 +28,8 @@ def random_checkpoint(
         return path
     config = transformers.NemotronHConfig.from_json_file(PRESETS / f"{preset}.json")
     if layers is not None:
-        config.layers_block_type = config.layers_block_type[:layers]
+        kinds = itertools.cycle(config.layers_block_type)
+        config.layers_block_type = list(itertools.islice(kinds, layers))
         config.num_hidden_layers = layers
     torch.manual_seed(seed)
     model = transformers.NemotronHForCausalLM(config).to(dtype)

@@ -50,7 +50,7 @@ executable.decode(torch.tensor([1]), executable.new_state(capacity=64))
 
 @click.command()
 @click.option("--preset", default="mid", help="Model preset, with random weights.")
-@click.option("--layers", type=int, help="Keep only so many layers.")
+@click.option("--layers", type=int, help="Repeat or cut the preset to so many layers.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Where to write the figures.")
 def main(preset: str, layers: int | None, out: Path | None) -> None:
     """Compile a preset from its checkpoint, then load it and decode one token."""

@@ -103,12 +103,17 @@ def lower_program(
 def corner_sizes(max_batch: int, max_tokens: int, max_context: int) -> tuple[dict[str, int], ...]:
     """Sizes at which scratch is largest, when B ≤ max_batch, B·L ≤ max_tokens and C ≤ max_context.
 
-    A buffer's size is a sum of powers and products of B and L with positive coefficients, which on the curve B·L =
-    max_tokens is convex, so largest at one of its ends.
+    A buffer never shrinks when B, L or C grows. Of all B and L within the bounds these are the pairs of which neither
+    can grow alone; nothing else is taken for granted, so that sizes may round up.
     """
-    return tuple(
-        {"B": batch, "L": -(-max_tokens // batch), "C": max_context} for batch in (1, max_batch)
-    )
+    corners = []
+    batch = 0
+    while batch < max_batch:
+        length = -(-max_tokens // (batch + 1))
+        as_long = max_batch if length == 1 else -(-max_tokens // (length - 1)) - 1
+        batch = min(as_long, max_batch)
+        corners.append({"B": batch, "L": length, "C": max_context})
+    return tuple(corners)
 
 
 def arena_names(graph: Graph) -> tuple[str, ...]:
@@ -184,13 +189,12 @@ class _Lowering:
         for index, node in enumerate(self._graph.nodes):
             self._lower(index, node)
         self._finish_results()
+        largest = {
+            size: max(evaluate_dim(size, sizes) for sizes in self._corners)
+            for size in {m.bytes for m in self._scratch}
+        }
         lifetimes = [
-            Lifetime(
-                max(evaluate_dim(m.bytes, sizes) for sizes in self._corners),
-                min(m.launches),
-                max(m.launches),
-            )
-            for m in self._scratch
+            Lifetime(largest[m.bytes], min(m.launches), max(m.launches)) for m in self._scratch
         ]
         offsets, size = plan_memory(lifetimes)
         for memory, offset in zip(self._scratch, offsets, strict=True):

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ALIGNMENT = 64
-"""Bytes; a cache line, and the widest vector."""
+from nemoc.codegen.storage import ALIGNMENT
 
 
 @dataclass(frozen=True)

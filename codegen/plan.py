@@ -13,7 +13,7 @@ from typing import Literal, Self
 from nemoc.ir.dims import Dim, dim, dims, product, substitute_dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
-from nemoc.ir.op import Op, operand_fields
+from nemoc.ir.op import BODY, Op, operand_fields
 from nemoc.ir.printer import print_op
 from nemoc.ir.types import TensorType
 
@@ -209,7 +209,8 @@ class Site:
             for v in (getattr(self.op, name) for name in operand_fields(type(self.op)))
         )
         # As text, since 0.0 == -0.0, and both may not share a kernel.
-        return type(self.op), print_op(self.op), holds, self.operands, self.results
+        text, body = print_op(self.op), getattr(self.op, BODY, None)
+        return type(self.op), text, body, holds, self.operands, self.results
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ whole, once. The slices have the same bits as the whole.
 """
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 
@@ -15,6 +16,9 @@ from nemoc.ir.op import Env, RowSlice
 from nemoc.ir.params import ParameterSource
 from nemoc.ir.region import Folded, apply_op
 from nemoc.ir.types import Value
+
+_Slices: TypeAlias = dict[tuple[Value, int, int], torch.Tensor]
+"""Rows that were computed: value, start, stop."""
 
 
 def stream(
@@ -112,25 +116,13 @@ class _Evaluation:
             return None
         return node.op.slice_rows(rows.start, rows.stop)
 
-    def _rows(
-        self,
-        value: Value,
-        start: int,
-        stop: int,
-        known: dict[tuple[Value, int, int], torch.Tensor],
-    ) -> torch.Tensor:
+    def _rows(self, value: Value, start: int, stop: int, known: _Slices) -> torch.Tensor:
         key = (value, start, stop)
         if key not in known:
             known[key] = self._slice(value, start, stop, known)
         return known[key]
 
-    def _slice(
-        self,
-        value: Value,
-        start: int,
-        stop: int,
-        known: dict[tuple[Value, int, int], torch.Tensor],
-    ) -> torch.Tensor:
+    def _slice(self, value: Value, start: int, stop: int, known: _Slices) -> torch.Tensor:
         if value in self._names:
             return self._read(value, start, stop)
         how = self._how(value, range(start, stop))

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from nemoc.ir.dims import symbols_of
 from nemoc.ir.op import Op
+from nemoc.ir.printer import print_canonical, print_graph
 from nemoc.ir.types import Value
 
 
@@ -94,8 +95,6 @@ class Graph:
     @cached_property
     def canonical_text(self) -> str:
         """The text with local values renamed in order of definition; equal for equal structure."""
-        from nemoc.ir.printer import print_canonical  # noqa: PLC0415  (the printer reads graphs)
-
         return print_canonical(self)
 
     @cached_property
@@ -110,6 +109,4 @@ class Graph:
         return hash(self.canonical_text)
 
     def __str__(self) -> str:
-        from nemoc.ir.printer import print_graph  # noqa: PLC0415
-
         return print_graph(self)

@@ -7,6 +7,7 @@ an op is defined in one place: its fields, `infer`, `evaluate` and `cost`.
 
 import dataclasses
 import functools
+import operator
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +19,14 @@ import torch
 from nemoc.ir.cost import Cost
 from nemoc.ir.dims import Dim, evaluate_dim
 from nemoc.ir.dtypes import DType
+from nemoc.ir.errors import IRError
 from nemoc.ir.types import TensorType, Value
 
 Operand = Value | None | tuple[Value, ...]
 """What an operand field holds."""
+
+BODY = "body"
+"""The attribute of a region that holds its graph (`nemoc.ir.region`)."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,19 @@ class Op:
     """Whether the result only re-describes the operand's elements (a strided view may serve)."""
     is_rowwise: ClassVar[bool] = False
     """Whether rows of the result come from the same rows of every operand; see `slice_rows`."""
+
+    def __post_init__(self) -> None:
+        """Make numbers what their fields declare: `Full(1, dtype)` and `Full(1.0, dtype)` are one op with one text.
+
+        Raises:
+            IRError: an attribute is no number of the declared kind.
+        """
+        for name, convert in _declared(type(self)).numbers.items():
+            try:
+                number = convert(getattr(self, name))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise IRError(f"{self.mnemonic()}: {name} does not fit: {error}") from None
+            object.__setattr__(self, name, number)
 
     def infer(self) -> TensorType | tuple[TensorType, ...]:
         """The result types. This is also the op's check.
@@ -162,9 +180,18 @@ class _Declaration:
     operands: tuple[str, ...]
     attributes: tuple[str, ...]
     defaults: dict[str, Any]
+    numbers: dict[str, Callable[[Any], Any]]
 
 
 _OPERAND_TYPES = (Value, Value | None, tuple[Value, ...])
+
+_NUMBERS: dict[Any, Callable[[Any], Any]] = {
+    float: float,
+    int: operator.index,
+    tuple[int, ...]: lambda items: tuple(map(operator.index, items)),
+    tuple[float, ...]: lambda items: tuple(map(float, items)),
+}
+"""The conversions of attributes that are numbers, by declared type."""
 
 
 @functools.cache
@@ -182,6 +209,7 @@ def _declaration(op: Any) -> _Declaration:
             for f in fields
             if f.name in attributes and f.default is not dataclasses.MISSING
         },
+        {name: _NUMBERS[hint] for name, hint in types.items() if hint in _NUMBERS},
     )
 
 

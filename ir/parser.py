@@ -17,6 +17,7 @@ from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import IRError
 from nemoc.ir.graph import Graph, Node
 from nemoc.ir.op import (
+    BODY,
     Op,
     Operand,
     attribute_defaults,
@@ -25,20 +26,23 @@ from nemoc.ir.op import (
     operand_fields,
 )
 from nemoc.ir.ops import by_mnemonic
-from nemoc.ir.types import TensorType, Value
+from nemoc.ir.types import NAME, TensorType, Value
 
 _TOKEN = re.compile(
-    r"""(?P<space>[ \t]+|//[^\n]*)
+    rf"""(?P<space>[ \t]+|//[^\n]*)
       | (?P<newline>\n)
-      | (?P<value>%[A-Za-z0-9_.\-]+)
-      | (?P<graph>@[A-Za-z0-9_.\-]+)
+      | (?P<value>%{NAME.pattern})
+      | (?P<graph>@{NAME.pattern})
       | (?P<string>"(?:[^"\\\n]|\\.)*")
       | (?P<number>-?(?:inf|nan|\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)(?![A-Za-z0-9_]))
       | (?P<word>[A-Za-z_][A-Za-z0-9_]*)
-      | (?P<sign>\*\*|[{}()\[\]:=,<*+/\-])""",
+      | (?P<sign>\*\*|[{{}}()\[\]:=,<*+/\-])""",
     re.VERBOSE,
 )
 
+
+_BODY = re.compile(rf"^[ \t]*(?:%{NAME.pattern}|return\b)", re.MULTILINE)
+"""The first statement of a graph that is no argument, up to its first token."""
 
 _LONGEST_NUMBER, _DEEPEST = 400, 32
 """Limits of text from files: digits of a number, regions within regions."""
@@ -66,6 +70,30 @@ def parse(text: str, source: str = "<text>", extra_ops: tuple[type[Op], ...] = (
     graph = parser.graph()
     parser.end()
     return graph
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a graph is given: the first part of its text."""
+
+    inputs: tuple[Value, ...]
+    params: tuple[Value, ...]
+    states: tuple[Value, ...]
+
+
+def parse_signature(text: str, source: str = "<text>") -> Signature:
+    """Read what a graph is given, and none of what it does: its ops need not be known.
+
+    Args:
+        text: what `print_graph` wrote, with each statement on a line of its own.
+        source: what errors call the text, usually a file name.
+
+    Raises:
+        IRError: the first part of the text is not that of a graph.
+    """
+    body = _BODY.search(text)
+    parser = _Parser(_tokens(text[: body.end() if body else None], source), source, {})
+    return parser.signature()
 
 
 def _tokens(text: str, source: str) -> list[_Token]:
@@ -137,19 +165,34 @@ class _Parser:
 
     def graph(self) -> Graph:
         """`graph @name { ... }`."""
+        return self._content(self._head())
+
+    def signature(self) -> Signature:
+        """A graph up to its first node or, if it has none, its end."""
+        self._head()
+        arguments = self._arguments({})
+        if self._next.kind != "value" and self._next.text != "return":
+            raise self._fail("an argument, a node or 'return'")
+        return Signature(*(tuple(arguments[kind]) for kind in ("input", "param", "state")))
+
+    def _head(self) -> str:
         self._take("word", "graph")
         name = self._take("graph")[1:]
         self._take("sign", "{")
-        return self._content(name)
+        return name
+
+    def _arguments(self, scope: dict[str, Value]) -> dict[str, list[Value]]:
+        found: dict[str, list[Value]] = {"input": [], "param": [], "state": []}
+        while self._next.kind == "word" and self._next.text in found:
+            kind = self._take("word")
+            found[kind].append(self._argument(scope))
+        return found
 
     def _content(self, name: str, depth: int = 0) -> Graph:
         if depth > _DEEPEST:
             raise self._fail(f"at most {_DEEPEST} regions within each other")
         scope: dict[str, Value] = {}
-        arguments: dict[str, list[Value]] = {"input": [], "param": [], "state": []}
-        while self._next.kind == "word" and self._next.text in arguments:
-            kind = self._take("word")
-            arguments[kind].append(self._argument(scope))
+        arguments = self._arguments(scope)
         nodes: list[Node] = []
         while self._next.kind == "value":
             nodes.append(self._node(scope, depth))
@@ -210,9 +253,9 @@ class _Parser:
         written = [self._type()]
         while self._accept(","):
             written.append(self._type())
-        if "body" in attribute_fields(op_class):
+        if BODY in attribute_fields(op_class):
             self._take("sign", "{")
-            fields["body"] = self._content("body", depth + 1)
+            fields[BODY] = self._content(BODY, depth + 1)
         op, inferred = self._build(op_class, fields, start)
         if list(inferred) != written or len(names) != len(written):
             raise IRError(
@@ -292,7 +335,7 @@ class _Parser:
         def one() -> None:
             token = self._next
             key = self._take("word")
-            if key not in attribute_fields(op_class) or key == "body":
+            if key not in attribute_fields(op_class) or key == BODY:
                 raise IRError(
                     f"{op_class.mnemonic()} has no attribute {key!r}", self._location(token)
                 )

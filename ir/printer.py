@@ -17,30 +17,32 @@ a region's body follows its types in braces.
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 
 from nemoc.ir.dims import format_dim
 from nemoc.ir.dtypes import DType
-from nemoc.ir.graph import Graph, Node
-from nemoc.ir.op import Op, Operand, attribute_defaults, operand_fields
+from nemoc.ir.op import BODY, Op, Operand, attribute_defaults, operand_fields
 from nemoc.ir.types import Value
+
+if TYPE_CHECKING:  # graphs print themselves
+    from nemoc.ir.graph import Graph, Node
 
 Namer = Callable[[Value], str]
 
 
-def print_graph(graph: Graph) -> str:
+def print_graph(graph: "Graph") -> str:
     """The text of a graph."""
     return "\n".join(_graph(graph, lambda value: value.name)) + "\n"
 
 
-def print_canonical(graph: Graph) -> str:
+def print_canonical(graph: "Graph") -> str:
     """The text with local values numbered, so that equal structures give equal text."""
     return "\n".join(_graph(graph, _numbering(graph)))
 
 
-def print_node(node: Node) -> str:
+def print_node(node: "Node") -> str:
     """One node's text, the body of a region left out."""
     return next(_node(node, lambda value: value.name, with_body=False))
 
@@ -70,7 +72,7 @@ def format_attribute(value: Any) -> str:
     raise TypeError(f"an attribute of type {type(value).__name__} has no text form")
 
 
-def _numbering(graph: Graph) -> Namer:
+def _numbering(graph: "Graph") -> Namer:
     names = {value: value.name for value in graph.arguments}
     count = 0
     for node in graph.nodes:
@@ -80,14 +82,14 @@ def _numbering(graph: Graph) -> Namer:
     return lambda value: names[value]
 
 
-def _graph(graph: Graph, name: Namer) -> Iterator[str]:
+def _graph(graph: "Graph", name: Namer) -> Iterator[str]:
     yield f"graph @{graph.name} {{"
     for line in _content(graph, name):
         yield f"  {line}" if line else ""
     yield "}"
 
 
-def _content(graph: Graph, name: Namer) -> Iterator[str]:
+def _content(graph: "Graph", name: Namer) -> Iterator[str]:
     for kind, values in (
         ("input", graph.inputs),
         ("param", graph.params),
@@ -105,14 +107,14 @@ def _content(graph: Graph, name: Namer) -> Iterator[str]:
         yield f"update %{name(state)} = %{name(following)}"
 
 
-def _node(node: Node, name: Namer, with_body: bool = True) -> Iterator[str]:
+def _node(node: "Node", name: Namer, with_body: bool = True) -> Iterator[str]:
     op = node.op
     results = ", ".join(f"%{name(v)}" for v in node.results)
     operands = ", ".join(_operand(getattr(op, f), name) for f in operand_fields(type(op)))
     types = ", ".join(str(v.type) for v in node.results)
     line = f"{results} = {op.mnemonic()}({operands}){_attributes(op)} : {types}"
-    body = getattr(op, "body", None)
-    if not isinstance(body, Graph) or not with_body:
+    body: Graph | None = getattr(op, BODY, None)
+    if body is None or not with_body:
         yield line
         return
     yield line + " {"
@@ -122,7 +124,7 @@ def _node(node: Node, name: Namer, with_body: bool = True) -> Iterator[str]:
     yield "}"
 
 
-def _is_plain(name: Namer, node: Node) -> bool:
+def _is_plain(name: Namer, node: "Node") -> bool:
     """Whether the namer gives values their own names (and so does not number this node's)."""
     return all(name(v) == v.name for v in node.results)
 
@@ -137,11 +139,7 @@ def _operand(operand: Operand, name: Namer) -> str:
 
 def _attributes(op: Op) -> str:
     defaults = attribute_defaults(type(op))
-    texts = {
-        key: format_attribute(value)
-        for key, value in op.attributes().items()
-        if not isinstance(value, Graph)
-    }
+    texts = {key: format_attribute(value) for key, value in op.attributes().items() if key != BODY}
     # Defaults are left out by their text: -0.0 equals 0.0 but is another value.
     shown = [
         f"{key}={text}"

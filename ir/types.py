@@ -1,11 +1,15 @@
 """Tensor types and SSA values."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nemoc.ir.dims import Dim, dims, format_dim, product, substitute_dim, symbols_of
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
+
+NAME = re.compile(r"[A-Za-z0-9_.\-]+")
+"""What values and graphs may be called: what their text can say."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Value:
     """One SSA value; two values are the same only if they are the same object.
 
     Attributes:
-        name: its name in text, unique within its graph.
+        name: its name in text, which matches `NAME` and is unique within its graph.
         type: its tensor type.
         bound: for integer graph inputs and states, the exclusive upper bound of the elements
             (the lower bound is 0); what sample inputs are drawn from and user input is held to.

@@ -1,7 +1,7 @@
 """What every graph must satisfy. Checked:
 
-1. names are unique within a graph;
-2. every operand, output and next state is defined, and before its use;
+1. names are unique within a graph and match `NAME`, and the graph's own does;
+2. every operand, output and next state is defined, and before its use; there is an output;
 3. the types of a node's results are those its op infers;
 4. each state's next value has the state's type;
 5. bounds are on integers only;
@@ -14,7 +14,8 @@ Not checked: that indices stay within their tables (the runtime holds inputs to 
 from nemoc.ir.dims import symbols_of
 from nemoc.ir.errors import IRError, expect
 from nemoc.ir.graph import Graph, Node
-from nemoc.ir.types import TensorType, Value
+from nemoc.ir.op import BODY
+from nemoc.ir.types import NAME, TensorType, Value
 
 
 def verify(graph: Graph) -> None:
@@ -23,6 +24,7 @@ def verify(graph: Graph) -> None:
     Raises:
         IRError: a rule is broken; the location is the text's line, or `graph/%value`.
     """
+    _check_name(graph.name)
     defined: set[Value] = set()
     names: set[str] = set()
     bound = _bound_symbols(graph)
@@ -42,11 +44,18 @@ def verify(graph: Graph) -> None:
     _verify_results(graph, defined)
 
 
+def _check_name(name: str, location: str = "") -> None:
+    if not NAME.fullmatch(name):
+        expected = "ASCII letters, digits, '_', '.' and '-'"
+        raise IRError(f"the name {name!r} cannot be written, expected {expected}", location)
+
+
 def _location(graph: Graph, node: Node) -> str:
     return node.location or f"{graph.name}/%{node.results[0].name}"
 
 
 def _define(graph: Graph, value: Value, defined: set[Value], names: set[str]) -> None:
+    _check_name(value.name, graph.name)
     if value.name in names:
         raise IRError(f"%{value.name} is defined twice", f"{graph.name}/%{value.name}")
     names.add(value.name)
@@ -79,7 +88,7 @@ def _verify_node(node: Node, defined: set[Value], bound: frozenset[str]) -> None
         expect(
             value in defined, f"{node.op.mnemonic()} reads %{value.name}, which is not defined yet"
         )
-    body = getattr(node.op, "body", None)
+    body = getattr(node.op, BODY, None)
     if isinstance(body, Graph):
         verify(body)
     inferred = node.op.result_types()
@@ -95,6 +104,7 @@ def _verify_node(node: Node, defined: set[Value], bound: frozenset[str]) -> None
 
 def _verify_results(graph: Graph, defined: set[Value]) -> None:
     where = graph.name
+    expect(len(graph.outputs) > 0, f"{where}: returns nothing, expected an output")
     for value in graph.results:
         expect(value in defined, f"{where}: returns %{value.name}, which is not defined")
     expect(

@@ -6,21 +6,20 @@ alone, against the parameters of the model's graph; data is read when it is aske
 when it is not finite. Files are untrusted: pickles are not opened, and no path leads out of the directory.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
+from nemoc.ir.json_file import read_json
 from nemoc.ir.types import TensorType
 from nemoc.models.config import ModelConfig
-from nemoc.models.config_fields import read_json
 from nemoc.models.graph import build_step
 from nemoc.models.safetensors_file import read_header
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from nemoc.ir.errors import NemocError
-from nemoc.models.config_fields import FieldReader, read_json
+from nemoc.ir.json_file import read_json
+from nemoc.models.config_fields import FieldReader
 
 LayerKind = Literal["mamba", "moe", "attention", "mlp"]
 Activation = Literal["relu2", "relu", "silu", "gelu", "gelu_pytorch_tanh"]

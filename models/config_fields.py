@@ -1,9 +1,7 @@
 """Reading the fields of a `config.json` one by one, with errors that name file and field."""
 
 import difflib
-import json
 import math
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from nemoc.ir.errors import NemocError
@@ -204,21 +202,3 @@ def _show(value: Any) -> str:
     """The value as JSON would write it, cut to a length that fits a line."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        NemocError: the file cannot be read or holds no JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise NemocError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise NemocError(f"{path}: is not JSON: {str(error).splitlines()[0]}") from None
-    if not isinstance(data, dict):
-        kind = "null" if data is None else type(data).__name__
-        raise NemocError(f"{path}: found a JSON {kind}, expected an object")
-    return data

@@ -10,10 +10,11 @@ from typing import Any, Literal
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
+from nemoc.ir.json_file import read_json
 from nemoc.ir.params import ParameterSource
 from nemoc.models.checkpoint import PICKLES, Checkpoint, pickle_error
 from nemoc.models.config import ModelConfig
-from nemoc.models.config_fields import FieldReader, read_json
+from nemoc.models.config_fields import FieldReader
 from nemoc.models.graph import build_step
 from nemoc.models.presets import PRESETS, preset
 from nemoc.models.random_weights import RandomSource

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph, Node
 from nemoc.ir.rewrite import Rule, rewrite
 from nemoc.passes.base import Pass
 from nemoc.passes.context import PassContext, Remark
+from nemoc.passes.options import nearest
 from nemoc.passes.rules import arithmetic, casts, layout
 
 RULES: tuple[Rule, ...] = (*casts.RULES, *arithmetic.RULES, *layout.RULES)
@@ -34,6 +36,13 @@ class Canonicalize(Pass):
     """
 
     without: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        known = [rule.name for rule in RULES]
+        for name in self.without:
+            if name not in known:
+                hint = nearest(name, known)
+                raise NemocError(f"pass {self.name}: option without names no rule {name!r}{hint}")
 
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
         def remark(rule: Rule, node: Node) -> None:

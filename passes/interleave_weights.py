@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
 from nemoc.ir.op import Op
 from nemoc.ir.ops import GroupedLinear, Interleave, Linear
@@ -31,6 +32,10 @@ class InterleaveWeights(Pass):
     """
 
     block: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block < 0:
+            raise NemocError(f"pass {self.name}: option block is {self.block}, expected at least 0")
 
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
         block = self.block or ctx.target.linear_interleave

@@ -1,10 +1,12 @@
 """Options of passes as text: `{scope=experts, min-size=4, exact=true}` to a pass's fields and back."""
 
 import dataclasses
+import difflib
 import json
 import re
 import types
 import typing
+from collections.abc import Collection
 from typing import Any
 
 from nemoc.ir.errors import NemocError
@@ -70,6 +72,14 @@ def read_option(pass_name: str, name: str, kind: Any, tokens: list[str]) -> Any:
         items.append(_scalar(pass_name, name, item, tokens))
     tokens.pop(0)
     return tuple(items)
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The end of an error about a name that is not known: what it may have been meant to be."""
+    near = difflib.get_close_matches(name, known, n=2)
+    if near:
+        return f", did you mean {' or '.join(near)}?"
+    return f", expected one of {', '.join(known)}" if known else ""
 
 
 def _scalar(pass_name: str, name: str, kind: Any, tokens: list[str]) -> Any:

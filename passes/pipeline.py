@@ -5,7 +5,6 @@
 `print_pipeline(parse_pipeline(text))` parses back to equal passes.
 """
 
-import difflib
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from nemoc.ir.graph import Graph
 from nemoc.ir.verifier import verify as verify_graph
 from nemoc.passes.base import Pass
 from nemoc.passes.context import PassContext
-from nemoc.passes.options import option_types, print_options, read_option
+from nemoc.passes.options import nearest, option_types, print_options, read_option
 from nemoc.passes.registry import passes_by_name
 
 _TOKEN = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[A-Za-z0-9_.*/:+\-]+|[{}\[\],=])')
@@ -171,7 +170,7 @@ def _expect(tokens: list[str], sign: str) -> None:
 def _parse_pass(tokens: list[str], known: dict[str, type[Pass]]) -> Pass:
     name = tokens.pop(0)
     if name not in known:
-        raise NemocError(f"unknown pass {name!r}{_nearest(name, known)}")
+        raise NemocError(f"unknown pass {name!r}{nearest(name, known)}")
     cls = known[name]
     options: dict[str, Any] = {}
     if tokens[:1] == ["{"]:
@@ -191,15 +190,8 @@ def _parse_option(cls: type[Pass], options: dict[str, Any], tokens: list[str]) -
     name = tokens.pop(0)
     field = name.replace("-", "_")
     if name not in kinds:
-        raise NemocError(f"pass {cls.name} has no option {name!r}{_nearest(name, kinds)}")
+        raise NemocError(f"pass {cls.name} has no option {name!r}{nearest(name, kinds)}")
     if field in options:
         raise NemocError(f"pass {cls.name}: option {name} is given twice")
     _expect(tokens, "=")
     options[field] = read_option(cls.name, name, kinds[name], tokens)
-
-
-def _nearest(name: str, known: dict[str, Any]) -> str:
-    near = difflib.get_close_matches(name, known, n=2)
-    if near:
-        return f", did you mean {' or '.join(near)}?"
-    return f", expected one of {', '.join(known)}" if known else ""

@@ -8,23 +8,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from nemoc.codegen.storage import Weight, state_layout, weight_layout
+from nemoc.codegen.storage import Layout, Weight, weight_layout
+from nemoc.ir.dims import B, L
+from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
 from nemoc.ir.op import Op
-from nemoc.ir.parser import parse
+from nemoc.ir.parser import Signature, parse, parse_signature
 from nemoc.ir.printer import print_graph
+from nemoc.ir.types import TensorType
 from nemoc.runtime.backend import Backend
-from nemoc.runtime.cpu import LIBRARY, CpuBackend
+from nemoc.runtime.cpu import LIBRARY, CpuBackend, read_kernel_record
 from nemoc.runtime.executable import Executable
-from nemoc.runtime.files import replacing_directory
-from nemoc.runtime.machine import Machine
-from nemoc.runtime.manifest import MANIFEST, WEIGHTS, FileRecord, Manifest, is_plain, read_manifest
-from nemoc.runtime.program import DECODE, PREFILL, Bounds, Generation, Program
+from nemoc.runtime.files import as_path, replacing_directory
+from nemoc.runtime.machine import Machine, thread_count
+from nemoc.runtime.manifest import (
+    GRAPHS,
+    MANIFEST,
+    WEIGHTS,
+    FileRecord,
+    Manifest,
+    is_plain,
+    read_manifest,
+)
+from nemoc.runtime.program import PREFILL, PREFILL_ALL, Bounds, Generation, Program, check_functions
 from nemoc.runtime.reference import ReferenceBackend
-from nemoc.runtime.state import LENGTHS
 from nemoc.runtime.store import Verify, is_artifact, new_file, open_weights, write_content
-from nemoc.runtime.weights import PackedWeights, Pieces, header_digest, write_weights
+from nemoc.runtime.weights import Pieces, header_digest, write_weights
 
 Progress = Callable[[str, int, int], None]
 """Told `(stage, done, total)`, in bytes."""
@@ -63,7 +73,7 @@ class Contents:
 
 def build(
     contents: Contents,
-    destination: Path | None = None,
+    destination: str | Path | None = None,
     threads: int | None = None,
     extra_ops: tuple[type[Op], ...] = (),
     progress: Progress = lambda stage, done, total: None,
@@ -82,16 +92,18 @@ def build(
         NemocError: the contents do not fit together, or the artifact cannot be written: then nothing has changed under
             its name. Or it is written, but for another machine than this.
     """
-    vocab = _check(contents)
+    _check(contents)
+    threads = thread_count(threads)
+    place = None if destination is None else as_path(destination)
     temporary = None
-    if destination is None:
+    if place is None:
         temporary = tempfile.mkdtemp(prefix="nemoc-")
-        destination = Path(temporary, "model.nemoc")
+        place = Path(temporary, "model.nemoc")
     try:
-        with replacing_directory(destination, is_artifact) as folder:
-            _write(contents, vocab, folder, progress)
+        with replacing_directory(place, is_artifact) as folder:
+            _write(contents, folder, progress)
         # Just written and hashed: reading all of it again would tell nothing new.
-        executable = load(destination, verify="headers", threads=threads, extra_ops=extra_ops)
+        executable = load(place, verify="headers", threads=threads, extra_ops=extra_ops)
     except BaseException:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -122,7 +134,8 @@ def load(
     Raises:
         NemocError: the artifact is incomplete, altered, of another version, or for another machine.
     """
-    folder = Path(path)
+    folder = as_path(path)
+    threads = thread_count(threads)
     if verify not in get_args(Verify):
         raise NemocError(f"verify is {verify!r}, expected one of {', '.join(get_args(Verify))}")
     manifest = read_manifest(folder)
@@ -132,62 +145,83 @@ def load(
     weights = open_weights(
         folder, manifest, resident, verify, lambda done: progress("check weights", done, total)
     )
-    program = manifest.program(str(folder))
-    backend = _backend(folder, manifest, program, weights, threads, extra_ops)
-    return Executable(program, backend, folder)
-
-
-def _backend(
-    folder: Path,
-    manifest: Manifest,
-    program: Program,
-    weights: PackedWeights,
-    threads: int | None,
-    extra_ops: tuple[type[Op], ...],
-) -> Backend:
+    texts = {name: _read_text(folder / file) for name, file in manifest.graphs.items()}
+    signatures = {
+        name: parse_signature(text, str(folder / manifest.graphs[name]))
+        for name, text in texts.items()
+    }
+    program = _program(folder, manifest, signatures)
     kind = program.target.partition(":")[0]
+    backend: Backend
     if kind == "reference":
         functions = {
-            name: parse((folder / file).read_text("utf-8"), str(folder / file), extra_ops)
-            for name, file in manifest.graphs.items()
+            name: parse(text, str(folder / manifest.graphs[name]), extra_ops)
+            for name, text in texts.items()
         }
-        return ReferenceBackend(functions, weights)
-    if kind == "cpu":
-        return CpuBackend(folder / LIBRARY, manifest.kernels, program, weights, threads)
-    raise NemocError(f"{folder}: target {program.target!r} cannot be run by this nemoc")
+        backend = ReferenceBackend(functions, weights)
+    elif kind == "cpu":
+        inputs = {name: [v.name for v in found.inputs] for name, found in signatures.items()}
+        scratch = read_kernel_record(folder, manifest.kernels)
+        backend = CpuBackend(folder / LIBRARY, inputs, scratch, program, weights, threads)
+    else:
+        raise NemocError(f"{folder}: target {program.target!r} cannot be run by this nemoc")
+    return Executable(program, backend, folder, manifest)
 
 
-def _check(contents: Contents) -> int:
-    """Hold the parts against each other; returns the size of the vocabulary."""
-    for name in (PREFILL, DECODE):
-        if name not in contents.functions:
-            raise NemocError(f"there is no function {name}")
-    prefill = contents.functions[PREFILL]
-    vocab = next((v.bound for v in prefill.inputs if v.name == "tokens"), None)
-    if not isinstance(vocab, int):
-        raise NemocError(f"{prefill.name}: the input %tokens has no bound that is a number")
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise NemocError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise NemocError(f"{path}: is no text, expected a graph") from None
+
+
+def _program(folder: Path, manifest: Manifest, signatures: Mapping[str, Signature]) -> Program:
+    """What manifest and graphs say of the model; `folder` is what messages call it."""
+    try:
+        vocab = check_functions(signatures)
+        manifest.generation.check(vocab)
+    except NemocError as error:
+        raise NemocError(f"{folder}: {error}") from None
+    return Program(
+        name=str(folder),
+        target=manifest.target,
+        identity=manifest.identity,
+        vocab=vocab,
+        bounds=manifest.bounds,
+        generation=manifest.generation,
+        state=Layout.of((s.name, s.type) for s in signatures[PREFILL].states),
+        functions=frozenset(signatures),
+        model=manifest.model,
+    )
+
+
+def _check(contents: Contents) -> None:
+    """Hold the parts against each other."""
+    vocab = check_functions(
+        {n: Signature(g.inputs, g.params, g.states) for n, g in contents.functions.items()}
+    )
     contents.generation.check(vocab)
-    states = [(s.name, s.type) for s in prefill.states]
-    if LENGTHS not in dict(states):
-        raise NemocError(f"{prefill.name}: has no state %{LENGTHS}")
     for name in contents.files:
         if not is_plain(name):
             raise NemocError(f"the file name {name!r} is no plain relative path")
     stored = {w.name for w in contents.weights}
     for name, graph in contents.functions.items():
-        if [(s.name, s.type) for s in graph.states] != states:
-            raise NemocError(f"the states of {name} are not those of {PREFILL}")
         missing = [p.name for p in graph.params if p.name not in stored]
         if missing:
             raise NemocError(f"{name}: the parameter %{missing[0]} is not among the weights")
-    return vocab
+        shape = (B, L, vocab) if name == PREFILL_ALL else (B, vocab)
+        expected = TensorType.of(DType.F32, shape)
+        if [v.type for v in graph.outputs] != [expected]:
+            found = ", ".join(str(v.type) for v in graph.outputs)
+            raise NemocError(f"{name}: gives {found}, expected {expected}")
 
 
-def _write(contents: Contents, vocab: int, folder: Path, progress: Progress) -> None:
+def _write(contents: Contents, folder: Path, progress: Progress) -> None:
     files: dict[str, FileRecord] = {}
-    graphs = {name: f"graphs/{name}.ir" for name in contents.functions}
     for name, graph in contents.functions.items():
-        files[graphs[name]] = write_content(folder, graphs[name], print_graph(graph))
+        files[GRAPHS[name]] = write_content(folder, GRAPHS[name], print_graph(graph))
     for name, content in contents.files.items():
         files[name] = write_content(folder, name, content)
     total = int(weight_layout(contents.weights).bytes)
@@ -200,11 +234,8 @@ def _write(contents: Contents, vocab: int, folder: Path, progress: Progress) -> 
         target=contents.target,
         machine=contents.machine,
         model=contents.model,
-        vocab=vocab,
         bounds=contents.bounds,
         generation=contents.generation,
-        state=tuple((s.name, s.type) for s in state_layout(contents.functions[PREFILL])),
-        graphs=graphs,
         kernels=contents.kernels,
         tools=contents.tools,
         weights_header=header_digest(contents.weights),

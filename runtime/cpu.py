@@ -6,8 +6,9 @@ allocated once; a step allocates its logits and nothing else.
 
 import ctypes
 import importlib.util
+import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ from typing import Any
 import torch
 
 from nemoc.ir.errors import NemocError
-from nemoc.ir.graph import Graph
-from nemoc.runtime.machine import core_count, usable_processors
+from nemoc.runtime.machine import usable_processors
 from nemoc.runtime.program import PREFILL_ALL, Program
 from nemoc.runtime.state import State
 from nemoc.runtime.weights import PackedWeights
@@ -28,15 +28,25 @@ _SHARE_CORES = -3
 """TVM's thread pool mode in which threads may run on any of the given cores."""
 
 
-def kernel_record(functions: Mapping[str, Graph], scratch: int) -> dict[str, Any]:
-    """What `CpuBackend` needs of the compiled functions besides the library: JSON data for the manifest.
+def kernel_record(scratch: int) -> dict[str, Any]:
+    """What the manifest says of a library: JSON data.
 
     Args:
-        functions: graphs by the name under which the library exports them.
         scratch: bytes of scratch at the largest sizes.
     """
-    inputs = {name: [v.name for v in graph.inputs] for name, graph in functions.items()}
-    return {"scratch": scratch, "inputs": inputs}
+    return {"scratch": scratch}
+
+
+def read_kernel_record(artifact: Path, record: Mapping[str, Any]) -> int:
+    """The bytes of scratch in a `kernel_record`.
+
+    Raises:
+        NemocError: it holds something else.
+    """
+    match record:
+        case {"scratch": scratch} if type(scratch) is int and scratch >= 0 and len(record) == 1:
+            return scratch
+    raise NemocError(f"{artifact}: kernels is {record!r}, expected the size of scratch")
 
 
 class CpuBackend:
@@ -44,10 +54,11 @@ class CpuBackend:
 
     Args:
         library: the shared library.
-        record: from `kernel_record`.
+        inputs: for each function that the library exports, the names of its inputs in order.
+        scratch: bytes of scratch at the largest sizes.
         program: what the library's functions are of.
         weights: in the layout that the library was compiled for.
-        threads: how many share the work; None: one for each core that the process may use.
+        threads: how many share the work.
 
     Raises:
         NemocError: TVM's runtime is not installed, or the library cannot be loaded or lacks a function.
@@ -56,19 +67,18 @@ class CpuBackend:
     def __init__(
         self,
         library: Path,
-        record: Mapping[str, Any],
+        inputs: Mapping[str, Sequence[str]],
+        scratch: int,
         program: Program,
         weights: PackedWeights,
-        threads: int | None = None,
+        threads: int,
     ) -> None:
-        self.threads = core_count() if threads is None else threads
-        if self.threads < 1:
-            raise NemocError(f"threads is {threads}, expected at least 1")
+        self.threads = threads
         self._vocab = program.vocab
-        self._inputs: Mapping[str, list[str]] = record["inputs"]
-        self._functions = _load(library, tuple(self._inputs))
+        self._inputs = inputs
+        self._functions = _load(library, tuple(inputs))
         self._weights = weights.data
-        self._scratch = torch.empty(record["scratch"], dtype=torch.uint8)
+        self._scratch = _allocate(library, scratch)
         self._lock = threading.Lock()
 
     def allocate(self, size: int) -> torch.Tensor:
@@ -77,6 +87,11 @@ class CpuBackend:
     def run(
         self, function: str, tokens: torch.Tensor, valid: torch.Tensor, state: State
     ) -> torch.Tensor:
+        if _first_process() != os.getpid():
+            raise NemocError(
+                "the cpu target ran before this process was forked, and its threads are not in the "
+                "fork; load the artifact in a process that is started anew (spawn)"
+            )
         batch, length = tokens.shape
         shape = (batch, length) if function == PREFILL_ALL else (batch,)
         logits = torch.empty((*shape, self._vocab), dtype=torch.float32)
@@ -92,6 +107,19 @@ class CpuBackend:
                 state.capacity,
             )
         return logits
+
+
+@cache
+def _first_process() -> int:
+    """The process of the first step, whose threads TVM waits for ever after."""
+    return os.getpid()
+
+
+def _allocate(library: Path, size: int) -> torch.Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8)
+    except (RuntimeError, TypeError):  # beyond the memory, or beyond 64 bits
+        raise NemocError(f"{library}: {size} bytes of scratch cannot be allocated") from None
 
 
 def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:

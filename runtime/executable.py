@@ -4,17 +4,21 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from nemoc.ir.errors import NemocError
 from nemoc.runtime import inputs
 from nemoc.runtime.backend import Backend
+from nemoc.runtime.files import as_path
 from nemoc.runtime.generation import Endings, generate_tokens
+from nemoc.runtime.manifest import Manifest
 from nemoc.runtime.program import DECODE, PREFILL, PREFILL_ALL, Program
 from nemoc.runtime.sampling import Sampler
+from nemoc.runtime.scalars import as_integer, check_count, check_integer
 from nemoc.runtime.state import State
-from nemoc.runtime.store import copy_artifact
+from nemoc.runtime.store import check_unreplaced, copy_artifact
 from nemoc.runtime.tokenizer import Tokenizer
 
 Stop = int | str | Sequence[int | str] | None
@@ -25,17 +29,21 @@ class Executable:
     """A compiled model. Steps run one at a time; states are independent of each other.
 
     Tensors that go in and come out are on the CPU. Every method raises `NemocError` on bad input, before anything is
-    computed: a state changes only in a step whose input is accepted.
+    computed: a state changes only in a step whose input is accepted. After the first step of the cpu target a
+    process that is forked cannot run steps, since the threads stay behind; one that is started anew can.
 
     Attributes:
         program: sizes, token ids and the state's layout.
-        folder: the directory of the artifact behind it; none for one made in memory.
+        folder: the directory of the artifact behind it.
     """
 
-    def __init__(self, program: Program, backend: Backend, folder: Path | None = None) -> None:
+    def __init__(
+        self, program: Program, backend: Backend, folder: Path, manifest: Manifest
+    ) -> None:
         self.program = program
         self.folder = folder
         self._backend = backend
+        self._manifest = manifest
 
     def __repr__(self) -> str:
         return f"Executable({self.program.name!r}, target={self.program.target!r})"
@@ -45,9 +53,10 @@ class Executable:
         """The checkpoint's tokenizer.
 
         Raises:
-            NemocError: it came without one.
+            NemocError: it came without one, or another artifact has replaced this one.
         """
-        if self.folder is None or not (self.folder / "tokenizer" / "tokenizer.json").exists():
+        check_unreplaced(self.folder, self._manifest)
+        if "tokenizer/tokenizer.json" not in self._manifest.files:
             raise NemocError(f"{self.program.name}: the model came without a tokenizer")
         return Tokenizer.open(self.folder / "tokenizer")
 
@@ -55,6 +64,7 @@ class Executable:
         """An empty state for `batch` rows of at most `capacity` tokens (None: the largest context)."""
         bounds = self.program.bounds
         capacity = bounds.max_context if capacity is None else capacity
+        batch, capacity = check_integer("batch", batch), check_integer("capacity", capacity)
         if not 1 <= batch <= bounds.max_batch:
             raise NemocError(f"batch is {batch}, expected 1 to {bounds.max_batch} (max_batch)")
         if not 1 <= capacity <= bounds.max_context:
@@ -163,11 +173,12 @@ class Executable:
         state: State | None = None,
     ) -> Iterator[torch.Tensor]:
         """`generate`, step by step: yields each row's next token, int64 [B], as soon as it is known."""
+        if state is not None:
+            inputs.check_state(self.program, state)
         inputs.check_ids("ids", ids, 2, None if state is None else state.batch)
         counted = inputs.check_lengths(ids, lengths)
         inputs.check_vocabulary(self.program, ids, counted)
-        if max_new_tokens < 1:
-            raise NemocError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        max_new_tokens = check_count("max_new_tokens", max_new_tokens)
         sampler = Sampler(ids.shape[0], temperature, top_p, seed)
         endings = self._endings(ids.shape[0], stop)
         if state is None:
@@ -178,22 +189,34 @@ class Executable:
                     f"the context of {self.program.bounds.max_context} tokens"
                 )
             state = self.new_state(ids.shape[0], needed)
-        inputs.check_state(self.program, state)
         inputs.check_capacity(state, counted + max_new_tokens - 1)
         return generate_tokens(self, ids, counted, state, sampler, endings, max_new_tokens)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the artifact under a name; an artifact of that name is replaced, anything else is not."""
-        if self.folder is None:
-            raise NemocError(f"{self.program.name}: was made in memory and has no artifact to save")
-        copy_artifact(self.folder, Path(path))
+        """Write the artifact under a name; an artifact of that name is replaced, anything else is not.
+
+        Raises:
+            NemocError: it cannot be written, or another artifact has replaced this one.
+        """
+        copy_artifact(self.folder, self._manifest, as_path(path))
 
     def _endings(self, rows: int, stop: Stop) -> Endings:
-        given = [stop] if isinstance(stop, int | str) else list(stop or ())
-        texts = [s for s in given if isinstance(s, str)]
-        ids = [s for s in given if not isinstance(s, str)]
+        texts, ids = _stops(stop)
         if "" in texts:
             raise NemocError("stop: an empty text would end every row at once")
         tokenizer = self.tokenizer if texts else None
         generation = self.program.generation
         return Endings(rows, {*generation.eos, *ids}, texts, tokenizer, generation.padding)
+
+
+def _stops(stop: Stop) -> tuple[list[str], list[int]]:
+    """The texts and the token ids that end a row."""
+    if stop is None:
+        return [], []
+    try:
+        single = isinstance(stop, str) or as_integer(stop) is not None
+        given = [stop] if single else list(cast(Sequence[int | str], stop))
+    except TypeError:
+        raise NemocError(f"stop is {stop!r}, expected token ids and texts") from None
+    texts = [s for s in given if isinstance(s, str)]
+    return texts, [check_integer("stop", s) for s in given if not isinstance(s, str)]

@@ -16,6 +16,22 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """A path from a user.
+
+    Raises:
+        NemocError: it is none.
+    """
+    try:
+        found = Path(path)
+        os.fsencode(found)
+    except (TypeError, UnicodeEncodeError):
+        raise NemocError(f"path is {path!r}, expected text or a path") from None
+    if "\0" in str(found):
+        raise NemocError(f"path is {path!r}, which holds a zero byte")
+    return found
+
+
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write; on success it is made durable and takes its name, replacing a former one.

@@ -23,7 +23,7 @@ def check_state(program: Program, state: State) -> None:
 
 
 def check_ids(name: str, ids: torch.Tensor, rank: int, batch: int | None) -> None:
-    """Token ids must be int64 of a rank, for a batch.
+    """Token ids must be int64 of a rank, for a batch, on the CPU.
 
     Raises:
         NemocError: they are not.
@@ -34,6 +34,8 @@ def check_ids(name: str, ids: torch.Tensor, rank: int, batch: int | None) -> Non
     if ids.dtype != torch.int64 or ids.dim() != rank or ids.numel() == 0:
         found = f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
         raise NemocError(f"{name} is {found}, expected int64 {shape}, not empty")
+    if ids.device.type != "cpu":
+        raise NemocError(f"{name} is on {ids.device}, expected on the CPU")
     if batch is not None and ids.shape[0] != batch:
         raise NemocError(f"{name} has {ids.shape[0]} rows, the state has {batch}")
 

@@ -3,10 +3,11 @@
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from nemoc.runtime.scalars import check_count
 
 _EXTENSIONS = re.compile(
     r"s?sse[0-9a-z_.]*|avx[0-9a-z_]*|fma|f16c|bmi[12]?|lzcnt|abm|popcnt|movbe|amx[_\-][a-z0-9]*"
@@ -59,15 +60,6 @@ class Machine:
         known = (f.replace("sse4.", "sse4_") for f in features if _EXTENSIONS.fullmatch(f))
         return cls(architecture, tuple(sorted({_LINUX.get(f, f) for f in known})))
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Machine":
-        """The machine that `to_json` described."""
-        return cls(data["architecture"], tuple(data["features"]))
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON data."""
-        return {"architecture": self.architecture, "features": list(self.features)}
-
     def lacks(self, required: "Machine") -> str:
         """What keeps this machine from running code for another, in words; empty if nothing."""
         if self.architecture != required.architecture:
@@ -98,6 +90,15 @@ def core_count() -> int:
         except OSError:
             cores.add(str(processor))
     return len(cores)
+
+
+def thread_count(threads: int | None) -> int:
+    """How many threads to run on; None: one for each core that the process may use.
+
+    Raises:
+        NemocError: it is no integer from 1.
+    """
+    return core_count() if threads is None else check_count("threads", threads)
 
 
 def usable_processors() -> list[int]:

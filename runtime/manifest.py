@@ -1,30 +1,32 @@
 """The manifest of an artifact: what it is, what it needs, and a digest of every file.
 
 `manifest.json` is JSON in one fixed form with a digest of itself: reading it and writing it again gives the same
-bytes, or it is refused. With the digests of all other files in it, a change of any byte is noticed.
+bytes, or it is refused. With the digests of all other files in it, a change of any byte is noticed. That is for
+damage and mix-ups: who writes a manifest of his own makes its digest right, so artifacts of strangers are code of
+strangers. What the graphs say, the vocabulary and the state, is not repeated here.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from nemoc.codegen.storage import Layout
-from nemoc.ir.dims import format_dim, parse_dim
-from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
-from nemoc.ir.types import TensorType
+from nemoc.ir.json_file import parse_json, read_json
 from nemoc.runtime.machine import Machine
-from nemoc.runtime.program import Bounds, Generation, Program
+from nemoc.runtime.program import DECODE, FUNCTIONS, PREFILL, Bounds, Generation
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 FORMAT = "nemoc artifact"
 VERSION = 1
 """Version of the format; raised whenever an older nemoc could misread a newer artifact."""
+
+GRAPHS = {name: f"graphs/{name}.ir" for name in FUNCTIONS}
+"""For each function that there may be, the file with its graph."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
 """Names of files: relative, plain, and never `..`."""
@@ -51,11 +53,8 @@ class Manifest:
         target: the target that the artifact was compiled for.
         machine: what its code needs; none when it runs anywhere.
         model: the model's configuration, JSON data.
-        vocab: token ids are below this.
         bounds: sizes of steps and states.
         generation: token ids for generation.
-        state: names and types of the states, in order.
-        graphs: for each function, the file with its graph.
         kernels: JSON data of the target's backend.
         tools: versions of nemoc and what it compiled with.
         weights_header: SHA-256 of the weight file's header.
@@ -65,37 +64,24 @@ class Manifest:
     target: str
     machine: Machine | None
     model: Mapping[str, Any]
-    vocab: int
     bounds: Bounds
     generation: Generation
-    state: tuple[tuple[str, TensorType], ...]
-    graphs: Mapping[str, str]
     kernels: Mapping[str, Any]
     tools: Mapping[str, str]
     weights_header: str
     files: Mapping[str, FileRecord]
 
     @property
+    def graphs(self) -> dict[str, str]:
+        """For each function, the file with its graph."""
+        return {name: file for name, file in GRAPHS.items() if file in self.files}
+
+    @property
     def identity(self) -> str:
-        """A digest of functions, weights and state: states belong to it."""
+        """A digest of functions and weights: states belong to it."""
         parts = [self.files[WEIGHTS].sha256]
         parts += [f"{name} {self.files[self.graphs[name]].sha256}" for name in sorted(self.graphs)]
-        parts += [f"{name} {type_}" for name, type_ in self.state]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-    def program(self, name: str) -> Program:
-        """The program that the artifact holds; `name` is what messages call it."""
-        return Program(
-            name=name,
-            target=self.target,
-            identity=self.identity,
-            vocab=self.vocab,
-            bounds=self.bounds,
-            generation=self.generation,
-            state=Layout.of(self.state),
-            functions=frozenset(self.graphs),
-            model=self.model,
-        )
 
     def to_text(self) -> str:
         """The text of `manifest.json`."""
@@ -104,16 +90,10 @@ class Manifest:
                 "format": FORMAT,
                 "version": VERSION,
                 "target": self.target,
-                "machine": None if self.machine is None else self.machine.to_json(),
+                "machine": None if self.machine is None else vars(self.machine),
                 "model": dict(self.model),
-                "vocab": self.vocab,
                 "bounds": vars(self.bounds),
                 "generation": vars(self.generation),
-                "state": [
-                    {"name": n, "dtype": t.dtype.value, "shape": [format_dim(d) for d in t.shape]}
-                    for n, t in self.state
-                ],
-                "graphs": dict(self.graphs),
                 "kernels": dict(self.kernels),
                 "tools": dict(self.tools),
                 "weights_header": self.weights_header,
@@ -141,9 +121,9 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = _from_json(data)
     except KeyError as error:
         raise NemocError(f"{path}: the field {error} is missing") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, NemocError) as error:
         raise NemocError(f"{path}: a field cannot be read: {error}") from None
-    for name in (WEIGHTS, *manifest.graphs.values()):
+    for name in (WEIGHTS, GRAPHS[PREFILL], GRAPHS[DECODE]):
         if name not in manifest.files:
             raise NemocError(f"{path}: lists no file {name}")
     for name in manifest.files:
@@ -162,16 +142,14 @@ def is_plain(name: str) -> bool:
 def is_manifest(path: Path) -> bool:
     """Whether a file is the manifest of an artifact, of any version."""
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(path).get("format") == FORMAT
+    except NemocError:
         return False
-    return isinstance(data, dict) and data.get("format") == FORMAT
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_bytes().decode("utf-8")
-        data = json.loads(text)
+        content = path.read_bytes()
     except FileNotFoundError:
         reason = (
             "is no artifact: it has no " + MANIFEST if path.parent.is_dir() else "no such artifact"
@@ -181,44 +159,58 @@ def _read(path: Path) -> dict[str, Any]:
         raise NemocError(f"{path.parent}: is no artifact: it is not a directory") from None
     except OSError as error:
         raise NemocError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise NemocError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(data, dict) or _dump(data) != text:
+    data = parse_json(content, path)
+    if _dump(data) != content.decode():
         raise NemocError(f"{path}: was altered: it is not in the form that nemoc writes")
     return data
 
 
-def _from_json(data: Mapping[str, Any]) -> Manifest:
-    for name in ("target", "weights_header"):
-        _expect(name, data[name], str)
-    for name in ("model", "graphs", "kernels", "tools", "files"):
-        _expect(name, data[name], dict)
-    _expect("vocab", data["vocab"], int)
-    for name, record in data["files"].items():
-        _expect(f"size of {name}", record["size"], int)
-    generation = data["generation"]
+def _from_json(data: dict[str, Any]) -> Manifest:
+    machine = None if data["machine"] is None else _field(data, "machine", dict)
+    bounds, generation = _field(data, "bounds", dict), _field(data, "generation", dict)
+    tools, files = _field(data, "tools", dict), _field(data, "files", dict)
+    for name in ("bos", "pad"):
+        if generation[name] is not None:
+            _field(generation, name, int)
     return Manifest(
-        target=data["target"],
-        machine=None if data["machine"] is None else Machine.from_json(data["machine"]),
-        model=data["model"],
-        vocab=data["vocab"],
-        bounds=Bounds(**data["bounds"]),
-        generation=Generation(tuple(generation["eos"]), generation["bos"], generation["pad"]),
-        state=tuple(
-            (s["name"], TensorType.of(DType.parse(s["dtype"]), map(parse_dim, s["shape"])))
-            for s in data["state"]
+        target=_field(data, "target", str),
+        machine=None
+        if machine is None
+        else Machine(_field(machine, "architecture", str), tuple(_items(machine, "features", str))),
+        model=_field(data, "model", dict),
+        bounds=Bounds(*(_field(bounds, f.name, int) for f in fields(Bounds))),
+        generation=Generation(
+            tuple(_items(generation, "eos", int)), generation["bos"], generation["pad"]
         ),
-        graphs=data["graphs"],
-        kernels=data["kernels"],
-        tools=data["tools"],
-        weights_header=data["weights_header"],
-        files={name: FileRecord(**record) for name, record in data["files"].items()},
+        kernels=_field(data, "kernels", dict),
+        tools={name: _field(tools, name, str) for name in tools},
+        weights_header=_field(data, "weights_header", str),
+        files={
+            name: FileRecord(
+                _field(_field(files, name, dict), "size", int, f"{name}: "),
+                _field(files[name], "sha256", str, f"{name}: "),
+            )
+            for name in files
+        },
     )
 
 
-def _expect(name: str, value: Any, kind: type) -> None:
+_K = TypeVar("_K")
+
+
+def _field(data: dict[str, Any], name: str, kind: type[_K], where: str = "") -> _K:
+    """A field of exactly one type: JSON's true is no integer."""
+    value = data[name]
     if type(value) is not kind:
-        raise TypeError(f"{name} is {value!r}")
+        raise TypeError(f"{where}{name} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _items(data: dict[str, Any], name: str, kind: type[_K]) -> list[_K]:
+    values = _field(data, name, list)
+    if any(type(value) is not kind for value in values):
+        raise TypeError(f"{name} is {values!r}, expected a list of {kind.__name__}")
+    return values
 
 
 def _seal(data: Mapping[str, Any]) -> str:

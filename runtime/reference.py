@@ -31,7 +31,9 @@ class ReferenceBackend:
         graph = self._functions[function]
         given = {"tokens": tokens, "valid": valid, **state.tensors}
         result = interpret(graph, LazyArguments(graph, self._source, given))
-        for name, tensor in result.states.items():
+        # Results may be views of operands: a graph may return what it was given, or swap two states.
+        output = result.outputs[0].clone()
+        following = {name: tensor.clone() for name, tensor in result.states.items()}
+        for name, tensor in following.items():
             state.tensors[name].copy_(tensor)
-        # The output may be a view of an operand: a graph may return what it was given.
-        return result.outputs[0].clone()
+        return output

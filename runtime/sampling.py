@@ -2,10 +2,12 @@
 
 import secrets
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
 from nemoc.ir.errors import NemocError
+from nemoc.runtime.scalars import as_integer, as_number, check_integer
 
 
 class Sampler:
@@ -15,7 +17,7 @@ class Sampler:
     seed + b, or from the b-th of several seeds.
 
     Raises:
-        NemocError: temperature, top_p or the number of seeds is out of range.
+        NemocError: temperature or top_p is out of range, or there is not one seed for each row.
     """
 
     def __init__(
@@ -25,12 +27,12 @@ class Sampler:
         top_p: float = 1.0,
         seed: int | Sequence[int] | None = None,
     ) -> None:
-        if not 0.0 <= temperature < float("inf"):
-            raise NemocError(f"temperature is {temperature}, expected a finite number from 0")
-        if not 0.0 < top_p <= 1.0:
-            raise NemocError(f"top_p is {top_p}, expected more than 0 and at most 1")
-        self._temperature = temperature
-        self._top_p = top_p
+        self._temperature = as_number(temperature)
+        self._top_p = as_number(top_p)
+        if not 0.0 <= self._temperature < float("inf"):
+            raise NemocError(f"temperature is {temperature!r}, expected a finite number from 0")
+        if not 0.0 < self._top_p <= 1.0:
+            raise NemocError(f"top_p is {top_p!r}, expected more than 0 and at most 1")
         self._generators = [torch.Generator().manual_seed(s) for s in _seeds(seed, batch)]
 
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
@@ -63,8 +65,13 @@ class Sampler:
 def _seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     if seed is None:
         return [secrets.randbits(63) for _ in range(batch)]
-    if isinstance(seed, int):
-        return [(seed + row) % 2**63 for row in range(batch)]
-    if len(seed) != batch:
-        raise NemocError(f"{len(seed)} seeds for {batch} rows")
-    return [s % 2**63 for s in seed]
+    first = as_integer(seed)
+    if first is not None:
+        return [(first + row) % 2**63 for row in range(batch)]
+    try:
+        seeds = [check_integer("seed", s) for s in cast(Sequence[int], seed)]
+    except TypeError:
+        raise NemocError(f"seed is {seed!r}, expected an integer, or one for each row") from None
+    if len(seeds) != batch:
+        raise NemocError(f"{len(seeds)} seeds for {batch} rows")
+    return [s % 2**63 for s in seeds]

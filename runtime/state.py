@@ -1,6 +1,7 @@
 """The state of a batch: everything that a model remembers of the tokens it has seen, in one block of memory."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,10 @@ import torch
 from nemoc.codegen.storage import Layout
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
-from nemoc.runtime.files import replacing_file
-from nemoc.runtime.program import Program
+from nemoc.runtime.files import as_path, replacing_file
+from nemoc.runtime.program import LENGTHS, Program
 
-LENGTHS = "lengths"
-"""The state that counts the tokens of each row: i32 [B]."""
+_SIZE = re.compile(r"[1-9][0-9]{0,9}")
 
 
 class State:
@@ -79,7 +79,7 @@ class State:
         }
         tensors = {name: tensor.cpu() for name, tensor in self.tensors.items()}
         data = safetensors.torch.save(tensors, metadata)
-        with replacing_file(Path(path)) as file:
+        with replacing_file(as_path(path)) as file:
             file.write(data)
 
     @classmethod
@@ -100,7 +100,7 @@ class State:
             NemocError: the file is missing or damaged, holds the state of another model, or a larger one than the
                 program takes.
         """
-        where = Path(path)
+        where = as_path(path)
         try:
             with safetensors.safe_open(where, framework="pt") as file:
                 batch, capacity = _read_sizes(where, file.metadata() or {}, program)
@@ -153,7 +153,7 @@ def _read_sizes(path: Path, metadata: Mapping[str, str], program: Program) -> tu
     limits = {"batch": program.bounds.max_batch, "capacity": program.bounds.max_context}
     for name, limit in limits.items():
         text = metadata.get(name, "")
-        if not text.isdecimal() or not 1 <= int(text) <= limit:
-            raise NemocError(f"{path}: {name} is {text!r}, expected 1 to {limit}")
+        if not _SIZE.fullmatch(text) or int(text) > limit:
+            raise NemocError(f"{path}: {name} is {text[:20]!r}, expected 1 to {limit}")
         sizes.append(int(text))
     return sizes[0], sizes[1]

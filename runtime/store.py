@@ -84,13 +84,23 @@ def is_artifact(path: Path) -> bool:
     return not path.is_symlink() and path.is_dir() and is_manifest(path / MANIFEST)
 
 
-def copy_artifact(folder: Path, destination: Path) -> None:
+def check_unreplaced(folder: Path, manifest: Manifest) -> None:
+    """An artifact must still be the one that was loaded.
+
+    Raises:
+        NemocError: another one has its place, or none.
+    """
+    if read_manifest(folder).to_text() != manifest.to_text():
+        raise NemocError(f"{folder}: has been replaced since it was loaded")
+
+
+def copy_artifact(folder: Path, manifest: Manifest, destination: Path) -> None:
     """Copy an artifact, checking it on the way; see `replacing_directory` for what happens at the name.
 
     Raises:
-        NemocError: a file was altered, or the copy cannot be written.
+        NemocError: it was replaced, a file was altered, or the copy cannot be written.
     """
-    manifest = read_manifest(folder)
+    check_unreplaced(folder, manifest)
     with replacing_directory(destination, is_artifact) as target:
         for name, record in manifest.files.items():
             path = checked_path(folder, name, record)

@@ -1,7 +1,8 @@
 """Text to token ids and back: the checkpoint's own tokenizer and chat template."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jinja2.sandbox
 import tokenizers
 
 from nemoc.ir.errors import NemocError
+from nemoc.ir.json_file import read_json
 
 _REPLACEMENT = "\ufffd"
 """What decoding gives for bytes that are no UTF-8, for instance the first half of a character."""
@@ -37,11 +39,14 @@ class Tokenizer:
             NemocError: a file cannot be read.
         """
         path = folder / "tokenizer.json"
-        try:
-            inner = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
-        except Exception as error:  # the library raises bare Exception on what it cannot read
-            raise NemocError(f"{path}: cannot be read as a tokenizer: {error}") from None
-        config = _config(folder / "tokenizer_config.json")
+        text = _read_text(path)
+        with _refusing(f"{path}: cannot be read as a tokenizer"):
+            inner = tokenizers.Tokenizer.from_str(text)
+            # Left over from training; a prompt is neither cut nor filled up.
+            inner.no_truncation()
+            inner.no_padding()
+        path = folder / "tokenizer_config.json"
+        config = read_json(path) if path.exists() else {}
         return cls(inner, config, _template(folder / "chat_template.jinja", config))
 
     @property
@@ -50,12 +55,22 @@ class Tokenizer:
         return int(self._inner.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of a text; `special` adds what the tokenizer puts around one, such as the first token."""
-        return list(self._inner.encode(text, add_special_tokens=special).ids)
+        """Token ids of a text; `special` adds what the tokenizer puts around one, such as the first token.
+
+        Raises:
+            NemocError: it is no text, or the tokenizer fails on it.
+        """
+        with _refusing("tokenizer.json: the text cannot be encoded"):
+            return list(self._inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        return str(self._inner.decode(list(ids), skip_special_tokens=skip_special))
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            NemocError: an id is no token id, or the tokenizer fails on them.
+        """
+        with _refusing("tokenizer.json: the tokens cannot be decoded"):
+            return str(self._inner.decode(list(ids), skip_special_tokens=skip_special))
 
     def detokenizer(self, skip_special: bool = True) -> "Detokenizer":
         """Turns a stream of ids into a stream of text."""
@@ -83,9 +98,9 @@ class Tokenizer:
         environment.globals["raise_exception"] = _refuse
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         known = {name: _token_text(self._config.get(name)) for name in names}
-        given = {**known, "messages": list(messages), "add_generation_prompt": True, **variables}
         try:
-            return environment.from_string(self.template).render(given)
+            given = {**known, "messages": list(messages), "add_generation_prompt": True}
+            return environment.from_string(self.template).render({**given, **variables})
         except Exception as error:  # the template is the checkpoint's code and may raise anything
             reason = str(error).partition("\n")[0]
             raise NemocError(f"the chat template refuses the messages: {reason}") from None
@@ -122,27 +137,35 @@ class Detokenizer:
         return after[len(before) :]
 
 
-def _config(path: Path) -> Mapping[str, Any]:
-    if not path.exists():
-        return {}
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Errors of the `tokenizers` library in one line: bare exceptions, and panics, which are not even those."""
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise NemocError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise NemocError(f"{path}: holds a {type(data).__name__}, expected an object")
-    return data
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise NemocError(f"{what}: {' '.join(str(error).split())}") from None
 
 
 def _template(path: Path, config: Mapping[str, Any]) -> str | None:
     """The template from its own file, or the configuration: one text, or a list of named ones."""
     if path.exists():
-        return path.read_text("utf-8")
+        return _read_text(path)
     found = config.get("chat_template")
     if isinstance(found, list):
         named = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
         found = named.get("default")
     return found if isinstance(found, str) else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise NemocError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise NemocError(f"{path}: is no text: {error}") from None
 
 
 def _token_text(token: Any) -> str:

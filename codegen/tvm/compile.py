@@ -1,5 +1,6 @@
 """Compiling a set of step functions for a CPU: graphs -> launches -> text -> library."""
 
+import ctypes
 import functools
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -52,4 +53,12 @@ def compile_program(
     with tempfile.TemporaryDirectory(prefix="nemoc-") as folder:
         path = Path(folder) / "step.so"
         build_library(source, target, path)
+        _return_freed_memory()
         return Compiled(program, source, path.read_bytes())
+
+
+def _return_freed_memory() -> None:
+    """Give back to the system what the compiler has freed; glibc would keep it, beneath all that follows."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

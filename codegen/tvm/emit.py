@@ -8,7 +8,7 @@ from nemoc.codegen.tvm.cache import emit_cache_write
 from nemoc.codegen.tvm.conv import emit_causal_conv
 from nemoc.codegen.tvm.elementwise import FORMULAS, emit_elementwise
 from nemoc.codegen.tvm.gather import emit_take_along, emit_take_last, emit_take_rows
-from nemoc.codegen.tvm.linear import emit_grouped_linear, emit_linear
+from nemoc.codegen.tvm.linear import emit_linear
 from nemoc.codegen.tvm.norm import emit_rms_norm
 from nemoc.codegen.tvm.routing import emit_group_by, emit_group_limit, emit_top_k
 from nemoc.codegen.tvm.scan import emit_ssd_scan
@@ -52,7 +52,7 @@ EMITTERS: dict[type[Op], Emitter] = {
     TopK: emit_top_k,
     GroupBy: emit_group_by,
     Linear: emit_linear,
-    GroupedLinear: emit_grouped_linear,
+    GroupedLinear: emit_linear,
     CausalConv: emit_causal_conv,
     SsdScan: emit_ssd_scan,
     SsdUpdate: emit_ssd_update,

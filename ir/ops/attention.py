@@ -10,6 +10,7 @@ from nemoc.ir.dims import Dim, T, dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
 from nemoc.ir.op import Env, Op
+from nemoc.ir.ops.checks import expect_form, expect_shapes
 from nemoc.ir.types import TensorType, Value
 
 
@@ -32,15 +33,8 @@ class CacheWrite(Op):
         )
         expect(self.rows.type.rank == 4, f"cache_write: rows is {self.rows.type}, expected rank 4")
         batch, _, heads, width = self.cache.shape
-        expected = TensorType(self.cache.dtype, (batch, self.rows.shape[1], heads, width))
-        expect(
-            self.rows.type == expected,
-            f"cache_write: rows is {self.rows.type}, expected {expected}",
-        )
-        expect(
-            self.lengths.type == TensorType(DType.I32, (batch,)),
-            f"cache_write: lengths is {self.lengths.type}, expected {TensorType(DType.I32, (batch,))}",
-        )
+        expect_shapes(self, self.cache.dtype, rows=(batch, self.rows.shape[1], heads, width))
+        expect_shapes(self, DType.I32, lengths=(batch,))
         return self.cache.type
 
     def evaluate(
@@ -72,16 +66,12 @@ class Attention(Op):
     scale: float
 
     def infer(self) -> TensorType:
-        expect(
-            self.q.type.rank == 4 and self.q.dtype == DType.F32,
-            f"attention: q is {self.q.type}, expected f32 of rank 4",
-        )
+        expect_form(self, "q", DType.F32, 4)
         expect(self.k.type.rank == 4, f"attention: k is {self.k.type}, expected rank 4")
         batch, _, heads, width = self.q.shape
         _, capacity, kv_heads, _ = self.k.shape
-        expected = TensorType(self.k.dtype, (batch, capacity, kv_heads, width))
-        expect(self.k.type == expected, f"attention: k is {self.k.type}, expected {expected}")
-        expect(self.v.type == self.k.type, f"attention: v is {self.v.type}, expected {self.k.type}")
+        cached = (batch, capacity, kv_heads, width)
+        expect_shapes(self, self.k.dtype, k=cached, v=cached)
         expect(
             isinstance(heads, int)
             and isinstance(kv_heads, int)
@@ -89,10 +79,7 @@ class Attention(Op):
             and heads % kv_heads == 0,
             f"attention: {heads} query heads do not divide over {kv_heads} key heads",
         )
-        expect(
-            self.lengths.type == TensorType(DType.I32, (batch,)),
-            f"attention: lengths is {self.lengths.type}, expected {TensorType(DType.I32, (batch,))}",
-        )
+        expect_shapes(self, DType.I32, lengths=(batch,))
         return self.q.type
 
     def evaluate(

@@ -18,6 +18,7 @@ from nemoc.ir.dims import Dim, ceil_div, dim, format_dim, product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
 from nemoc.ir.op import Env, Op, RowSlice
+from nemoc.ir.ops.checks import expect_shapes
 from nemoc.ir.types import TensorType, Value
 
 ACCUMULATORS = (DType.F32, DType.F64)
@@ -141,11 +142,7 @@ class GroupedLinear(Op):
     def infer(self) -> TensorType:
         expect(self.x.type.rank == 2, f"grouped_linear: x is {self.x.type}, expected rank 2")
         _check_weight(self, lead=1)
-        expected = TensorType.of(DType.I32, (self.w.shape[0] + 1,))
-        expect(
-            self.offsets.type == expected,
-            f"grouped_linear: offsets is {self.offsets.type}, expected {expected}",
-        )
+        expect_shapes(self, DType.I32, offsets=(dim(self.w.shape[0] + 1),))
         return TensorType(self.acc, (self.x.shape[0], self.width))
 
     def evaluate(

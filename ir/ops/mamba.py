@@ -13,14 +13,11 @@ from nemoc.ir.dims import Dim, product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
 from nemoc.ir.op import Env, Op
+from nemoc.ir.ops.checks import expect_form, expect_shapes
 from nemoc.ir.types import TensorType, Value
 
 _CHUNK = 64
 """Tokens evaluated at once by `SsdScan.evaluate`; the meaning does not depend on it."""
-
-
-def _check(name: str, operand: str, value: Value, expected: TensorType) -> None:
-    expect(value.type == expected, f"{name}: {operand} is {value.type}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -40,21 +37,17 @@ class CausalConv(Op):
 
     def infer(self) -> tuple[TensorType, TensorType]:
         name = self.mnemonic()
-        expect(
-            self.x.type.rank == 3 and self.x.dtype == DType.F32,
-            f"{name}: x is {self.x.type}, expected f32 of rank 3",
-        )
+        expect_form(self, "x", DType.F32, 3)
         batch, _, width = self.x.shape
         expect(self.w.type.rank == 2, f"{name}: w is {self.w.type}, expected rank 2")
         taps = self.w.shape[1]
         expect(
             isinstance(taps, int) and taps >= 2, f"{name}: w has {taps} taps, expected at least 2"
         )
-        _check(name, "w", self.w, TensorType(DType.F32, (width, taps)))
-        if self.bias is not None:
-            _check(name, "bias", self.bias, TensorType(DType.F32, (width,)))
-        _check(name, "state", self.state, TensorType.of(DType.F32, (batch, taps - 1, width)))
-        _check(name, "valid", self.valid, TensorType(DType.I32, (batch,)))
+        expect_shapes(
+            self, DType.F32, w=(width, taps), bias=(width,), state=(batch, taps - 1, width)
+        )
+        expect_shapes(self, DType.I32, valid=(batch,))
         return self.x.type, self.state.type
 
     def evaluate(
@@ -95,26 +88,8 @@ class SsdScan(Op):
     valid: Value
 
     def infer(self) -> tuple[TensorType, TensorType]:
-        name = self.mnemonic()
-        expect(
-            self.x.type.rank == 4 and self.x.dtype == DType.F32,
-            f"{name}: x is {self.x.type}, expected f32 of rank 4",
-        )
-        batch, length, heads, width = self.x.shape
-        expect(self.b.type.rank == 4, f"{name}: b is {self.b.type}, expected rank 4")
-        groups, size = self.b.shape[2:]
-        _check_groups(name, heads, groups)
-        for operand, value, shape in (
-            ("dt", self.dt, (batch, length, heads)),
-            ("a", self.a, (heads,)),
-            ("b", self.b, (batch, length, groups, size)),
-            ("c", self.c, (batch, length, groups, size)),
-            ("state", self.state, (batch, heads, width, size)),
-        ):
-            _check(name, operand, value, TensorType(DType.F32, shape))
-        if self.d is not None:
-            _check(name, "d", self.d, TensorType(DType.F32, (heads,)))
-        _check(name, "valid", self.valid, TensorType(DType.I32, (batch,)))
+        _check_recurrence(self, rank=4)
+        expect_shapes(self, DType.I32, valid=self.x.shape[:1])
         return self.x.type, self.state.type
 
     def evaluate(
@@ -145,10 +120,25 @@ class SsdScan(Op):
         return product((5, batch, length, heads, width, self.b.shape[3]))
 
 
-def _check_groups(name: str, heads: Dim, groups: Dim) -> None:
+def _check_recurrence(op: "SsdScan | SsdUpdate", rank: int) -> None:
+    """The types of all operands but `valid`; x and b have `rank` axes, those of the tokens first."""
+    expect_form(op, "x", DType.F32, rank)
+    expect_form(op, "b", DType.F32, rank)
+    *tokens, heads, width = op.x.shape
+    groups, size = op.b.shape[-2:]
     expect(
         isinstance(heads, int) and isinstance(groups, int) and groups > 0 and heads % groups == 0,
-        f"{name}: {heads} heads do not divide into {groups} groups",
+        f"{op.mnemonic()}: {heads} heads do not divide into {groups} groups",
+    )
+    expect_shapes(
+        op,
+        DType.F32,
+        dt=(*tokens, heads),
+        a=(heads,),
+        b=(*tokens, groups, size),
+        c=(*tokens, groups, size),
+        d=(heads,),
+        state=(tokens[0], heads, width, size),
     )
 
 
@@ -195,25 +185,7 @@ class SsdUpdate(Op):
     state: Value
 
     def infer(self) -> tuple[TensorType, TensorType]:
-        name = self.mnemonic()
-        expect(
-            self.x.type.rank == 3 and self.x.dtype == DType.F32,
-            f"{name}: x is {self.x.type}, expected f32 of rank 3",
-        )
-        batch, heads, width = self.x.shape
-        expect(self.b.type.rank == 3, f"{name}: b is {self.b.type}, expected rank 3")
-        groups, size = self.b.shape[1:]
-        _check_groups(name, heads, groups)
-        for operand, value, shape in (
-            ("dt", self.dt, (batch, heads)),
-            ("a", self.a, (heads,)),
-            ("b", self.b, (batch, groups, size)),
-            ("c", self.c, (batch, groups, size)),
-            ("state", self.state, (batch, heads, width, size)),
-        ):
-            _check(name, operand, value, TensorType(DType.F32, shape))
-        if self.d is not None:
-            _check(name, "d", self.d, TensorType(DType.F32, (heads,)))
+        _check_recurrence(self, rank=3)
         return self.x.type, self.state.type
 
     def evaluate(

@@ -7,6 +7,7 @@ import torch
 from nemoc.ir.dims import Dim, format_dim, product
 from nemoc.ir.errors import expect
 from nemoc.ir.op import Env, Op
+from nemoc.ir.ops.checks import expect_shapes
 from nemoc.ir.ops.elementwise import ARITHMETIC
 from nemoc.ir.types import TensorType, Value
 
@@ -31,10 +32,7 @@ class RmsNorm(Op):
         )
         expect(self.x.type.rank >= 1, f"rms_norm: x is {self.x.type}, expected rank ≥ 1")
         width = self.x.shape[-1]
-        expect(
-            self.weight.type == TensorType(self.x.dtype, (width,)),
-            f"rms_norm: weight is {self.weight.type}, expected {TensorType(self.x.dtype, (width,))}",
-        )
+        expect_shapes(self, self.x.dtype, weight=(width,))
         expect(
             isinstance(width, int) and self.groups >= 1 and width % self.groups == 0,
             f"rms_norm: {format_dim(width)} columns do not divide into {self.groups} groups",

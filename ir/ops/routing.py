@@ -8,6 +8,7 @@ from nemoc.ir.dims import product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
 from nemoc.ir.op import Env, Op
+from nemoc.ir.ops.checks import expect_form
 from nemoc.ir.types import TensorType, Value
 
 
@@ -26,10 +27,7 @@ class GroupLimit(Op):
     fill: float = 0.0
 
     def infer(self) -> TensorType:
-        expect(
-            self.x.type.rank == 2 and self.x.dtype == DType.F32,
-            f"group_limit: x is {self.x.type}, expected f32 of rank 2",
-        )
+        expect_form(self, "x", DType.F32, 2)
         experts = self.x.shape[1]
         expect(
             isinstance(experts, int)
@@ -64,10 +62,7 @@ class TopK(Op):
     k: int
 
     def infer(self) -> TensorType:
-        expect(
-            self.x.type.rank == 2 and self.x.dtype == DType.F32,
-            f"top_k: x is {self.x.type}, expected f32 of rank 2",
-        )
+        expect_form(self, "x", DType.F32, 2)
         width = self.x.shape[1]
         expect(
             isinstance(width, int) and 1 <= self.k <= width,
@@ -92,10 +87,7 @@ class GroupBy(Op):
     groups: int
 
     def infer(self) -> tuple[TensorType, TensorType, TensorType]:
-        expect(
-            self.index.type.rank == 2 and self.index.dtype == DType.I32,
-            f"group_by: index is {self.index.type}, expected i32 of rank 2",
-        )
+        expect_form(self, "index", DType.I32, 2)
         expect(self.groups >= 1, f"group_by: groups is {self.groups}, expected at least 1")
         slots = TensorType(DType.I32, (product(self.index.shape),))
         return slots, slots, TensorType(DType.I32, (self.groups + 1,))

@@ -11,6 +11,7 @@ from nemoc.ir.dims import Dim, dim, format_dim, product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
 from nemoc.ir.op import Env, Op, RowSlice
+from nemoc.ir.ops.checks import expect_shapes
 from nemoc.ir.types import TensorType, Value
 
 INDEX = (DType.I32, DType.I64)
@@ -271,10 +272,7 @@ class TakeLast(Op):
 
     def infer(self) -> TensorType:
         expect(self.x.type.rank == 3, f"take_last: x is {self.x.type}, expected rank 3")
-        expect(
-            self.valid.type == TensorType(DType.I32, self.x.shape[:1]),
-            f"take_last: valid is {self.valid.type}, expected {TensorType(DType.I32, self.x.shape[:1])}",
-        )
+        expect_shapes(self, DType.I32, valid=self.x.shape[:1])
         return TensorType(self.x.dtype, (self.x.shape[0], self.x.shape[2]))
 
     def evaluate(self, env: Env, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -1,25 +1,37 @@
 """The command `nemoc`: runs the command line and turns errors into one line and an exit code.
 
 Exit codes: 0 all well; 1 the command ran and its answer is no (a check missed its bound); 2 bad input; 70 an error in
-nemoc itself; 130 interrupted.
+nemoc itself; 130 interrupted; 143 terminated.
 """
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 import click
 
 from nemoc.cli import Session, nemoc
 
 
+class _Terminated(BaseException):
+    """The process was asked to end: raised like an interrupt, so that temporary files are removed."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (the process's own by default) and return its exit code."""
     session = Session()
     try:
-        result = nemoc.main(arguments, prog_name="nemoc", obj=session, standalone_mode=False)
+        with _ended_by_sigterm():
+            result = nemoc.main(arguments, prog_name="nemoc", obj=session, standalone_mode=False)
         sys.stdout.flush()
+    except _Terminated:
+        print("nemoc: terminated", file=sys.stderr)
+        return 143
     except (KeyboardInterrupt, click.Abort):
         print("nemoc: interrupted", file=sys.stderr)
         return 130
@@ -30,6 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _report(error, session)
     return result if isinstance(result, int) else 0
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Raise `_Terminated` on SIGTERM; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    former = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if former is None else former)
 
 
 def _report(error: Exception, session: Session) -> int:

@@ -32,6 +32,8 @@ from nemoc.progress import Progress
 from nemoc.runtime import Bounds, Contents, Executable, Generation, Machine, build
 from nemoc.runtime import load as load_artifact
 from nemoc.runtime.cpu import LIBRARY, kernel_record
+from nemoc.runtime.machine import thread_count
+from nemoc.runtime.scalars import check_count
 from nemoc.runtime.weights import weight_pieces
 from nemoc.targets import resolve_target, target_info
 
@@ -101,7 +103,8 @@ def compile(
         raise NemocError(
             f"quantize={quantize!r}: this version keeps weights as stored, expected None"
         )
-    bounds = Bounds(max_batch, max_context, max(STEP_TOKENS, max_batch))
+    bounds = Bounds(max_batch, max_context, max(STEP_TOKENS, check_count("max_batch", max_batch)))
+    threads = thread_count(threads if threads is not None else read_options().threads)
     found = functions(source, target, pipeline, dtype, plugins=plugins, progress=progress)
     model = found.model
     if model.parameters is None:
@@ -109,7 +112,6 @@ def compile(
             f"{model.name} has no weights; random:{model.name} compiles with random ones"
         )
     bound, weights = bind_weights(found.graphs)
-    threads = threads if threads is not None else read_options().threads
     compiled = _generate(found.target, bound, weights, bounds, progress)
     contents = Contents(
         target=found.target,
@@ -128,8 +130,7 @@ def compile(
         files={**compiled.files, **_tokenizer_files(model)},
         tools=_tools(found.target),
     )
-    place = None if destination is None else Path(destination)
-    return build(contents, place, threads=threads, progress=progress or _quiet)
+    return build(contents, destination, threads=threads, progress=progress or _quiet)
 
 
 def load(
@@ -210,11 +211,27 @@ def passes_of(
     decode = function == "decode"
     if pipeline is None:
         return preset(target.partition(":")[0], "decode" if decode else "prefill")
-    given = parse_pipeline(pipeline, classes) if isinstance(pipeline, str) else tuple(pipeline)
+    given = parse_pipeline(pipeline, classes) if isinstance(pipeline, str) else _given(pipeline)
     general = tuple(p for p in given if not isinstance(p, SpecializeDecode))
     if not decode:
         return general
     return given if len(general) < len(given) else (SpecializeDecode(), *given)
+
+
+def _given(pipeline: Sequence[Pass]) -> tuple[Pass, ...]:
+    """Passes that a user made.
+
+    Raises:
+        NemocError: there is something else among them.
+    """
+    try:
+        found = tuple(pipeline)
+    except TypeError:
+        raise NemocError(f"pipeline is {pipeline!r}, expected text or passes") from None
+    for item in found:
+        if not isinstance(item, Pass):
+            raise NemocError(f"pipeline: found {item!r} among the passes, expected a pass")
+    return found
 
 
 def _quiet(stage: str, done: int, total: int) -> None:
@@ -257,7 +274,7 @@ def _generate(
     machine = Machine.host() if target == "cpu" else Machine.of(cpu.architecture, cpu.features)
     return _Compiled(
         machine,
-        kernel_record(graphs, compiled.program.scratch_bytes),
+        kernel_record(compiled.program.scratch_bytes),
         {
             LIBRARY: compiled.library,
             "kernels/step.py": compiled.source,

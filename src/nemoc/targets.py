@@ -49,6 +49,8 @@ def resolve_target(name: str | None) -> str:
     """
     if name is None:
         return default_target()
+    if not isinstance(name, str):
+        raise NemocError(f"target is {name!r}, expected text")
     kind, _, variant = name.partition(":")
     if kind == "reference" and not variant:
         return name

@@ -7,7 +7,7 @@ import torch
 
 from nemoc.codegen.plan import LayoutError, Site, View
 from nemoc.codegen.tvm.build import compile_module
-from nemoc.codegen.tvm.linear import emit_grouped_linear, emit_linear
+from nemoc.codegen.tvm.linear import emit_linear
 from nemoc.codegen.tvm.target import CpuTarget, cpu_target
 from nemoc.ir.dims import B, L
 from nemoc.ir.dtypes import DType
@@ -56,10 +56,10 @@ LINEAR = {
     "plain": SUITE.add(Site.dense(linear_op(35, 45, BF16, 1)), emit_linear),
 }
 GROUPED = {
-    "bf16": SUITE.add(Site.dense(grouped_op(6, 64, 40, BF16, 32)), emit_grouped_linear),
-    "ragged": SUITE.add(Site.dense(grouped_op(130, 33, 37, BF16, 32)), emit_grouped_linear),
-    "many panels": SUITE.add(Site.dense(grouped_op(3, 2100, 24, F32, 32)), emit_grouped_linear),
-    "plain": SUITE.add(Site.dense(grouped_op(6, 35, 45, BF16, 1)), emit_grouped_linear),
+    "bf16": SUITE.add(Site.dense(grouped_op(6, 64, 40, BF16, 32)), emit_linear),
+    "ragged": SUITE.add(Site.dense(grouped_op(130, 33, 37, BF16, 32)), emit_linear),
+    "many panels": SUITE.add(Site.dense(grouped_op(3, 2100, 24, F32, 32)), emit_linear),
+    "plain": SUITE.add(Site.dense(grouped_op(6, 35, 45, BF16, 1)), emit_linear),
 }
 
 _SLICE = linear_op(70, 24, BF16, 32)

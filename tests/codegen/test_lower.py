@@ -16,7 +16,7 @@ from nemoc.codegen.tvm.compile import compile_program
 from nemoc.codegen.tvm.emit import emit
 from nemoc.codegen.tvm.target import cpu_target
 from nemoc.ir.builder import Builder
-from nemoc.ir.dims import B, L
+from nemoc.ir.dims import B, C, Dim, L, ceil_div, evaluate_dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
@@ -25,14 +25,18 @@ from nemoc.ir.ops import (
     Add,
     CausalConv,
     Div,
+    Exp,
+    Folded,
     Full,
     Interleave,
     Linear,
     Mul,
     Permute,
+    Relu,
     Reshape,
     Scale,
     Slice,
+    Unary,
 )
 
 F32 = DType.F32
@@ -202,6 +206,16 @@ def test_equal_nodes_share_a_kernel() -> None:
     assert len(program.kernels) == 1
 
 
+def test_regions_with_other_bodies_do_not_share_a_plan() -> None:
+    def site(op: type[Unary]) -> Site:
+        body = Builder("body")
+        x = body.input("x", F32, (4,))
+        return Site.dense(Folded((x,), body.finish([body(op(x))])))
+
+    assert site(Exp).key == site(Exp).key
+    assert site(Exp).key != site(Relu).key
+
+
 def test_describes_launches_as_a_table() -> None:
     program = lower_program(
         {"step": accumulate(Builder("step"))}, Layout((), 0), CORNERS, emit_here
@@ -235,6 +249,20 @@ def test_functions_with_other_states_are_named() -> None:
         lower_program(graphs, Layout((), 0), CORNERS, emit_here)
 
 
-def test_scratch_suffices_for_every_shape_within_the_bounds() -> None:
-    """The corners bound B·L, not B and L apart."""
-    assert corner_sizes(4, 10, 7) == ({"B": 1, "L": 10, "C": 7}, {"B": 4, "L": 3, "C": 7})
+@pytest.mark.parametrize(
+    "size", [B * L, 3 * B + L, B * ceil_div(L, 128), B * C * ceil_div(B * L, 16), C]
+)
+@pytest.mark.parametrize(("batch", "tokens"), [(4, 512), (6, 40), (9, 5), (1, 7)])
+def test_scratch_suffices_for_every_shape_within_the_bounds(
+    size: Dim, batch: int, tokens: int
+) -> None:
+    corners = corner_sizes(batch, tokens, 7)
+    enough = max(evaluate_dim(size, corner) for corner in corners)
+    for b in range(1, batch + 1):
+        for n in range(1, max(tokens // b, 1) + 1):
+            assert evaluate_dim(size, {"B": b, "L": n, "C": 7}) <= enough
+
+
+def test_corners_bound_tokens_and_leave_out_what_others_cover() -> None:
+    assert [(c["B"], c["L"]) for c in corner_sizes(4, 10, 7)] == [(1, 10), (2, 5), (3, 4), (4, 3)]
+    assert [(c["B"], c["L"]) for c in corner_sizes(64, 4, 7)] == [(1, 4), (3, 2), (64, 1)]

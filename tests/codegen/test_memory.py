@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nemoc.codegen.memory import ALIGNMENT, Lifetime, plan_memory
+from nemoc.codegen.memory import Lifetime, plan_memory
+from nemoc.codegen.storage import ALIGNMENT
 
 
 def overlapping(buffers: list[Lifetime], offsets: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -2,7 +2,9 @@
 
 import math
 import re
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -158,6 +160,34 @@ def test_attribute_values_come_back() -> None:
         last = builder(ops.Scale(last, value))
     again = parse(str(builder.finish([last])))
     assert [repr(n.op.attributes()["factor"]) for n in again.nodes] == [repr(v) for v in values]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda x: ops.Full(1, DType.F32),
+        lambda x: ops.Full(-3, DType.I32),
+        lambda x: ops.Full(True, DType.BOOL),
+        lambda x: ops.Full(np.float64(0.1), DType.F32),
+        lambda x: ops.Slice(x, True, np.int64(1), 3),
+        lambda x: ops.Permute(x, (np.int64(1), False)),
+    ],
+)
+def test_numbers_of_other_kinds_come_back(build: Callable[[Value], Op]) -> None:
+    b = Builder("g")
+    graph = b.finish([b(build(b.input("x", DType.F32, (4, 4))))])
+    again = parse(print_graph(graph))
+    assert again == graph and print_graph(again) == print_graph(graph)
+
+
+def test_attributes_that_are_no_numbers_are_refused() -> None:
+    x = Value("x", TensorType(DType.F32, (4,)))
+    with pytest.raises(IRError, match="scale: factor does not fit: could not convert"):
+        ops.Scale(x, "much")
+    with pytest.raises(IRError, match="scale: factor does not fit: int too large"):
+        ops.Scale(x, 10**400)
+    with pytest.raises(IRError, match="slice: start does not fit: 'float' object"):
+        ops.Slice(x, 0, 1.5, 3)
 
 
 def test_negative_zero_is_printed_where_zero_is_the_default() -> None:

@@ -48,6 +48,15 @@ def test_the_unbroken_graph_holds() -> None:
             "file.ir:8: sum gives f32[B]",
         ),
         (_graph(next_states=()), "g: 0 next states for 1 states"),
+        (_graph(outputs=()), "g: returns nothing, expected an output"),
+        (_graph(name="a b"), "the name 'a b' cannot be written, expected ASCII letters, digits"),
+        (_graph(params=(Value("w/0", X.type),)), "g: the name 'w/0' cannot be written"),
+        (
+            _graph(nodes=(Node(ops.Exp(X), (Y,)), Node(ops.Exp(X), (Value("a\nb", X.type),)))),
+            "g: the name 'a\\nb' cannot be written",
+        ),
+        (_graph(params=(Value("größe", X.type),)), "g: the name 'größe' cannot be written"),
+        (_graph(params=(Value("", X.type),)), "g: the name '' cannot be written"),
         (
             _graph(
                 nodes=(

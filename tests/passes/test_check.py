@@ -15,7 +15,15 @@ from nemoc.ir import Graph, Op, interpret, ops, parse
 from nemoc.ir.params import InMemory
 from nemoc.ir.rewrite import Replacement, Rewriter, Rule, rewrite
 from nemoc.ir.sample_inputs import sample_arguments
-from nemoc.passes import Effect, Pass, PassContext, PassError, parse_pipeline, run_pipeline
+from nemoc.passes import (
+    Effect,
+    Pass,
+    PassContext,
+    PassError,
+    PassRun,
+    parse_pipeline,
+    run_pipeline,
+)
 from nemoc.passes.check import CheckError, NumericCheck, relative_error, same_bits
 from nemoc.passes.cse import Cse
 from nemoc.passes.dce import Dce
@@ -201,6 +209,43 @@ def test_missing_result_is_a_miss() -> None:
     graph = parse("graph @g {\n input %x: f32[B]\n %y = exp(%x) : f32[B]\n return %y, %x\n}")
     with pytest.raises(PassError, match="changes the number of results"):
         run_pipeline(graph, (DropOutput(),), PassContext(), check=NumericCheck())
+
+
+def _run(pass_: Pass, graph: Graph) -> PassRun:
+    return PassRun((pass_,), 0, graph, pass_.run(graph, PassContext()), 0.0)
+
+
+def test_error_is_zero_for_equal_bits() -> None:
+    graph = parse(STEP)
+    for pass_ in (Cse(), *parse_pipeline("canonicalize,interleave-weights{block=4},dce")):
+        assert NumericCheck({"L": 7}).error(_run(pass_, graph), PassContext()) == 0.0
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_error_of_a_planted_fault_is_above_zero(fault: str) -> None:
+    assert NumericCheck({"L": 7}).error(_run(Planted(fault), parse(STEP)), PassContext()) > 0
+
+
+def test_error_is_the_relative_error_of_the_worst_result() -> None:
+    found = NumericCheck().error(_run(Nudge(1e-3), parse(STEP)), PassContext())
+    assert found == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_error_knows_the_sign_of_zero() -> None:
+    before, after = (
+        parse(f"graph @g {{\n %z = full() {{value={zero}, dtype=f32}} : f32[]\n return %z\n}}")
+        for zero in ("0.0", "-0.0")
+    )
+    run = PassRun((Cse(),), 0, before, after, 0.0)
+    assert 0 < NumericCheck().error(run, PassContext()) < 1e-300
+
+
+def test_error_of_another_number_of_results_is_infinite() -> None:
+    graph = parse("graph @g {\n input %x: f32[B]\n %y = exp(%x) : f32[B]\n return %y, %x\n}")
+    fewer = dataclasses.replace(graph, outputs=graph.outputs[:1])
+    for before, after in ((graph, fewer), (fewer, graph)):
+        run = PassRun((Dce(),), 0, before, after, 0.0)
+        assert NumericCheck().error(run, PassContext()) == float("inf")
 
 
 def test_same_bits_knows_nan_and_signed_zero() -> None:

@@ -143,6 +143,15 @@ def test_spaces_are_free_and_defaults_unprinted() -> None:
         ("interleave-weights{", "found the end, expected '}'"),
         ("canonicalize{without=[a b]}", "option without is 'b', expected ',' or ']'"),
         ("canonicalize{without=a}", "option without is 'a', expected a list in brackets"),
+        (
+            "canonicalize{without=[scale-by-on]}",
+            "pass canonicalize: option without names no rule 'scale-by-on', "
+            "did you mean scale-by-one",
+        ),
+        (
+            "interleave-weights{block=-3}",
+            "pass interleave-weights: option block is -3, expected at least 0",
+        ),
         ("canonicalize{without=[a", "option without is the end, expected ',' or ']'"),
         ("cse;dce", "unexpected ';'"),
         ("every-option{is-deep=yes}", "option is-deep is 'yes', expected true or false"),

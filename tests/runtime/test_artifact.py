@@ -143,16 +143,44 @@ def test_other_versions_and_formats_are_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.pop("bounds"), "manifest.json: the field 'bounds' is missing"),
-        (lambda d: d.update(surprise=1), "manifest.json: was altered: it does not match"),
-        (lambda d: d.update(bounds=[1]), "manifest.json: a field cannot be read: "),
-        (lambda d: d["bounds"].update(max_batch="1"), "manifest.json: a field cannot be read: "),
-        (lambda d: d.update(vocab="97"), "manifest.json: a field cannot be read: "),
-        (lambda d: d["files"]["report.json"].update(size="2"), "manifest.json: a field cannot be"),
+        (lambda d: d.pop("bounds"), "the field 'bounds' is missing"),
+        (lambda d: d["bounds"].pop("max_batch"), "the field 'max_batch' is missing"),
+        (lambda d: d.update(surprise=1), "was altered: it does not match"),
+        (lambda d: d["bounds"].update(surprise=1), "was altered: it does not match"),
+        (lambda d: d.update(bounds=[1]), "bounds is [1], expected dict"),
+        (lambda d: d.update(generation=None), "generation is None, expected dict"),
+        (lambda d: d.update(machine=5), "machine is 5, expected dict"),
+        (lambda d: d["bounds"].update(max_batch="1"), "max_batch is '1', expected int"),
+        (lambda d: d["bounds"].update(max_batch=1.5), "max_batch is 1.5, expected int"),
+        (lambda d: d["bounds"].update(max_tokens=True), "max_tokens is True, expected int"),
+        (lambda d: d["bounds"].update(max_batch=0), "max_batch is 0, expected at least 1"),
+        (lambda d: d["bounds"].update(max_context=2**31), "expected at most 2147483647"),
+        (lambda d: d["generation"].update(eos=["x"]), "eos is ['x'], expected a list of int"),
+        (lambda d: d["generation"].update(eos=2), "eos is 2, expected list"),
+        (lambda d: d["generation"].update(pad=True), "pad is True, expected int"),
+        (lambda d: d["tools"].update(nemoc=1), "nemoc is 1, expected str"),
+        (lambda d: d.update(machine={}), "the field 'architecture' is missing"),
+        (
+            lambda d: d.update(machine={"architecture": 5, "features": []}),
+            "architecture is 5, expected str",
+        ),
+        (
+            lambda d: d.update(machine={"architecture": "x86_64", "features": [1]}),
+            "features is [1], expected a list of str",
+        ),
+        (lambda d: d["files"]["report.json"].update(size="2"), "report.json: size is '2'"),
+        (lambda d: d["files"]["report.json"].update(sha256=5), "report.json: sha256 is 5"),
+        (lambda d: d["files"].update({"report.json": 5}), "report.json is 5, expected dict"),
         (lambda d: d["files"].pop("weights.safetensors"), "lists no file weights.safetensors"),
-        (lambda d: d["graphs"].update(decode="graphs/x.ir"), "lists no file graphs/x.ir"),
+        (lambda d: d["files"].pop("graphs/decode.ir"), "lists no file graphs/decode.ir"),
+        (lambda d: d["generation"].update(eos=[97]), "eos token id 97 is outside the vocabulary"),
+        (lambda d: d["generation"].update(pad=-1), "pad token id -1 is outside the vocabulary"),
         (lambda d: d.update(target="tpu"), "target 'tpu' cannot be run by this nemoc"),
-        (lambda d: d["state"][0].update(dtype="f7"), "unknown element type 'f7'"),
+        (lambda d: d.update(target="cpu"), "kernels is {}, expected the size of scratch"),
+        (
+            lambda d: d.update(target="cpu", kernels={"scratch": -1}),
+            "kernels is {'scratch': -1}, expected the size of scratch",
+        ),
     ],
 )
 def test_manifests_that_do_not_hold_together_are_refused(
@@ -160,6 +188,53 @@ def test_manifests_that_do_not_hold_together_are_refused(
 ) -> None:
     rewrite_manifest(copy, change)
     refused(copy, message)
+
+
+def rewrite_graph(folder: Path, name: str, old: str, new: str) -> None:
+    """Change a graph's text and make its digest right again."""
+    path = folder / "graphs" / f"{name}.ir"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    record = {
+        "size": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    rewrite_manifest(folder, lambda data: data["files"].update({f"graphs/{name}.ir": record}))
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("prefill", "i64[B, L] < 97", "i64[B, L] < 98", "%tokens has no bound that is one number"),
+        ("decode", "i64[B, 1] < 97", "i64[B, 1]", "%tokens has no bound that is one number"),
+        ("decode", "i64[B, 1] < 97", "i64[B, L] < 97", "decode: %tokens is i64[B, L], expected i6"),
+        ("decode", "%lengths: i32[B]", "%lengths: i32[B, 2]", "the states of decode are not those"),
+        ("decode", "state %lengths:", "state %length:", "the states of decode are not those of"),
+        ("decode", "state %lengths:", "stat %lengths:", "expected an argument, a node or 'return'"),
+        ("prefill", "input %valid:", "input %valet:", "prefill: no step has an input %valet"),
+        ("prefill", "graph @", "\0", "unexpected character"),
+    ],
+)
+def test_graphs_that_cannot_be_called_are_refused(
+    copy: Path, name: str, old: str, new: str, message: str
+) -> None:
+    rewrite_graph(copy, name, old, new)
+    refused(copy, message)
+
+
+def test_a_graph_that_is_no_text_is_refused(copy: Path) -> None:
+    (copy / "graphs" / "prefill.ir").write_bytes(b"\xff")
+    record = {"size": 1, "sha256": hashlib.sha256(b"\xff").hexdigest()}
+    rewrite_manifest(copy, lambda data: data["files"].update({"graphs/prefill.ir": record}))
+    refused(copy, "graphs/prefill.ir: is no text, expected a graph")
+
+
+def test_vocabulary_and_state_are_those_of_the_graphs(artifact: Path) -> None:
+    assert not {"vocab", "state"} & json.loads((artifact / "manifest.json").read_text()).keys()
+    program = load(artifact).program
+    assert program.vocab == 97
+    assert [slot.name for slot in program.state][:2] == ["lengths", "layers.0.conv"]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +269,14 @@ def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty" / "manifest.json").write_text("[" * 100000)
     refused(tmp_path / "empty", "manifest.json: is not JSON")
     (tmp_path / "empty" / "manifest.json").write_text("[]\n")
+    refused(tmp_path / "empty", "manifest.json: found a JSON list, expected an object")
+    (tmp_path / "empty" / "manifest.json").write_text("{}\n\n")
     refused(tmp_path / "empty", "manifest.json: was altered: it is not in the form")
+    (tmp_path / "empty" / "manifest.json").write_text('{"a": "\\ud800"}')
+    refused(tmp_path / "empty", "manifest.json: was altered: it is not in the form")
+    refused(tmp_path / "a\0b", "which holds a zero byte")
+    with pytest.raises(NemocError, match="path is 5, expected text or a path"):
+        load(5)  # type: ignore[arg-type]
 
 
 def test_an_artifact_for_another_machine_is_refused(
@@ -247,6 +329,29 @@ def test_saving_checks_what_it_copies(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(NemocError, match=r"report.json: was altered"):
         exe.save(tmp_path / "new.nemoc")
     assert not (tmp_path / "new.nemoc").exists()
+
+
+def test_an_executable_whose_artifact_was_replaced_does_not_save_the_other(
+    tmp_path: Path, contents: Callable[..., Contents]
+) -> None:
+    exe = build(contents(model={"version": 1}), tmp_path / "a.nemoc")
+    expected = logits(exe)
+    build(contents(model={"version": 2}), tmp_path / "a.nemoc")
+    with pytest.raises(NemocError, match=r"a.nemoc: has been replaced since it was loaded"):
+        exe.save(tmp_path / "b.nemoc")
+    with pytest.raises(NemocError, match=r"a.nemoc: has been replaced since it was loaded"):
+        _ = exe.tokenizer
+    assert os.listdir(tmp_path) == ["a.nemoc"]
+    assert torch.equal(logits(exe), expected)
+    build(contents(model={"version": 1}), tmp_path / "a.nemoc")
+    exe.save(tmp_path / "b.nemoc")
+
+
+@pytest.mark.parametrize("path", ["a\0b", 5])
+def test_names_that_are_no_path_are_refused(exe: Executable, path: Any) -> None:
+    with pytest.raises(NemocError, match=r"^path is ") as caught:
+        exe.save(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_temporary_artifact_goes_with_its_executable(contents: Callable[..., Contents]) -> None:
@@ -304,3 +409,28 @@ def test_bounds_of_an_artifact_hold(tmp_path: Path, contents: Callable[..., Cont
     with pytest.raises(NemocError, match=r"batch is 2, expected 1 to 1"):
         exe.new_state(2)
     assert torch.equal(logits(exe), logits(load(tmp_path / "x.nemoc")))
+
+
+@pytest.mark.parametrize("threads", [0, 1.5, "2", True])
+def test_threads_are_counted_from_one_on_every_target(
+    artifact: Path, tmp_path: Path, contents: Callable[..., Contents], threads: Any
+) -> None:
+    with pytest.raises(NemocError, match=f"threads is {threads!r}, expected "):
+        load(artifact, threads=threads)
+    with pytest.raises(NemocError, match=f"threads is {threads!r}, expected "):
+        build(contents(), tmp_path / "x.nemoc", threads=threads)
+    assert os.listdir(tmp_path) == []
+
+
+def test_functions_that_no_step_can_call_are_refused(contents: Callable[..., Contents]) -> None:
+    functions = dict(contents().functions)
+    with pytest.raises(
+        NemocError, match="decode: %tokens is i64\\[B, L\\], expected i64\\[B, 1\\]"
+    ):
+        build(contents(functions={**functions, "decode": functions["prefill"]}))
+    with pytest.raises(
+        NemocError, match="prefill: gives f32\\[B, L, 97\\], expected f32\\[B, 97\\]"
+    ):
+        build(contents(functions={**functions, "prefill": functions["prefill_all"]}))
+    with pytest.raises(NemocError, match="there is no use for a function train"):
+        build(contents(functions={**functions, "train": functions["prefill"]}))

@@ -44,7 +44,7 @@ def cpu_contents(contents: Callable[..., Contents]) -> Contents:
         given,
         target="cpu",
         machine=Machine.host(),
-        kernels=kernel_record(given.functions, compiled.program.scratch_bytes),
+        kernels=kernel_record(compiled.program.scratch_bytes),
         files={LIBRARY: compiled.library, "kernels/step.py": compiled.source},
     )
 
@@ -155,3 +155,45 @@ def test_a_library_that_is_none_is_refused(
 def test_no_threads_are_refused(saved: Path) -> None:
     with pytest.raises(NemocError, match="threads is 0, expected at least 1"):
         load(saved, threads=0)
+
+
+def test_a_fork_after_the_first_step_is_refused_and_does_not_hang(saved: Path) -> None:
+    code = (
+        "import os, sys, torch, nemoc.runtime as r\n"
+        "from nemoc.ir import NemocError\n"
+        f"exe = r.load({str(saved)!r}, threads=2)\n"
+        "ids = torch.tensor([[5, 6]])\n"
+        "def child(run):\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n"
+        "        try:\n"
+        "            run()\n"
+        "        except NemocError as error:\n"
+        "            print(error, flush=True)\n"
+        "        os._exit(0)\n"
+        "    assert os.waitpid(pid, 0)[1] == 0\n"
+        "child(lambda: print(exe.generate(ids, 2).shape, flush=True))\n"
+        "exe.generate(ids, 2)\n"
+        "child(lambda: exe.generate(ids, 2))\n"
+        f"child(lambda: r.load({str(saved)!r}).generate(ids, 2))\n"
+        "exe.generate(ids, 2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    first, *refusals = done.stdout.splitlines()
+    assert first.startswith("torch.Size([1, ")
+    assert len(refusals) == 2
+    assert set(refusals) == {
+        "the cpu target ran before this process was forked, and its threads are not in the fork; "
+        "load the artifact in a process that is started anew (spawn)"
+    }
+
+
+@pytest.mark.parametrize("scratch", [-1, 1.5, True, "64", None])
+def test_a_size_of_scratch_that_is_none_is_refused(
+    cpu_contents: Contents, tmp_path: Path, scratch: object
+) -> None:
+    broken = dataclasses.replace(cpu_contents, kernels={"scratch": scratch})
+    with pytest.raises(NemocError, match="expected the size of scratch"):
+        build(broken, tmp_path / "broken.nemoc")

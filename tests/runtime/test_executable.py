@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,6 +130,8 @@ def with_id(value: int) -> torch.Tensor:
             None,
             "row 0: 0 tokens so far and 21 more exceed the state's capacity of 20",
         ),
+        (prompts(2, 4).to("meta"), None, "ids is on meta, expected on the CPU"),
+        (prompts(2, 4), torch.tensor([4, 4]).to("meta"), "lengths is on meta, expected on the CPU"),
         (prompts(2, 4), torch.tensor([4, 5]), "lengths: row 1 is 5, expected 1 to 4"),
         (prompts(2, 4), torch.tensor([0, 4]), "lengths: row 0 is 0, expected 1 to 4"),
         (prompts(2, 4), torch.tensor([4]), "lengths has 1 rows, ids has 2"),
@@ -163,10 +167,13 @@ def test_bad_tokens_of_a_decode_are_refused(exe: Executable) -> None:
         (0, None, "batch is 0, expected 1 to 3"),
         (1, 201, r"capacity is 201 tokens, expected 1 to 200 \(max_context\)"),
         (1, 0, "capacity is 0 tokens"),
+        ("1", None, "batch is '1', expected an integer"),
+        (1.0, None, "batch is 1.0, expected an integer"),
+        (1, True, "capacity is True, expected an integer"),
     ],
 )
 def test_states_past_the_bounds_are_refused(
-    exe: Executable, batch: int, capacity: int | None, message: str
+    exe: Executable, batch: Any, capacity: Any, message: str
 ) -> None:
     with pytest.raises(NemocError, match=message):
         exe.new_state(batch, capacity)
@@ -188,11 +195,25 @@ def test_the_state_of_another_model_is_refused(
 
 @pytest.mark.parametrize(
     ("bounds", "message"),
-    [((0, 1, 1), "max_batch is 0"), ((4, 9, 3), "max_tokens is 3, expected at least max_batch, 4")],
+    [
+        ((0, 1, 1), "max_batch is 0"),
+        ((4, 9, 3), "max_tokens is 3, expected at least max_batch, 4"),
+        ((1, "12", 1), "max_context is '12', expected an integer"),
+        ((1.5, 12, 2), "max_batch is 1.5, expected an integer"),
+        ((1, 2**31, 1), "max_context is 2147483648, expected at most 2147483647"),
+        ((1, 1, 2**31), "max_tokens is 2147483648, expected at most 2147483647"),
+    ],
 )
-def test_impossible_bounds_are_refused(bounds: tuple[int, int, int], message: str) -> None:
+def test_impossible_bounds_are_refused(bounds: tuple[Any, Any, Any], message: str) -> None:
     with pytest.raises(NemocError, match=message):
         Bounds(*bounds)
+
+
+def test_integers_of_numpy_become_plain_ones(exe: Executable) -> None:
+    bounds = Bounds(*(np.int64(n) for n in (1, 8, 4)))
+    assert {type(value) for value in vars(bounds).values()} == {int}
+    state = exe.new_state(np.int32(2), np.int64(5))
+    assert (type(state.batch), state.capacity) == (int, 5)
 
 
 def test_chunks_keep_the_chunks_of_the_scan_whole() -> None:

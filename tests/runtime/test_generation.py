@@ -2,7 +2,9 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,6 +108,17 @@ def test_a_context_is_filled_to_the_last_token(exe: Executable) -> None:
         ({"top_p": 0.0}, "top_p is 0.0, expected more than 0 and at most 1"),
         ({"seed": [1]}, "1 seeds for 3 rows"),
         ({"stop": ""}, "stop: an empty text would end every row at once"),
+        ({"stop": 1.5}, "stop is 1.5, expected token ids and texts"),
+        ({"stop": [2, 1.5]}, "stop is 1.5, expected an integer"),
+        ({"seed": 3.5}, "seed is 3.5, expected an integer, or one for each row"),
+        ({"seed": [1, 2, "3"]}, "seed is '3', expected an integer"),
+        ({"seed": True}, "seed is True, expected an integer"),
+        ({"temperature": "1"}, "temperature is '1', expected a finite number from 0"),
+        ({"temperature": None}, "temperature is None, expected a finite number from 0"),
+        ({"top_p": "1"}, "top_p is '1', expected more than 0 and at most 1"),
+        ({"max_new_tokens": None}, "max_new_tokens is None, expected an integer"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, expected an integer"),
+        ({"state": "x"}, r"state is a str, expected one from new_state\(\)"),
     ],
 )
 def test_bad_options_are_refused_at_once(
@@ -113,6 +126,28 @@ def test_bad_options_are_refused_at_once(
 ) -> None:
     with pytest.raises(NemocError, match=message):
         exe.stream(PROMPTS, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_numbers(
+    exe: Executable, kind: Callable[[int], Any]
+) -> None:
+    expected = exe.generate(PROMPTS, 6, 1.0, 0.9, seed=3, stop=[5, 9])
+    options = {"temperature": np.float32(1.0), "top_p": 0.9, "stop": [kind(5), kind(9)]}
+    assert torch.equal(exe.generate(PROMPTS, 6, seed=kind(3), **options), expected)
+    seeds = [kind(3), kind(4), kind(5)]
+    assert torch.equal(exe.generate(PROMPTS, kind(6), seed=seeds, **options), expected)
+    one = exe.generate(PROMPTS, 6, stop=int(expected[0, 0]))
+    assert torch.equal(exe.generate(PROMPTS, 6, stop=kind(int(expected[0, 0]))), one)
+
+
+def test_seeds_and_stops_may_be_arrays(exe: Executable) -> None:
+    expected = exe.generate(PROMPTS, 6, 1.0, seed=[3, 4, 5], stop=[5, 9])
+    for make in (np.array, torch.tensor):
+        found = exe.generate(PROMPTS, 6, 1.0, seed=make([3, 4, 5]), stop=make([5, 9]))
+        assert torch.equal(found, expected)
+    with pytest.raises(NemocError, match="1 seeds for 3 rows"):
+        exe.generate(PROMPTS, 6, seed=torch.tensor([3]))  # type: ignore[arg-type]
 
 
 def test_stop_texts_need_a_tokenizer(contents: Callable[..., Contents]) -> None:

@@ -79,6 +79,8 @@ def test_states_of_other_models_and_damaged_files_are_refused(
     [
         ({}, {"nemoc.state": None}, "holds no state of nemoc"),
         ({}, {"batch": "two"}, "batch is 'two', expected 1 to 3"),
+        ({}, {"batch": "9" * 5000}, f"batch is '{'9' * 20}', expected 1 to 3"),
+        ({}, {"batch": "٢"}, "batch is '٢', expected 1 to 3"),
         (
             {},
             {"capacity": "11"},

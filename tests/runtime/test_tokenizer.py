@@ -104,11 +104,64 @@ def test_what_is_missing_or_broken_is_named(exe: Executable, folder: Path) -> No
     with pytest.raises(NemocError, match="the model has no chat template"):
         exe.tokenizer.chat(MESSAGES)
     (folder / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(NemocError, match=r"tokenizer_config.json: holds a list, expected an obj"):
+    with pytest.raises(NemocError, match=r"tokenizer_config.json: found a JSON list, expected"):
         Tokenizer.open(folder)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(NemocError, match=r"tokenizer_config.json: cannot be read as JSON"):
+    with pytest.raises(NemocError, match=r"tokenizer_config.json: is not JSON: "):
+        Tokenizer.open(folder)
+    (folder / "tokenizer_config.json").write_text("[" * 100000)
+    with pytest.raises(NemocError, match=r"tokenizer_config.json: is not JSON: "):
+        Tokenizer.open(folder)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(NemocError, match=r"chat_template.jinja: is no text"):
         Tokenizer.open(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(NemocError, match=r"tokenizer.json: cannot be read as a tokenizer"):
         Tokenizer.open(folder)
+
+
+def change_tokenizer(folder: Path, **sections: object) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **sections}))
+    return Tokenizer.open(folder)
+
+
+def test_prompts_are_neither_cut_nor_filled_up(folder: Path) -> None:
+    expected = Tokenizer.open(folder).encode("HELLO THERE")
+    truncation = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    assert change_tokenizer(folder, truncation=truncation).encode("HELLO THERE") == expected
+    padding = {
+        "strategy": {"Fixed": 50},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }
+    assert change_tokenizer(folder, padding=padding).encode("HELLO THERE") == expected
+
+
+def test_panics_of_the_tokenizer_are_one_line(folder: Path) -> None:
+    hopeless = {
+        "type": "Split",
+        "pattern": {"Regex": "(h*)*$^|(a*)*b"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    tokenizer = change_tokenizer(folder, pre_tokenizer=hopeless)
+    with pytest.raises(NemocError, match=r"tokenizer.json: the text cannot be encoded: ") as caught:
+        tokenizer.encode("h" * 40)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_text_or_token_is_refused(exe: Executable) -> None:
+    with pytest.raises(NemocError, match=r"tokenizer.json: the text cannot be encoded: "):
+        exe.tokenizer.encode(5)  # type: ignore[arg-type]
+    with pytest.raises(NemocError, match=r"tokenizer.json: the tokens cannot be decoded: "):
+        exe.tokenizer.decode([-1])

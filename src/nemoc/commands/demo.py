@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.text import Text
 
 from nemoc.autotune.measure import interleaved
-from nemoc.commands.run import continuation
 from nemoc.commands.verify import number, print_rows
 from nemoc.compiler import compile
 from nemoc.models import Model, eager_reference, open_model
 from nemoc.models.reference import Cache, NemotronH
+from nemoc.options import read_options
 from nemoc.runtime import Executable
 from nemoc.targets import default_target
 from nemoc.terminal import (
@@ -28,12 +28,12 @@ from nemoc.terminal import (
 )
 from nemoc.verification import VerifyReport, verify_model
 
-_PROMPTS = (
-    'def read_lines(path):\n    """Return the lines of a file."""\n',
-    "class Stack:\n    def __init__(self):\n",
-)
-_NEW_TOKENS = 56
-_PREFILL, _DECODE, _ROUNDS = 256, 64, 7
+_PROMPTS = ('def read_config(path):\n    """Read', "class Stack:\n    def __init__(self,")
+_NEW_TOKENS, _TEMPERATURE, _TOP_P, _SEED = 64, 0.8, 0.9, 1
+_PREFILL, _DECODE, _ROUNDS = 256, 64, 9
+_REPEAT = 8
+"""Prompts in one timed run: long beside the moment in which one engine's threads give way to the other's."""
+
 _NOISY = 0.2
 """Half the distance between the quartiles, relative to the median, beyond which a machine counts as busy."""
 
@@ -90,11 +90,14 @@ def _print_checks(console: Console, found: VerifyReport) -> None:
 
 
 def _print_texts(console: Console, executable: Executable) -> None:
-    heading(console, "What it writes (the likeliest token each time)")
+    how = f"temperature {_TEMPERATURE}, top-p {_TOP_P}, seed {_SEED}"
+    heading(console, f"What it writes behind two prompts ({how})")
+    tokenizer = executable.tokenizer
     for prompt in _PROMPTS:
-        text = continuation(executable, prompt, _NEW_TOKENS)
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        tokens = executable.generate(ids, _NEW_TOKENS, _TEMPERATURE, _TOP_P, _SEED)
         whole = Text(prompt)
-        whole.append(text.rstrip(), GOOD)
+        whole.append(tokenizer.decode(tokens[0].tolist()).rstrip(), GOOD)
         console.print()
         for line in whole.split("\n"):
             console.print(Text("    ") + line)
@@ -103,15 +106,15 @@ def _print_texts(console: Console, executable: Executable) -> None:
 def _print_speed(
     console: Console, executable: Executable, model: Model, threads: int | None
 ) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if (wanted := threads or read_options().threads) is not None:
+        torch.set_num_threads(wanted)
     eager = eager_reference(model)
     ids = torch.randint(
         0, model.config.vocab_size, (1, _PREFILL), generator=torch.Generator().manual_seed(0)
     )
     rows, spreads = [], []
     for name, tokens, candidates in (
-        (f"prefill of {_PREFILL} tokens", _PREFILL, _prefills(executable, eager, ids)),
+        (f"prefill of {_PREFILL} tokens", _REPEAT * _PREFILL, _prefills(executable, eager, ids)),
         (f"decode of {_DECODE} tokens", _DECODE, _decodes(executable, eager, ids[:, :_DECODE])),
     ):
         times = interleaved(candidates, _ROUNDS)
@@ -135,11 +138,16 @@ def _print_speed(
 def _prefills(
     executable: Executable, eager: NemotronH, ids: torch.Tensor
 ) -> dict[str, Callable[[], object]]:
-    @torch.inference_mode()
-    def theirs() -> object:
-        return eager.lm_head(eager.hidden_states(ids, Cache())[:, -1])
+    def ours() -> None:
+        for _ in range(_REPEAT):
+            executable.prefill(ids, executable.new_state())
 
-    return {"nemoc": lambda: executable.prefill(ids, executable.new_state()), "eager": theirs}
+    @torch.inference_mode()
+    def theirs() -> None:
+        for _ in range(_REPEAT):
+            eager.lm_head(eager.hidden_states(ids, Cache())[:, -1])
+
+    return {"nemoc": ours, "eager": theirs}
 
 
 def _decodes(

@@ -9,7 +9,7 @@ import torch
 
 from nemoc.compiler import load
 from nemoc.ir import NemocError
-from nemoc.runtime import Executable, Tokenizer
+from nemoc.runtime import Tokenizer
 from nemoc.terminal import progress
 
 
@@ -52,10 +52,3 @@ def _encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> torch.Tensor:
     else:
         ids = tokenizer.encode(prompt)
     return torch.tensor([ids])
-
-
-def continuation(executable: Executable, prompt: str, max_new_tokens: int) -> str:
-    """The likeliest continuation of a text."""
-    ids = _encode(executable.tokenizer, prompt, chat=False)
-    tokens = executable.generate(ids, max_new_tokens)
-    return executable.tokenizer.decode(tokens[0].tolist())
