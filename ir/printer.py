@@ -42,11 +42,6 @@ def print_canonical(graph: "Graph") -> str:
     return "\n".join(_graph(graph, _numbering(graph)))
 
 
-def print_node(node: "Node") -> str:
-    """One node's text, the body of a region left out."""
-    return next(_node(node, lambda value: value.name, with_body=False))
-
-
 def print_op(op: Op) -> str:
     """An op's mnemonic and attributes without its operands."""
     return op.mnemonic() + _attributes(op)
@@ -107,14 +102,14 @@ def _content(graph: "Graph", name: Namer) -> Iterator[str]:
         yield f"update %{name(state)} = %{name(following)}"
 
 
-def _node(node: "Node", name: Namer, with_body: bool = True) -> Iterator[str]:
+def _node(node: "Node", name: Namer) -> Iterator[str]:
     op = node.op
     results = ", ".join(f"%{name(v)}" for v in node.results)
     operands = ", ".join(_operand(getattr(op, f), name) for f in operand_fields(type(op)))
     types = ", ".join(str(v.type) for v in node.results)
     line = f"{results} = {op.mnemonic()}({operands}){_attributes(op)} : {types}"
     body: Graph | None = getattr(op, BODY, None)
-    if body is None or not with_body:
+    if body is None:
         yield line
         return
     yield line + " {"

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from nemoc.progress import Progress
 
-GOOD, BAD, FAINT = "green", "bold red", "dim"
+GOOD, BAD = "green", "bold red"
 """Styles; a report without colours says the same."""
 
 

@@ -69,10 +69,9 @@ def _print_model(console: Console, model: Model) -> None:
 
 def _print_artifact(console: Console, executable: Executable, seconds: float) -> None:
     heading(console, f"Compiled for {executable.program.target} in {duration(seconds)}")
-    if executable.folder is not None:
-        files = [file for file in executable.folder.rglob("*") if file.is_file()]
-        size = short(sum(file.stat().st_size for file in files), "B")
-        console.print(f"  an artifact of {len(files)} files, {size}; it loads without the compiler")
+    files = [file for file in executable.folder.rglob("*") if file.is_file()]
+    size = short(sum(file.stat().st_size for file in files), "B")
+    console.print(f"  an artifact of {len(files)} files, {size}; it loads without the compiler")
 
 
 def _print_checks(console: Console, found: VerifyReport) -> None:
