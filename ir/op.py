@@ -12,7 +12,7 @@ import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -21,6 +21,9 @@ from nemoc.ir.dims import Dim, evaluate_dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import IRError
 from nemoc.ir.types import TensorType, Value
+
+if TYPE_CHECKING:  # builders take ops
+    from nemoc.ir.builder import Builder
 
 Operand = Value | None | tuple[Value, ...]
 """What an operand field holds."""
@@ -74,6 +77,11 @@ class Op:
     """Whether the result only re-describes the operand's elements (a strided view may serve)."""
     is_rowwise: ClassVar[bool] = False
     """Whether rows of the result come from the same rows of every operand; see `slice_rows`."""
+    is_elementwise: ClassVar[bool] = False
+    """Whether an element of the one result depends on the elements of the operands at its place alone, operands
+    broadcast as in numpy: what can be computed wherever its operands are at hand."""
+    updates: ClassVar[Mapping[int, str]] = {}
+    """Results that are the next value of an operand, by its field: meant to be written where that one lies."""
 
     def __post_init__(self) -> None:
         """Make numbers what their fields declare: `Full(1, dtype)` and `Full(1.0, dtype)` are one op with one text.
@@ -104,19 +112,32 @@ class Op:
         """
         raise NotImplementedError
 
+    def expand(self, build: "Builder") -> "Value | tuple[Value, ...] | None":
+        """The same results from simpler ops, appended through `build`; none if there is nothing simpler.
+
+        What lets a new op be compiled, and fused, by backends that have never heard of it. It has to mean what
+        `evaluate` means, up to rounding.
+        """
+        return None
+
     def flops(self) -> Dim:
         """Floating-point operations; 0 for data movement."""
         return 0
 
+    def reads(self) -> tuple[Dim, ...]:
+        """Bytes that one execution has to read of each operand, in the order of `operands()`.
+
+        All of it, unless the op says otherwise: one that picks rows reads no others.
+        """
+        return tuple(0 if self.is_view else v.type.bytes for v in self.operands())
+
+    def writes(self) -> tuple[Dim, ...]:
+        """Bytes that one execution has to write of each result: all, unless it updates an operand in place."""
+        return tuple(0 if self.is_view else t.bytes for t in self.result_types())
+
     def cost(self) -> Cost:
-        """Arithmetic and traffic of one execution; ops that skip part of an operand override it."""
-        if self.is_view:
-            return Cost()
-        return Cost(
-            self.flops(),
-            sum(v.type.bytes for v in self.operands()),
-            sum(t.bytes for t in self.result_types()),
-        )
+        """Arithmetic and traffic of one execution."""
+        return Cost(self.flops(), sum(self.reads()), sum(self.writes()))
 
     def slice_rows(self, start: int, stop: int) -> RowSlice | None:
         """How rows `start` to `stop` of the result come from rows of the operands; none: not separable.

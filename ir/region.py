@@ -1,5 +1,6 @@
 """Regions: ops that hold the ops they stand for as a body graph."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,35 @@ class Region(Op):
     def flops(self) -> Dim:
         return dim(sum(node.op.flops() for node in self.body.nodes))
 
+    def reads(self) -> tuple[Dim, ...]:
+        """Each operand once, as far as the body looks at it; what the body makes for itself is not traffic."""
+        read: dict[Value, dict[Dim, None]] = {}
+        for node in reversed(self.body.nodes):
+            if node.op.is_view:  # what is read of a view is read of what it shows
+                (x,), (seen,) = node.op.operands(), node.results
+                for amount in read.get(seen, {}):
+                    read.setdefault(x, {})[amount] = None
+                continue
+            for value, amount in zip(node.op.operands(), node.op.reads(), strict=True):
+                read.setdefault(value, {})[amount] = None
+        return tuple(_together(v, read.get(v, {})) for v in self.body.inputs)
+
+    def writes(self) -> tuple[Dim, ...]:
+        written = {
+            value: amount
+            for node in self.body.nodes
+            for value, amount in zip(node.results, node.op.writes(), strict=True)
+            if not node.op.is_view
+        }
+        return tuple(written.get(v, v.type.bytes) for v in self.body.outputs)
+
+
+def _together(value: Value, amounts: Iterable[Dim]) -> Dim:
+    """Distinct bytes that several reads of a value touch: at most all of it; equal amounts are taken for the same."""
+    whole = value.type.bytes
+    amounts = tuple(amounts)
+    return whole if whole in amounts else dim(sum(amounts))
+
 
 @dataclass(frozen=True)
 class Folded(Region):
@@ -52,6 +82,17 @@ class Folded(Region):
 
     def cost(self) -> Cost:
         return Cost()
+
+
+@dataclass(frozen=True)
+class Fused(Region):
+    """Ops that code generation carries out together: what only they read does not have to be stored.
+
+    Attributes:
+        kind: what was fused, in a word or two in kebab-case; for people, since code generation goes by the body.
+    """
+
+    kind: str = "ops"
 
 
 def evaluate_op(op: Op, env: Env, values: dict[Value, torch.Tensor]) -> tuple[torch.Tensor, ...]:

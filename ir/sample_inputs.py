@@ -12,6 +12,7 @@ import torch
 from nemoc.ir.dims import evaluate_dim
 from nemoc.ir.graph import Graph
 from nemoc.ir.op import Op, operand_fields
+from nemoc.ir.region import Region
 from nemoc.ir.types import Value
 
 DEFAULT_SIZES = {"B": 2, "L": 5, "C": 16}
@@ -56,7 +57,12 @@ def _range(graph: Graph, value: Value, sizes: Mapping[str, int]) -> tuple[int, i
 def _roles(graph: Graph, value: Value) -> Iterator[str]:
     """The names of the operand fields in which ops read a value."""
     for node in graph.uses.get(value, ()):
-        yield from _fields(node.op, value)
+        if isinstance(node.op, Region):
+            for inside, arg in zip(node.op.body.inputs, node.op.args, strict=True):
+                if arg is value:
+                    yield from _roles(node.op.body, inside)
+        else:
+            yield from _fields(node.op, value)
 
 
 def _fields(op: Op, value: Value) -> Iterator[str]:

@@ -6,7 +6,8 @@
 4. each state's next value has the state's type;
 5. bounds are on integers only;
 6. every symbol in a type is a whole dimension of some input or state, so that a call determines it;
-7. bodies of regions satisfy all this, and take nothing from outside (checked with the region's own inference).
+7. bodies of regions satisfy all this, their symbols being those of the graph around them, and take nothing else from
+   outside (checked with the region's own inference).
 
 Not checked: that indices stay within their tables (the runtime holds inputs to their bounds).
 """
@@ -24,10 +25,15 @@ def verify(graph: Graph) -> None:
     Raises:
         IRError: a rule is broken; the location is the text's line, or `graph/%value`.
     """
+    _verify(graph, frozenset())
+
+
+def _verify(graph: Graph, known: frozenset[str]) -> None:
+    """Check a graph in whose surroundings some symbols are known."""
     _check_name(graph.name)
     defined: set[Value] = set()
     names: set[str] = set()
-    bound = _bound_symbols(graph)
+    bound = _bound_symbols(graph) | known
     for value in graph.arguments:
         _define(graph, value, defined, names)
         try:
@@ -90,7 +96,7 @@ def _verify_node(node: Node, defined: set[Value], bound: frozenset[str]) -> None
         )
     body = getattr(node.op, BODY, None)
     if isinstance(body, Graph):
-        verify(body)
+        _verify(body, bound)
     inferred = node.op.result_types()
     types = tuple(v.type for v in node.results)
     expect(

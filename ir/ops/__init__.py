@@ -38,7 +38,7 @@ from nemoc.ir.ops.shape import (
     TakeLast,
     TakeRows,
 )
-from nemoc.ir.region import Folded, Region
+from nemoc.ir.region import Folded, Fused, Region
 
 OPS: tuple[type[Op], ...] = (
     Cast,
@@ -79,6 +79,7 @@ OPS: tuple[type[Op], ...] = (
     CacheWrite,
     Attention,
     Folded,
+    Fused,
 )
 """Every op of the IR. Ops of a user's own are handed to `parse` beside these."""
 
@@ -110,6 +111,7 @@ __all__ = [
     "FloorDiv",
     "Folded",
     "Full",
+    "Fused",
     "Gelu",
     "GroupBy",
     "GroupLimit",

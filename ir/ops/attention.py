@@ -1,11 +1,12 @@
 """Attention over a cache of keys and values."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import sympy
 import torch
 
-from nemoc.ir.cost import Cost
 from nemoc.ir.dims import Dim, T, dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
@@ -22,6 +23,8 @@ class CacheWrite(Op):
     dropped. Padding tokens are written too, so that whatever reads them finds finite numbers: they lie
     behind the row's length and the next step overwrites them. The result is like the cache; a plan updates it in place.
     """
+
+    updates: ClassVar[Mapping[int, str]] = {0: "cache"}
 
     cache: Value
     rows: Value
@@ -45,9 +48,11 @@ class CacheWrite(Op):
             cache[b, start : start + rows.shape[1]] = rows[b, : cache.shape[1] - start]
         return cache
 
-    def cost(self) -> Cost:
-        moved = self.rows.type.bytes
-        return Cost(0, moved, moved)
+    def reads(self) -> tuple[Dim, Dim, Dim]:
+        return 0, self.rows.type.bytes, self.lengths.type.bytes
+
+    def writes(self) -> tuple[Dim]:
+        return (self.rows.type.bytes,)
 
 
 @dataclass(frozen=True)
@@ -113,9 +118,8 @@ class Attention(Op):
         batch, _, heads, width = self.q.shape
         return dim(4 * batch * heads * width * self._attended())
 
-    def cost(self) -> Cost:
+    def reads(self) -> tuple[Dim, Dim, Dim, Dim]:
         batch, new, _, _ = self.q.shape
         _, _, kv_heads, width = self.k.shape
-        cached = 2 * batch * (T + new) * kv_heads * width * self.k.dtype.bytes
-        moved = self.q.type.bytes
-        return Cost(self.flops(), dim(cached + moved + self.lengths.type.bytes), moved)
+        cached = dim(batch * (T + new) * kv_heads * width * self.k.dtype.bytes)
+        return self.q.type.bytes, cached, cached, self.lengths.type.bytes

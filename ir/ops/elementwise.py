@@ -26,6 +26,7 @@ class Cast(Op):
     """Convert to another element type, rounding to nearest even where it is narrower."""
 
     is_rowwise: ClassVar[bool] = True
+    is_elementwise: ClassVar[bool] = True
 
     x: Value
     dtype: DType
@@ -40,6 +41,8 @@ class Cast(Op):
 @dataclass(frozen=True)
 class Unary(Op):
     """Base of the functions of one element."""
+
+    is_elementwise: ClassVar[bool] = True
 
     x: Value
 
@@ -167,6 +170,8 @@ def broadcast(a: tuple[Dim, ...], b: tuple[Dim, ...], what: str) -> tuple[Dim, .
 class Binary(Op):
     """Base of the functions of two elements; operands share their element type and broadcast."""
 
+    is_elementwise: ClassVar[bool] = True
+
     a: Value
     b: Value
 
@@ -233,6 +238,7 @@ class FloorDiv(Op):
     """⌊x / divisor⌋ of integers i32 or i64, divisor positive; what turns a slot number into its row's."""
 
     is_rowwise: ClassVar[bool] = True
+    is_elementwise: ClassVar[bool] = True
 
     x: Value
     divisor: int

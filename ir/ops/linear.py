@@ -13,7 +13,6 @@ from itertools import pairwise
 import sympy
 import torch
 
-from nemoc.ir.cost import Cost
 from nemoc.ir.dims import Dim, ceil_div, dim, format_dim, product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
@@ -160,10 +159,8 @@ class GroupedLinear(Op):
     def flops(self) -> Dim:
         return product((2, *self.x.shape, self.width))
 
-    def cost(self) -> Cost:
-        """Weights of the groups hit under uniform routing: E · (1 − (1 − 1/E)^M) of them."""
+    def reads(self) -> tuple[Dim, Dim, Dim]:
+        """Of the weights, the groups hit under uniform routing: E · (1 − (1 − 1/E)^M) of them."""
         groups, rows = self.w.shape[0], self.x.shape[0]
         hit = groups * (1 - (1 - sympy.Rational(1, groups)) ** rows)
-        weight = self.w.type.bytes * hit / groups
-        moved = self.x.type.bytes + self.offsets.type.bytes
-        return Cost(self.flops(), moved + weight, dim(self.infer().bytes))
+        return self.x.type.bytes, self.w.type.bytes * hit / groups, self.offsets.type.bytes

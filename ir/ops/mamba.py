@@ -4,7 +4,9 @@ Rows of a batch may differ in length: only the first `valid[b]` of the L new tok
 left as if the others did not exist.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,8 @@ class CausalConv(Op):
     step, oldest first), valid i32 [B]. With X the state and x joined along time:
     y[b, t, d] = bias[d] + Σⱼ w[d, j] · X[b, t + j, d]. Results: y like x; the state after the valid tokens.
     """
+
+    updates: ClassVar[Mapping[int, str]] = {1: "state"}
 
     x: Value
     w: Value
@@ -77,6 +81,8 @@ class SsdScan(Op):
     t < valid[b]: S ← exp(dt·a)·S + (dt·x) ⊗ b. For every token: y = S·c + d·x, S being the state after it.
     Results: y like x; S after the valid tokens.
     """
+
+    updates: ClassVar[Mapping[int, str]] = {1: "state"}
 
     x: Value
     dt: Value
@@ -175,6 +181,8 @@ class SsdUpdate(Op):
     x f32 [B, H, P], dt f32 [B, H], a f32 [H], b and c f32 [B, G, N], d f32 [H] or none, state f32 [B, H, P, N].
     Results: y like x; the next state.
     """
+
+    updates: ClassVar[Mapping[int, str]] = {1: "state"}
 
     x: Value
     dt: Value

@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+import sympy
 import torch
 
-from nemoc.ir.cost import Cost
 from nemoc.ir.dims import Dim, dim, format_dim, product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
@@ -225,9 +225,11 @@ class TakeRows(Op):
     def evaluate(self, env: Env, table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return table[index.long()]
 
-    def cost(self) -> Cost:
-        moved = self.infer().bytes
-        return Cost(0, dim(moved + self.index.type.bytes), moved)
+    def reads(self) -> tuple[Dim, Dim]:
+        """Of the table the rows picked, taken to be different ones unless there are not so many."""
+        picked, whole = self.infer().bytes, self.table.type.bytes
+        more = sympy.sympify(picked - whole).is_nonnegative
+        return whole if more else picked, self.index.type.bytes
 
 
 @dataclass(frozen=True)
@@ -254,9 +256,8 @@ class TakeAlong(Op):
     def evaluate(self, env: Env, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return x.gather(-1, index.long())
 
-    def cost(self) -> Cost:
-        moved = self.infer().bytes
-        return Cost(0, dim(moved + self.index.type.bytes), moved)
+    def reads(self) -> tuple[Dim, Dim]:
+        return self.infer().bytes, self.index.type.bytes
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,5 @@ class TakeLast(Op):
     def evaluate(self, env: Env, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         return x[torch.arange(x.shape[0]), (valid.long() - 1).clamp(min=0)]
 
-    def cost(self) -> Cost:
-        moved = self.infer().bytes
-        return Cost(0, dim(moved + self.valid.type.bytes), moved)
+    def reads(self) -> tuple[Dim, Dim]:
+        return self.infer().bytes, self.valid.type.bytes

@@ -420,6 +420,20 @@ OP_SAMPLES: dict[str, Samples] = {
             ),
         ),
     ),
+    "fused": Samples(
+        (
+            "input %x: f32[B, 5]\n"
+            '%y, %z = fused([%x]) {kind="rows"} : f32[B, 5], f32[B, 5] { input %x: f32[B, 5]'
+            " %a = silu(%x) : f32[B, 5] %b = square(%a) : f32[B, 5] return %a, %b }",
+        ),
+        (
+            (
+                "input %x: f32[B, 5]\n"
+                "%y = fused([%x]) : f32[B, 4] { input %x: f32[B, 4] return %x }",
+                "do not fit the body's inputs",
+            ),
+        ),
+    ),
     "folded": Samples(
         (
             "param %w: bf16[4, 3]\n"
