@@ -1,8 +1,8 @@
 """From graphs to launches: which kernels a step runs, on which memory.
 
-Each node becomes a view (no launch), or the stages of its plan. Values lie in arenas: weights and state at
-the offsets of their layouts, inputs and outputs behind pointers of their own, everything else in scratch, which is
-planned once all launches are known.
+Each node becomes a view (no launch), or the stages of its plan; a region that no kernel carries out becomes its ops.
+Values lie in arenas: weights and state at the offsets of their layouts, inputs and outputs behind pointers of their
+own, everything else in scratch. Once all launches are known they are put into phases, and then scratch is planned.
 
 A state is updated in place: a result that a plan calls an update of an operand takes the operand's memory, unless
 someone still reads the old value; then the update happens on a copy. Where the next value of a state, or an
@@ -20,16 +20,20 @@ from nemoc.codegen.plan import (
     Launch,
     LayoutError,
     Plan,
+    RegionError,
     Site,
     StepFunction,
     View,
 )
+from nemoc.codegen.schedule import Access, schedule
 from nemoc.codegen.storage import Layout, state_layout
 from nemoc.codegen.views import apply_view
 from nemoc.ir.dims import Dim, dim, evaluate_dim
 from nemoc.ir.errors import NemocError
+from nemoc.ir.fusion import inline
 from nemoc.ir.graph import Graph, Node
 from nemoc.ir.ops.elementwise import Cast
+from nemoc.ir.region import Fused
 from nemoc.ir.types import TensorType, Value
 
 Emit = Callable[[Site], Plan]
@@ -45,12 +49,14 @@ class Program:
 
     Attributes:
         functions: the step functions; they share weights, state and scratch.
+        graphs: what each of them carries out, op by op: the graph given, without the regions that no kernel takes.
         weights: layout of the weight arena.
         state: layout of the state arena, in B and C.
         scratch_bytes: size of the scratch arena.
     """
 
     functions: tuple[StepFunction, ...]
+    graphs: tuple[Graph, ...]
     weights: Layout
     state: Layout
     scratch_bytes: int
@@ -92,12 +98,17 @@ def lower_program(
             plans[site.key] = emit(site)
         return plans[site.key]
 
-    lowered = [
-        _Lowering(name, graph, weights, state, corners, emit_once).run()
-        for name, graph in graphs.items()
+    lowerings = [
+        _Lowering(name, graph, weights, state, corners, emit_once) for name, graph in graphs.items()
     ]
-    scratch = max((size for _, size in lowered), default=0)
-    return Program(tuple(f for f, _ in lowered), weights, state, scratch)
+    lowered = [lowering.run() for lowering in lowerings]
+    return Program(
+        functions=tuple(function for function, _ in lowered),
+        graphs=tuple(lowering.graph for lowering in lowerings),
+        weights=weights,
+        state=state,
+        scratch_bytes=max((size for _, size in lowered), default=0),
+    )
 
 
 def corner_sizes(max_batch: int, max_tokens: int, max_context: int) -> tuple[dict[str, int], ...]:
@@ -136,14 +147,12 @@ class _Memory:
         offset: where it begins in the arena; of scratch, set by the memory plan.
         bytes: its size; of scratch only.
         values: the values that lie in it, views included.
-        launches: the numbers of the launches that touch it.
     """
 
     arena: str
     offset: Dim = 0
     bytes: Dim = 0
     values: list[Value] = field(default_factory=list)
-    launches: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -159,8 +168,33 @@ class _Place:
         return (self.memory, self.offset, self.view) == (other.memory, other.offset, other.view)
 
 
+@dataclass(frozen=True)
+class _Launch:
+    """A launch on memory that is not planned yet.
+
+    Attributes:
+        kernel: the kernel.
+        places: for each pointer parameter, where it points to.
+        written: the memory that it may write: all that its plan writes, since a plan does not say which of its stages
+            write what they share.
+    """
+
+    kernel: Kernel
+    places: tuple[_Place, ...]
+    written: frozenset[_Memory]
+
+    @property
+    def memories(self) -> frozenset[_Memory]:
+        """All memory that it touches."""
+        return frozenset(p.memory for p in self.places)
+
+
 class _Lowering:
-    """The lowering of one graph."""
+    """The lowering of one graph.
+
+    Attributes:
+        graph: what is lowered; a region that no kernel takes gives way to its ops when its turn comes.
+    """
 
     def __init__(
         self,
@@ -172,13 +206,12 @@ class _Lowering:
         emit: Emit,
     ) -> None:
         self._name = name
-        self._graph = graph
+        self.graph = graph
         self._corners = corners
         self._emit = emit
         self._arenas = arena_names(graph)
         self._places: dict[Value, _Place] = {}
-        self._scratch: list[_Memory] = []
-        self._launches: list[tuple[Kernel, tuple[tuple[_Memory, Dim], ...]]] = []
+        self._launches: list[_Launch] = []
         self._last_use = _last_uses(graph)
         self._slots: dict[Value, _Place] = {}
         self._bind_arguments(weights, state)
@@ -186,27 +219,51 @@ class _Lowering:
 
     def run(self) -> tuple[StepFunction, int]:
         """The step function, and the bytes of scratch that it needs."""
-        for index, node in enumerate(self._graph.nodes):
-            self._lower(index, node)
+        index = 0
+        while index < len(self.graph.nodes):
+            node = self.graph.nodes[index]
+            try:
+                self._lower(index, node)
+            except RegionError:
+                if not isinstance(node.op, Fused):
+                    raise
+                self._inline(node)
+            else:
+                index += 1
         self._finish_results()
+        accesses = [Access(n.memories, n.written) for n in self._launches]
+        phases: list[list[_Launch]] = []
+        for phase, launch in zip(schedule(accesses), self._launches, strict=True):
+            phases.extend([] for _ in range(len(phases), phase + 1))
+            phases[phase].append(launch)
+        size = self._plan_scratch(phases)
+        placed = tuple(tuple(map(_placed, launches)) for launches in phases)
+        return StepFunction(self._name, self._arenas, placed), size
+
+    def _plan_scratch(self, phases: Sequence[Sequence[_Launch]]) -> int:
+        """Give scratch its offsets; returns the bytes that it takes."""
+        used: dict[_Memory, list[int]] = {}
+        for number, launches in enumerate(phases):
+            for place in (p for launch in launches for p in launch.places):
+                if place.memory.arena == SCRATCH:
+                    used.setdefault(place.memory, []).append(number)
         largest = {
             size: max(evaluate_dim(size, sizes) for sizes in self._corners)
-            for size in {m.bytes for m in self._scratch}
+            for size in {m.bytes for m in used}
         }
-        lifetimes = [
-            Lifetime(largest[m.bytes], min(m.launches), max(m.launches)) for m in self._scratch
-        ]
+        lifetimes = [Lifetime(largest[m.bytes], at[0], at[-1]) for m, at in used.items()]
         offsets, size = plan_memory(lifetimes)
-        for memory, offset in zip(self._scratch, offsets, strict=True):
+        for memory, offset in zip(used, offsets, strict=True):
             memory.offset = offset
-        launches = tuple(
-            Launch(kernel, tuple(Address(m.arena, dim(m.offset + o)) for m, o in refs))
-            for kernel, refs in self._launches
-        )
-        return StepFunction(self._name, self._arenas, launches), size
+        return size
+
+    def _inline(self, region: Node) -> None:
+        """Put a region's ops into its place; what is lowered already stays as it is."""
+        self.graph = inline(self.graph, lambda node: node is region)
+        self._last_use = _last_uses(self.graph)
 
     def _bind_arguments(self, weights: Layout, state: Layout) -> None:
-        for value in self._graph.params:
+        for value in self.graph.params:
             try:
                 slot = weights[value.name]
             except KeyError:
@@ -214,45 +271,35 @@ class _Lowering:
                     f"{self._name}: parameter %{value.name} is no stored weight"
                 ) from None
             self._put(value, _Place(_Memory(WEIGHTS, slot.offset), 0, View.dense(value.type)))
-        for value in self._graph.states:
+        for value in self.graph.states:
             place = _Place(_Memory(STATE, state[value.name].offset), 0, View.dense(value.type))
             self._put(value, place)
             self._slots[value] = place
-        for value, arena in zip(self._graph.inputs, self._arenas[3:], strict=False):
+        for value, arena in zip(self.graph.inputs, self._arenas[3:], strict=False):
             self._put(value, _Place(_Memory(arena), 0, View.dense(value.type)))
 
     def _output_places(self) -> list[_Place]:
         """For each output, where the caller wants it."""
-        names = self._arenas[3 + len(self._graph.inputs) :]
+        names = self._arenas[3 + len(self.graph.inputs) :]
         return [
             _Place(_Memory(name), 0, View.dense(value.type))
-            for value, name in zip(self._graph.outputs, names, strict=True)
+            for value, name in zip(self.graph.outputs, names, strict=True)
         ]
 
     def _put(self, value: Value, place: _Place) -> None:
         self._places[value] = place
         place.memory.values.append(value)
 
-    def _new(self, view: View) -> _Place:
-        memory = _Memory(SCRATCH, bytes=view.span)
-        self._scratch.append(memory)
-        return _Place(memory, 0, view)
-
     def _lower(self, index: int, node: Node) -> None:
-        operands = [self._places[v] for v in node.op.operands()]
         if node.op.is_view:
-            seen = apply_view(node.op, operands[0].view)
+            (x,) = (self._places[v] for v in node.op.operands())
+            seen = apply_view(node.op, x.view)
             if seen is not None:
                 view, offset = seen
-                place = _Place(operands[0].memory, dim(operands[0].offset + offset), view)
-                self._put(node.results[0], place)
+                self._put(node.results[0], _Place(x.memory, dim(x.offset + offset), view))
                 return
         results = tuple(View.dense(v.type) for v in node.results)
-        plan, operands = self._plan(node, operands, results)
-        copied = [i for _, i in plan.updates if not self._may_update(operands, i, index)]
-        if copied:  # the kernels depend on the views, so they are planned anew for the copies
-            operands = [self._copied(p) if i in copied else p for i, p in enumerate(operands)]
-            plan, operands = self._plan(node, operands, results)
+        plan, operands = self._plan(index, node, results)
         places = {result: operands[operand] for result, operand in plan.updates}
         for result, operand in plan.in_place:
             place = operands[operand]
@@ -265,19 +312,32 @@ class _Lowering:
                 places[result] = place
         for number, (value, view) in enumerate(zip(node.results, results, strict=True)):
             if number not in places:
-                places[number] = self._output_place(value) or self._new(view)
+                places[number] = self._output_place(value) or _scratch(view)
             self._put(value, places[number])
         self._launch(plan, operands, places)
 
-    def _plan(
-        self, node: Node, operands: list[_Place], results: tuple[View, ...]
-    ) -> tuple[Plan, list[_Place]]:
-        """The plan of a node, and its operands' places; operands are made dense if the kernels ask for it."""
-        try:
-            return self._emit(Site(node.op, tuple(p.view for p in operands), results)), operands
-        except LayoutError:
-            operands = [p if p.view.is_dense else self._copied(p) for p in operands]
-            return self._emit(Site(node.op, tuple(p.view for p in operands), results)), operands
+    def _plan(self, index: int, node: Node, results: tuple[View, ...]) -> tuple[Plan, list[_Place]]:
+        """The plan of a node, and its operands' places: a dense copy where the kernels cannot have the operand itself.
+
+        Kernels depend on the views, so that they are planned anew for copies; nothing is copied before a plan stands.
+        """
+        given = [self._places[v] for v in node.op.operands()]
+        operands = given
+        while True:
+            try:
+                plan = self._emit(Site(node.op, tuple(p.view for p in operands), results))
+                copied = {i for _, i in plan.updates if not self._may_update(operands, i, index)}
+                if not copied:
+                    break
+            except LayoutError:
+                copied = {i for i, p in enumerate(operands) if not p.view.is_dense}
+                if not copied:
+                    raise
+            operands = [_dense_scratch(p) if i in copied else p for i, p in enumerate(operands)]
+        for source, place in zip(given, operands, strict=True):
+            if place is not source:
+                self._copy(source, place)
+        return plan, operands
 
     def _may_update(self, operands: list[_Place], which: int, index: int) -> bool:
         """Whether node `index` may update an operand where it lies: it is dense, like the result."""
@@ -295,17 +355,10 @@ class _Lowering:
 
     def _output_place(self, value: Value) -> _Place | None:
         """The place of an output, for a kernel to write it there at once."""
-        for output, place in zip(self._graph.outputs, self._outputs, strict=True):
+        for output, place in zip(self.graph.outputs, self._outputs, strict=True):
             if output is value:
                 return place
         return None
-
-    def _copied(self, place: _Place) -> _Place:
-        """A dense copy in scratch."""
-        shape = place.view.shape
-        copy = self._new(View.dense(TensorType(place.view.dtype, shape)))
-        self._copy(place, copy)
-        return copy
 
     def _copy(self, source: _Place, target: _Place) -> None:
         value = Value("x", TensorType(source.view.dtype, source.view.shape))
@@ -314,7 +367,8 @@ class _Lowering:
         self._launch(plan, [source], {0: target})
 
     def _launch(self, plan: Plan, operands: list[_Place], results: Mapping[int, _Place]) -> None:
-        scratch = [self._new(view) for view in plan.scratch]
+        scratch = [_scratch(view) for view in plan.scratch]
+        written = {p.memory for p in (*results.values(), *scratch)}
 
         def place(arg: Arg) -> _Place:
             match arg.kind:
@@ -325,11 +379,9 @@ class _Lowering:
             return scratch[arg.index]
 
         for stage in plan.stages:
-            places = [place(arg) for arg in stage.args]
-            for p in places:
-                p.memory.launches.append(len(self._launches))
-            refs = tuple((p.memory, p.offset) for p in places)
-            self._launches.append((stage.kernel, refs))
+            places = tuple(map(place, stage.args))
+            writes = frozenset(p.memory for p in places if p.memory in written)
+            self._launches.append(_Launch(stage.kernel, places, writes))
 
     def _finish_results(self) -> None:
         """Copy to their places the outputs and next states that are not there yet.
@@ -337,20 +389,38 @@ class _Lowering:
         Copies into states wait until everything else has been read, and one state's old value that is another's next
         goes through scratch.
         """
-        for value, target in zip(self._graph.outputs, self._outputs, strict=True):
+        for value, target in zip(self.graph.outputs, self._outputs, strict=True):
             source = self._places[value]
             if not source.coincides(target):
                 self._copy(source, target)
         moves = []
-        for state, value in zip(self._graph.states, self._graph.next_states, strict=True):
+        for state, value in zip(self.graph.states, self.graph.next_states, strict=True):
             source, target = self._places[value], self._slots[state]
             if source.coincides(target):
                 continue
             if source.memory.arena == STATE:
-                source = self._copied(source)
+                copy = _dense_scratch(source)
+                self._copy(source, copy)
+                source = copy
             moves.append((source, target))
         for source, target in moves:
             self._copy(source, target)
+
+
+def _scratch(view: View) -> _Place:
+    """New scratch for a tensor."""
+    return _Place(_Memory(SCRATCH, bytes=view.span), 0, view)
+
+
+def _dense_scratch(place: _Place) -> _Place:
+    """New scratch for a dense copy of a tensor."""
+    return _scratch(View.dense(TensorType(place.view.dtype, place.view.shape)))
+
+
+def _placed(launch: _Launch) -> Launch:
+    """A launch by addresses, once memory is planned."""
+    places = ((p.memory, p.offset) for p in launch.places)
+    return Launch(launch.kernel, tuple(Address(m.arena, dim(m.offset + o)) for m, o in places))
 
 
 def _last_uses(graph: Graph) -> dict[Value, int]:
@@ -367,11 +437,18 @@ def _last_uses(graph: Graph) -> dict[Value, int]:
 
 
 def describe(functions: Iterable[StepFunction]) -> str:
-    """A table of launches, one line each: kernel, tasks and addresses; for reading and diffing."""
+    """A table of launches, one line each: kernel, tasks and addresses; for reading and diffing.
+
+    A launch behind `|` is in the same phase as the line above.
+    """
     lines = []
     for function in functions:
-        lines.append(f"{function.name}({', '.join(function.arenas)}, B, L, C)")
-        for launch in function.launches:
-            places = ", ".join(f"{a.arena}+{a.offset}" for a in launch.buffers)
-            lines.append(f"  {launch.kernel.name}[{launch.kernel.tasks}]({places})")
+        arenas = ", ".join(function.arenas)
+        counts = f"{len(function.launches)} launches in {len(function.phases)} phases"
+        lines.append(f"{function.name}({arenas}, B, L, C): {counts}")
+        for phase in function.phases:
+            for number, launch in enumerate(phase):
+                places = ", ".join(f"{a.arena}+{a.offset}" for a in launch.buffers)
+                mark = "|" if number else " "
+                lines.append(f"{mark} {launch.kernel.name}[{launch.kernel.tasks}]({places})")
     return "\n".join(lines) + "\n"

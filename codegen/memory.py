@@ -8,19 +8,19 @@ from nemoc.codegen.storage import ALIGNMENT
 
 @dataclass(frozen=True)
 class Lifetime:
-    """A buffer of `bytes` bytes that launches `first` to `last` (inclusive) use."""
+    """A buffer of `bytes` bytes that phases `first` to `last` (inclusive) use."""
 
     bytes: int
     first: int
     last: int
 
     def meets(self, other: "Lifetime") -> bool:
-        """Whether some launch uses both."""
+        """Whether both are in use in some phase."""
         return self.first <= other.last and other.first <= self.last
 
 
 def plan_memory(buffers: Sequence[Lifetime]) -> tuple[tuple[int, ...], int]:
-    """Offsets such that no two buffers that one launch uses overlap.
+    """Offsets such that no two buffers that are in use in one phase overlap.
 
     Large buffers are placed first, each into the smallest gap that holds it between buffers that live at the same time.
 

@@ -22,6 +22,10 @@ class LayoutError(NemocError):
     """A kernel cannot read an operand under its view; lowering copies the operand to a dense one."""
 
 
+class RegionError(NemocError):
+    """No kernel carries out a region as a whole; lowering falls back to its ops one by one."""
+
+
 @dataclass(frozen=True)
 class View:
     """How a tensor lies in memory, seen from the address of its first element.
@@ -111,14 +115,13 @@ class Kernel:
     Attributes:
         name: a word for the op and a hash of the source; equal names mean equal kernels.
         source: the text of the function.
-        tasks: how many tasks make up one launch, in B, L, C; tasks write disjoint memory.
-        strided: whether thread t of n takes tasks t, t + n, ...; otherwise each takes one consecutive range.
+        tasks: how many tasks make up one launch, in B, L, C; tasks write disjoint memory. Each thread takes one
+            consecutive range of them.
     """
 
     name: str
     source: str
     tasks: Dim
-    strided: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,12 +239,18 @@ class StepFunction:
     Attributes:
         name: the exported name.
         arenas: the pointer parameters in order.
-        launches: what it runs, in order; each sees everything that those before it wrote.
+        phases: what it runs: the launches of one phase in any order or at once, and each sees everything that those of
+            earlier phases wrote.
     """
 
     name: str
     arenas: tuple[str, ...]
-    launches: tuple[Launch, ...]
+    phases: tuple[tuple[Launch, ...], ...]
+
+    @property
+    def launches(self) -> tuple[Launch, ...]:
+        """The launches of all phases in order."""
+        return tuple(launch for phase in self.phases for launch in phase)
 
 
 def kernel_name(stem: str, body: str) -> str:

@@ -1,21 +1,29 @@
 """From module text to a shared library: TVMScript, TIR passes, LLVM, linker."""
 
+import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import tvm
 from tvm import tirx
+from tvm.support import cc
 
 from nemoc.codegen.tvm.reader import read_module
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.ir.errors import NemocError
+
+_FUNCTION = re.compile(r"^(?=    @T\.prim_func)", re.MULTILINE)
+"""Where a function of a module's text begins."""
 
 
 def lower_module(source: str, target: CpuTarget) -> tvm.IRModule:
     """Read module text and lower it to what LLVM code generation takes.
 
     Only passes that this dialect needs run. Kernels skip `LowerTVMBuiltin`, so that their local buffers stay on the
-    stack; the step functions need it for argument checks.
+    stack; the step functions need it for argument checks. Kernels then get symbols, by which step functions that are
+    compiled apart from them call them.
     """
     passes = tirx.transform
     pipeline = tvm.ir.transform.Sequential(
@@ -25,19 +33,17 @@ def lower_module(source: str, target: CpuTarget) -> tvm.IRModule:
             passes.VectorizeLoop(True),
             passes.UnrollLoop(),
             passes.RemoveNoOp(),
-            passes.AnnotateEntryFunc(),
             passes.MakePackedAPI(),
             passes.LowerIntrin(),
         ]
     )
     module = pipeline(read_module(source))
-    exported = {
-        name: function
-        for name, function in module.functions.items()
-        if function.attrs and "global_symbol" in function.attrs
-    }
-    for name, function in passes.LowerTVMBuiltin()(tvm.IRModule(exported)).functions.items():
-        module.update_func(module.get_global_var(name.name_hint), function)
+    kernels = {v: f for v, f in module.functions.items() if "global_symbol" not in f.attrs}
+    steps = {v: f for v, f in module.functions.items() if v not in kernels}
+    for variable, function in passes.LowerTVMBuiltin()(tvm.IRModule(steps)).functions.items():
+        module.update_func(module.get_global_var(variable.name_hint), function)
+    for variable, function in kernels.items():
+        module.update_func(variable, function.with_attr("global_symbol", variable.name_hint))
     return module
 
 
@@ -49,6 +55,9 @@ def compile_module(source: str, target: CpuTarget) -> tvm.runtime.Module:
 def build_library(source: str, target: CpuTarget, path: Path) -> None:
     """Compile module text into a shared library that tvm_ffi loads without the compiler.
 
+    The kernels are compiled together, then each step function by itself: so LLVM holds one of them at a time, and
+    does not copy small kernels to wherever a step function calls them, of which there are some for each layer.
+
     Raises:
         NemocError: there is no linker, or the target is of another platform than this machine.
     """
@@ -58,7 +67,22 @@ def build_library(source: str, target: CpuTarget, path: Path) -> None:
             f"expected to be built on its own"
         )
     linker = find_linker()
-    compile_module(source, target).export_library(str(path), cc=linker)
+    with tempfile.TemporaryDirectory(prefix="nemoc-") as folder:
+        objects = []
+        for number, part in enumerate(_parts(source)):
+            objects.append(str(Path(folder) / f"{number}.o"))
+            compile_module(part, target).write_to_file(objects[-1])
+        cc.create_shared(str(path), objects, cc=linker)
+
+
+def _parts(source: str) -> Iterator[str]:
+    """The text of a module as several: all kernels in one, every step function in one of its own."""
+    head, *functions = _FUNCTION.split(source)
+    kernels = [text for text in functions if "(private=True" in text.partition("\n")[0]]
+    yield head + "".join(kernels)
+    for text in functions:
+        if text not in kernels:
+            yield head + text
 
 
 def find_linker() -> str:

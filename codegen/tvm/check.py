@@ -8,7 +8,7 @@ import torch
 from nemoc.codegen.lower import corner_sizes, lower_program
 from nemoc.codegen.plan import Plan, Site
 from nemoc.codegen.storage import Layout
-from nemoc.codegen.tvm.emit import emit
+from nemoc.codegen.tvm.emit import emit, expanded
 from nemoc.codegen.tvm.harness import CompiledSite, KernelFault, KernelSuite
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.ir.graph import Graph, Node
@@ -60,10 +60,10 @@ def check_kernels(
         return compiled[-1].plan
 
     corners = corner_sizes(sizes["B"], sizes["B"] * sizes["L"], sizes["C"])
-    lower_program(graphs, weights, corners, record)
+    program = lower_program(expanded(graphs), weights, corners, record)
     waiting = {value for c in compiled for value in c.site.op.operands()}
     values: dict[Value, torch.Tensor] = {}
-    for graph in graphs.values():
+    for graph in program.graphs:
         given = arguments(graph)
         values.update((v, given[v.name]) for v in graph.arguments if v in waiting)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from nemoc.codegen.lower import Program, lower_program
 from nemoc.codegen.storage import Layout
 from nemoc.codegen.tvm.build import build_library
-from nemoc.codegen.tvm.emit import emit
+from nemoc.codegen.tvm.emit import emit, expanded
 from nemoc.codegen.tvm.step import module_source
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.ir.graph import Graph
@@ -48,7 +48,9 @@ def compile_program(
     Raises:
         NemocError: an op has no kernel, or the library cannot be linked here.
     """
-    program = lower_program(graphs, weights, corners, functools.partial(emit, target=target))
+    program = lower_program(
+        expanded(graphs), weights, corners, functools.partial(emit, target=target)
+    )
     source = module_source(program.functions)
     with tempfile.TemporaryDirectory(prefix="nemoc-") as folder:
         path = Path(folder) / "step.so"

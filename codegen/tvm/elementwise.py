@@ -30,17 +30,23 @@ def emit_elementwise(site: Site, target: CpuTarget) -> Plan:
     Raises:
         NemocError: the op is for f32 only and the operands are not.
     """
-    for view in site.operands:
-        if view.dtype != DType.F32 and not isinstance(site.op, _ANY_TYPE):
-            raise NemocError(
-                f"the cpu target has no {site.op.mnemonic()} of {view.dtype}, expected f32"
-            )
+    if not has_formula(site.op):
+        raise NemocError(
+            f"the cpu target has no {site.op.mnemonic()} of {site.operands[0].dtype}, expected f32"
+        )
     stem = site.op.mnemonic()
     formula = FORMULAS[type(site.op)]
     result = site.results[0]
     same = tuple((0, i) for i, view in enumerate(site.operands) if view == result)
     stage = map_elements(stem, formula, site, target)
     return Plan((stage,), in_place=same)
+
+
+def has_formula(op: Op) -> bool:
+    """Whether `FORMULAS` holds for an op on operands of these types."""
+    if isinstance(op, _ANY_TYPE):
+        return True
+    return type(op) in FORMULAS and all(v.dtype == DType.F32 for v in op.operands())
 
 
 def map_elements(stem: str, formula: Formula, site: Site, target: CpuTarget) -> Stage:

@@ -1,12 +1,14 @@
 """The emitters of the CPU backend: for each op class, the function that plans its kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from nemoc.codegen.expand import expand_ops
 from nemoc.codegen.plan import Plan, Site
 from nemoc.codegen.tvm.attention import emit_attention
 from nemoc.codegen.tvm.cache import emit_cache_write
 from nemoc.codegen.tvm.conv import emit_causal_conv
 from nemoc.codegen.tvm.elementwise import FORMULAS, emit_elementwise
+from nemoc.codegen.tvm.fused import emit_fused
 from nemoc.codegen.tvm.gather import emit_take_along, emit_take_last, emit_take_rows
 from nemoc.codegen.tvm.linear import emit_linear
 from nemoc.codegen.tvm.norm import emit_rms_norm
@@ -16,6 +18,7 @@ from nemoc.codegen.tvm.shape import emit_concat, emit_full, emit_sum, emit_view
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.update import emit_ssd_update
 from nemoc.ir.errors import NemocError
+from nemoc.ir.graph import Graph
 from nemoc.ir.op import Op
 from nemoc.ir.ops.attention import Attention, CacheWrite
 from nemoc.ir.ops.linear import GroupedLinear, Linear
@@ -33,6 +36,7 @@ from nemoc.ir.ops.shape import (
     TakeLast,
     TakeRows,
 )
+from nemoc.ir.region import Fused
 
 Emitter = Callable[[Site, CpuTarget], Plan]
 
@@ -58,6 +62,7 @@ EMITTERS: dict[type[Op], Emitter] = {
     SsdUpdate: emit_ssd_update,
     CacheWrite: emit_cache_write,
     Attention: emit_attention,
+    Fused: emit_fused,
 }
 """Every op that the CPU backend has kernels for."""
 
@@ -67,9 +72,16 @@ def emit(site: Site, target: CpuTarget) -> Plan:
 
     Raises:
         NemocError: the backend has no kernel for the op, or none for these element types.
+        LayoutError: none for these views.
+        RegionError: none for a region as a whole.
     """
     emitter = EMITTERS.get(type(site.op))
     if emitter is None:
         known = ", ".join(sorted(op.mnemonic() for op in EMITTERS))
         raise NemocError(f"the cpu target has no kernel for {site.op.mnemonic()}; it has {known}")
     return emitter(site, target)
+
+
+def expanded(graphs: Mapping[str, Graph]) -> dict[str, Graph]:
+    """Graphs in terms of the ops that have emitters, as far as ops can be expanded."""
+    return {name: expand_ops(graph, EMITTERS) for name, graph in graphs.items()}

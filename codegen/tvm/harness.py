@@ -38,6 +38,9 @@ _GUARD = 256
 
 _POISON = 0xFF
 
+_GUARD_BYTE = 0x7F
+"""What guards hold: numbers near the largest; other bits than poison, or storing poison there would leave no trace."""
+
 
 class KernelFault(NemocError):
     """A kernel wrote where it must not."""
@@ -65,12 +68,12 @@ class KernelSuite:
             raise ValueError("add every site before the first one runs")
         plan = emit(site, self.target)
         args = _arguments(site, plan)
-        launches = tuple(
-            Launch(stage.kernel, tuple(Address(str(a)) for a in stage.args))
+        phases = tuple(
+            (Launch(stage.kernel, tuple(Address(str(a)) for a in stage.args)),)
             for stage in plan.stages
         )
         name = f"site{len(self._steps)}"
-        self._steps.append(StepFunction(name, tuple(map(str, args)), launches))
+        self._steps.append(StepFunction(name, tuple(map(str, args)), phases))
         return CompiledSite(self, name, site, plan)
 
     @property
@@ -152,6 +155,8 @@ class Buffer:
         offset = _GUARD + 3 * width  # elements are aligned, vectors are not
         total = offset + evaluate_dim(view.span, sizes) + _GUARD
         self.memory = torch.full((-(-total // width) * width,), _POISON, dtype=torch.uint8)
+        self.memory[:offset] = _GUARD_BYTE
+        self.memory[total - _GUARD :] = _GUARD_BYTE
         self._shape = [evaluate_dim(d, sizes) for d in view.shape]
         self._strides = [evaluate_dim(d, sizes) for d in view.strides]
         self._offset = offset // width

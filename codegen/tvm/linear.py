@@ -9,10 +9,14 @@ Rows are taken in tiles of three heights, so any number of them works. Sums run 
 interleaved chains in low tiles), in f32 with fused multiply-add.
 """
 
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Protocol, Self
 
-from nemoc.codegen.plan import Arg, LayoutError, Plan, Site, View
-from nemoc.codegen.tvm.elementwise import merge_axes
+from nemoc.codegen.plan import Arg, Plan, Site, View
+from nemoc.codegen.tvm.place import Rows, ramp, rows_view
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.vmath import VectorMath
 from nemoc.codegen.tvm.writer import KernelWriter, size_text
@@ -20,6 +24,7 @@ from nemoc.ir.dims import Dim, ceil_div, dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 from nemoc.ir.ops.linear import GroupedLinear, Linear
+from nemoc.ir.types import Value
 
 _AHEAD = 4096
 """Bytes between a load of a panel and the prefetch issued with it."""
@@ -30,8 +35,8 @@ _BLOCK_BYTES = 1 << 20
 _BLOCK_ROWS = 240
 """Rows of x in one task at most."""
 
-_GROUP_TASKS = 32
-"""Tasks of a grouped product at least, where it has so many panels."""
+_LEAST_TASKS = 32
+"""Tasks at least into which whole panels are divided, where there are so many."""
 
 _FEATURE_BLOCK = 16
 """Output features of one task of a product with plain rows."""
@@ -41,71 +46,137 @@ def emit_linear(site: Site, target: CpuTarget) -> Plan:
     """The plan of `linear` or `grouped_linear`: one launch."""
     op = site.op
     assert isinstance(op, Linear | GroupedLinear)
-    _check_types(site, op)
-    x, y = rows_view(site.view(site.arg("x"))), rows_view(site.results[0])
+    reason = obstacle(op, target)
+    if reason is not None:
+        raise NemocError(f"the cpu target has no {reason}")
+    x = rows_view(site.view(site.arg("x")), Rows.of(op.x))
+    y = rows_view(site.results[0], Rows.of(Value("y", *op.result_types())))
     if op.interleave == 1:
         return _plain(site, x, y, target)
     writer = KernelWriter(op.mnemonic())
-    product = _Product.declare(writer, target, site, x, y)
-    write = _write_rows if isinstance(op, Linear) else _write_groups
-    return Plan((writer.finish(write(product, site)),))
+    source = StoredRows(writer, writer.buffer("x", site.arg("x"), x))
+    w = writer.buffer("w", site.arg("w"), site.view(site.arg("w")))
+    lanes = panel_lanes(op, target)
+    sink = stored(writer, writer.buffer("y", Arg("result", 0), y), lanes)
+    product = Product.of(writer, target, op, w, sink)
+    if isinstance(op, Linear):
+        tasks = write_row_blocks(product, source, y.shape[0], Panels(product.panels))
+    else:
+        offsets = writer.buffer("offsets", site.arg("offsets"), site.view(site.arg("offsets")))
+        panels = Panels(product.panels, most_panels(product))
+        write_groups(product, source, offsets, op.w.shape[0], panels)
+        tasks = panels.tasks
+    return Plan((writer.finish(tasks),))
 
 
-def _write_rows(product: "_Product", site: Site) -> Dim:
-    """A task goes through a block of rows with one panel; returns how many tasks there are."""
+def obstacle(op: Linear | GroupedLinear, target: CpuTarget) -> str | None:
+    """What the product is that no kernel carries out, and what would be; none when there is one."""
+    allowed = (DType.F32, DType.BF16, DType.F16)
+    if op.acc != DType.F32 or op.x.dtype not in allowed or op.w.dtype not in allowed:
+        return (
+            f"{op.mnemonic()} of {op.x.dtype} by {op.w.dtype} in {op.acc}, "
+            f"expected f32, bf16 or f16 operands and acc f32"
+        )
+    if op.interleave % panel_lanes(op, target):
+        return (
+            f"{op.mnemonic()} of weights interleaved by {op.interleave}, "
+            f"expected a multiple of {target.lanes}"
+        )
+    return None
+
+
+def panel_lanes(op: Linear | GroupedLinear, target: CpuTarget) -> int:
+    """Output features of a vector: no more than a panel has."""
+    return min(target.lanes, op.interleave)
+
+
+@dataclass(frozen=True)
+class Panels:
+    """The panels of a weight, cut into parts for tasks.
+
+    Attributes:
+        count: how many there are.
+        each: how many make up a part; the last part may have fewer.
+    """
+
+    count: int
+    each: int = 1
+
+    @property
+    def tasks(self) -> int:
+        """How many parts there are."""
+        return -(-self.count // self.each)
+
+    @contextmanager
+    def loop(self, writer: KernelWriter, part: str) -> Iterator[str]:
+        """A block of statements for each panel of a part, given the part's number."""
+        if self.each == 1:
+            yield writer.let("panel", part)
+            return
+        start = writer.let("start", f"{part} * {self.each}")
+        with writer.loop("p", f"T.min({self.each}, {self.count} - {start})") as p:
+            yield writer.let("panel", f"{start} + {p}")
+
+
+def most_panels(product: "Product") -> int:
+    """As many panels in a part as leave enough tasks."""
+    return -(-product.panels // _LEAST_TASKS)
+
+
+def write_row_blocks(product: "Product", source: "RowSource", rows: Dim, panels: Panels) -> Dim:
+    """A task goes through a block of rows with its panels; returns how many tasks there are.
+
+    Args:
+        product: of a weight without groups.
+        source: where rows of x come from.
+        rows: how many there are.
+        panels: how they are divided.
+    """
     writer = product.writer
-    rows = rows_view(site.results[0]).shape[0]
     block = _row_block(product.k, product.high)
-    panels, blocks = ceil_div(product.n, product.b), ceil_div(rows, block)
+    blocks = ceil_div(rows, block)
     # Panels before rows: a thread's consecutive tasks then read one stretch of the weight, which the
     # memory delivers a quarter faster than every other panel, and each thread has all rows to do.
-    panel = writer.let("panel", f"task // {size_text(blocks)}")
+    part = writer.let("part", f"task // {size_text(blocks)}")
     first = writer.let("first", f"task % {size_text(blocks)} * {block}")
     count = writer.let("count", f"T.min({block}, {size_text(rows)} - {first})")
-    product.write(first, count, panel)
-    return dim(panels * blocks)
+    write_panels(product, source, first, count, panels, part)
+    return dim(panels.tasks * blocks)
 
 
-def _write_groups(product: "_Product", site: Site) -> Dim:
-    """A task takes some panels of every group that has rows; returns how many tasks there are."""
+def write_groups(
+    product: "Product", source: "RowSource", offsets: str, groups: Dim, panels: Panels
+) -> None:
+    """A task takes its panels of every group that has rows.
+
+    Args:
+        product: of a weight with groups.
+        source: where rows of x come from.
+        offsets: the buffer that says where groups begin.
+        groups: how many there are.
+        panels: how they are divided; as many tasks.
+    """
     writer = product.writer
-    offsets = writer.buffer("offsets", site.arg("offsets"), site.view(site.arg("offsets")))
-    groups = site.view(site.arg("w")).shape[0]
-    panels = -(-product.n // product.b)
-    each = -(-panels // _GROUP_TASKS)
     with writer.loop("g", size_text(groups)) as group:
         first = writer.let("first", writer.load(offsets, group))
         count = writer.let("count", f"{writer.load(offsets, f'{group} + 1')} - {first}")
-        with (
-            writer.block(f"if {count} > 0:"),
-            writer.loop("p", f"T.min({each}, {panels} - task * {each})") as p,
-        ):
-            panel = writer.let("panel", f"task * {each} + {p}")
-            product.write(first, count, panel, group)
-    return -(-panels // each)
+        with writer.block(f"if {count} > 0:"):
+            write_panels(product, source, first, count, panels, "task", group)
 
 
-def rows_view(view: View) -> View:
-    """A view of rank 2, rows by columns, of a tensor of any rank.
-
-    Raises:
-        LayoutError: the leading axes have no common stride.
-    """
-    lead = View(view.dtype, view.shape[:-1], view.strides[:-1])
-    (merged,) = merge_axes([lead])
-    if merged.rank != 1:
-        raise LayoutError(f"rows of {view} have no common stride")
-    return View(view.dtype, (*merged.shape, view.shape[-1]), (*merged.strides, view.strides[-1]))
-
-
-def _check_types(site: Site, op: Linear | GroupedLinear) -> None:
-    allowed = (DType.F32, DType.BF16, DType.F16)
-    x, w = site.view(site.arg("x")).dtype, site.view(site.arg("w")).dtype
-    if op.acc != DType.F32 or x not in allowed or w not in allowed:
-        raise NemocError(
-            f"the cpu target has no {op.mnemonic()} of {x} by {w} in {op.acc}, "
-            f"expected f32, bf16 or f16 operands and acc f32"
-        )
+def write_panels(
+    product: "Product",
+    source: "RowSource",
+    first: str,
+    count: str,
+    panels: Panels,
+    part: str,
+    group: str = "",
+) -> None:
+    """Rows `first` to `first + count` times a part of the panels, of one group when w has groups."""
+    writer = product.writer
+    with source.at_hand(first, count) as block, panels.loop(writer, part) as panel:
+        product.write(block, panel, group)
 
 
 def _row_block(k: int, high: int) -> int:
@@ -114,22 +185,127 @@ def _row_block(k: int, high: int) -> int:
     return max(high, fitting // high * high)
 
 
+Element = Callable[[str, str], str]
+"""An element of x within a tile: `(row of the tile, k) -> expression`, f32."""
+
+
 @dataclass(frozen=True)
-class _Product:
+class RowBlock:
+    """Rows of x that are at hand.
+
+    Attributes:
+        first: the number of the first one, int32.
+        count: how many.
+        tile: begins a tile of so many of them, from one on: `(row, rows) -> elements`.
+    """
+
+    first: str
+    count: str
+    tile: Callable[[str, int], Element]
+
+
+class RowSource(Protocol):
+    """Where rows of x come from."""
+
+    def at_hand(self, first: str, count: str) -> AbstractContextManager[RowBlock]:
+        """A block of statements for each block of the rows `first` to `first + count`."""
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows of a buffer.
+
+    Attributes:
+        writer: the kernel.
+        buffer: the name of a buffer of rank 2.
+    """
+
+    writer: KernelWriter
+    buffer: str
+
+    @contextmanager
+    def at_hand(self, first: str, count: str) -> Iterator[RowBlock]:
+        """All rows are."""
+        yield RowBlock(first, count, self._tile)
+
+    def _tile(self, row: str, rows: int) -> Element:
+        return lambda i, k: self.writer.load(self.buffer, f"{row} + {i}, {k}")
+
+
+@dataclass(frozen=True)
+class GatheredRows(StoredRows):
+    """Rows of a buffer that an index chooses, their numbers looked up once for a tile.
+
+    Attributes:
+        number: writes which row of the buffer a row of x is, int32.
+    """
+
+    number: Callable[[str], str]
+
+    def _tile(self, row: str, rows: int) -> Element:
+        picks = self.writer.local("picks", rows, dtype="int32")
+        with self.writer.loop("i", rows, "T.unroll") as i:
+            self.writer.line(f"{picks}[{i}] = {self.number(f'{row} + {i}')}")
+        return lambda i, k: self.writer.load(self.buffer, f"{picks}[{i}], {k}")
+
+
+def rows_in_array(array: str, stride: int, first: str, count: str) -> RowBlock:
+    """Rows in a local array of f32.
+
+    Args:
+        array: its name.
+        stride: its elements from row to row.
+        first: the number of its first row, int32.
+        count: how many rows it has.
+    """
+
+    def tile(row: str, rows: int) -> Element:
+        return lambda i, k: f"{array}[({row} + {i} - {first}) * {stride} + {k}]"
+
+    return RowBlock(first, count, tile)
+
+
+@dataclass(frozen=True)
+class Sink:
+    """Where a product's sums go.
+
+    Attributes:
+        put: writes what becomes of sums: `(row, column, sums, lanes)`, the first's row and column being int32.
+        lanes: sums that are put at once: those of a vector of the product, or 1.
+        repeats: whether `put` writes so little that it is written out for every vector of a tile; otherwise the tile
+            goes to memory and is put from there in a loop.
+    """
+
+    put: Callable[[str, str, str, int], None]
+    lanes: int
+    repeats: bool = False
+
+
+def stored(writer: KernelWriter, buffer: str, lanes: int) -> Sink:
+    """Sums stored to a buffer of rank 2, as many at once as a vector of the product has."""
+
+    def put(row: str, column: str, sums: str, n: int) -> None:
+        writer.store(buffer, f"{row}, {column}", sums, n)
+
+    return Sink(put, lanes, repeats=True)
+
+
+@dataclass(frozen=True)
+class Product:
     """Writes the product of rows of x and a panel of w.
 
     Attributes:
         writer: the kernel.
-        x, w, y: names of the buffers; x and y are of rank 2.
+        w: the name of w's buffer.
+        sink: where sums go.
         n, k, b: output features, reduction width, features per panel.
         lanes: f32 elements per vector.
         high: rows of the highest tile.
     """
 
     writer: KernelWriter
-    x: str
     w: str
-    y: str
+    sink: Sink
     n: int
     k: int
     b: int
@@ -137,65 +313,59 @@ class _Product:
     high: int
 
     @classmethod
-    def declare(
-        cls, writer: KernelWriter, target: CpuTarget, site: Site, x: View, y: View
-    ) -> "_Product":
-        """Declare the three buffers.
-
-        Raises:
-            NemocError: the panels are narrower than a vector or ragged.
-        """
-        w = site.view(site.arg("w"))
-        *_, k, b = w.shape
-        n = y.shape[1]
+    def of(
+        cls,
+        writer: KernelWriter,
+        target: CpuTarget,
+        op: Linear | GroupedLinear,
+        w: str,
+        sink: Sink,
+    ) -> Self:
+        """The product of an op with an interleaved weight, in which there is no `obstacle`."""
+        *_, k, b = op.w.shape
+        n = op.width
         assert isinstance(k, int) and isinstance(b, int) and isinstance(n, int)
-        lanes = min(target.lanes, b)
-        if b % lanes:
-            raise NemocError(
-                f"the cpu target needs weights interleaved by a multiple of {lanes}, not {b}"
-            )
-        return cls(
-            writer=writer,
-            x=writer.buffer("x", site.arg("x"), x),
-            w=writer.buffer("w", site.arg("w"), w),
-            y=writer.buffer("y", Arg("result", 0), y),
-            n=n,
-            k=k,
-            b=b,
-            lanes=lanes,
-            high=12 if target.registers >= 32 else 6,
-        )
+        high = 12 if target.registers >= 32 else 6
+        return cls(writer, w, sink, n, k, b, panel_lanes(op, target), high)
 
-    def write(self, first: str, count: str, panel: str, group: str = "") -> None:
-        """Rows `first` to `first + count` times one panel, of one group when w has groups."""
+    @property
+    def panels(self) -> int:
+        """How many panels a weight has."""
+        return -(-self.n // self.b)
+
+    def write(self, block: RowBlock, panel: str, group: str = "") -> None:
+        """A block of rows times one panel, of one group when w has groups."""
         writer, low = self.writer, self.high // 3
-        at = f"{group}, {panel}" if group else panel
+        first, count = block.first, block.count
+        strip = _Strip(panel, f"{group}, {panel}" if group else panel, "0", self.b // self.lanes)
         with writer.loop("t", f"{count} // {self.high}") as t:
-            self._high_tile(f"{first} + {t} * {self.high}", panel, at)
+            self._high_tile(block, f"{first} + {t} * {self.high}", strip)
         done = writer.let("done", f"{first} + {count} // {self.high} * {self.high}")
         with writer.loop("t", f"{count} % {self.high} // {low}") as t:
-            self._tile(low, f"{done} + {t} * {low}", panel, at, "0", self.b // self.lanes)
+            self._tile(block, low, f"{done} + {t} * {low}", strip)
         rest = writer.let("rest", f"{count} % {low}")
         with writer.loop("t", rest) as t:
-            self._tile(1, f"{first} + {count} - {rest} + {t}", panel, at, "0", self.b // self.lanes)
+            self._tile(block, 1, f"{first} + {count} - {rest} + {t}", strip)
 
-    def _high_tile(self, row: str, panel: str, at: str) -> None:
+    def _high_tile(self, block: RowBlock, row: str, strip: "_Strip") -> None:
         """A tile of the full height, in strips of two vectors, as many sums as there are registers for."""
-        wide = min(2, self.b // self.lanes)
-        strips = self.b // (wide * self.lanes)
+        wide = 2 - strip.wide % 2
+        strips = strip.wide // wide
         if strips == 1:
-            self._tile(self.high, row, panel, at, "0", wide)
+            self._tile(block, self.high, row, strip)
             return
         with self.writer.loop("s", strips) as s:
             column = self.writer.let("column", f"{s} * {wide * self.lanes}")
-            self._tile(self.high, row, panel, at, column, wide)
+            narrow = dataclasses.replace(strip, column=column, wide=wide)
+            self._tile(block, self.high, row, narrow)
 
-    def _tile(self, rows: int, row: str, panel: str, at: str, column: str, wide: int) -> None:
-        """`rows` rows by `wide` vectors of columns, all sums in registers."""
-        writer, lanes = self.writer, self.lanes
+    def _tile(self, block: RowBlock, rows: int, row: str, strip: "_Strip") -> None:
+        """`rows` rows by a strip, all sums in registers."""
+        writer, lanes, wide = self.writer, self.lanes, strip.wide
         chains = max(1, 8 // (rows * wide)) if rows < self.high else 1
         unroll = 2 if rows == self.high else chains
         first = writer.let("row", row)
+        element = block.tile(first, rows)
         acc = writer.local("acc", chains * rows * wide, lanes)
         weights = writer.local("wv", wide, lanes)
         with writer.loop("i", chains * rows * wide, "T.unroll") as i:
@@ -203,13 +373,13 @@ class _Product:
 
         def step(k: str, chain: str) -> None:
             if rows < self.high:
-                self._prefetch(f"{at}, {k}, 0")
+                self._prefetch(f"{strip.at}, {k}, 0")
             with writer.loop("v", wide, "T.unroll") as v:
-                value = writer.load(self.w, f"{at}, {k}, {column} + {v} * {lanes}", lanes)
+                column = f"{strip.column} + {v} * {lanes}"
+                value = writer.load(self.w, f"{strip.at}, {k}, {column}", lanes)
                 writer.line(f"{weights}[{v}] = {value}")
             with writer.loop("i", rows, "T.unroll") as i:
-                x = writer.load(self.x, f"{first} + {i}, {k}")
-                xs = writer.value("xs", f"T.Broadcast({x}, {lanes})", lanes)
+                xs = writer.value("xs", f"T.Broadcast({element(i, k)}, {lanes})", lanes)
                 with writer.loop("v", wide, "T.unroll") as v:
                     sum_ = f"{acc}[({chain} * {rows} + {i}) * {wide} + {v}]"
                     writer.line(f"{sum_} = {sum_} + {weights}[{v}] * {xs}")
@@ -228,7 +398,7 @@ class _Product:
         ):
             other = f"{acc}[({c} + 1) * {rows * wide} + {i}]"
             writer.line(f"{acc}[{i}] = {acc}[{i}] + {other}")
-        self._store(acc, rows, wide, first, panel, column)
+        self._store(acc, rows, first, strip)
 
     def _prefetch(self, index: str) -> None:
         """Fetch the line that lies `_AHEAD` bytes behind an element of w, which may be past its end."""
@@ -238,28 +408,69 @@ class _Product:
             f'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", {ahead}, {hint}))'
         )
 
-    def _store(self, acc: str, rows: int, wide: int, row: str, panel: str, column: str) -> None:
-        """Store a tile; in the last panel, only the columns that exist."""
-        writer, lanes = self.writer, self.lanes
-        start = writer.let("start", f"{panel} * {self.b} + {column}")
+    def _store(self, acc: str, rows: int, row: str, strip: "_Strip") -> None:
+        """Hand a tile to the sink; in the last panel, only the columns that exist."""
+        writer, wide, width = self.writer, strip.wide, strip.wide * self.lanes
+        start = writer.let("start", f"{strip.panel} * {self.b} + {strip.column}")
+        from_registers = self.sink.repeats and self.sink.lanes == self.lanes
+        tile = "" if from_registers else self._spill(acc, rows * wide)
 
         def whole() -> None:
-            with writer.loop("i", rows, "T.unroll") as i, writer.loop("v", wide, "T.unroll") as v:
-                value = f"{acc}[{i} * {wide} + {v}]"
-                writer.store(self.y, f"{row} + {i}, {start} + {v} * {lanes}", value, lanes)
+            if from_registers:
+                self._put_registers(acc, rows, wide, row, start)
+            else:
+                self._put_tile(tile, rows, width, row, start, str(width), self.sink.lanes)
 
         if self.n % self.b == 0:
             whole()
             return
-        with writer.block(f"if {start} + {wide * lanes} <= {self.n}:"):
+        with writer.block(f"if {start} + {width} <= {self.n}:"):
             whole()
         with writer.block("else:"):
-            tile = writer.local("tile", rows * wide * lanes)
-            with writer.loop("i", rows * wide, "T.unroll") as i:
-                writer.line(f"{tile}[T.Ramp({i} * {lanes}, 1, {lanes})] = {acc}[{i}]")
-            with writer.loop("i", rows) as i, writer.loop("j", f"{self.n} - {start}") as j:
-                value = f"{tile}[{i} * {wide * lanes} + {j}]"
-                writer.store(self.y, f"{row} + {i}, {start} + {j}", value)
+            some = tile or self._spill(acc, rows * wide)
+            self._put_tile(some, rows, width, row, start, f"{self.n} - {start}", 1)
+
+    def _put_registers(self, acc: str, rows: int, wide: int, row: str, start: str) -> None:
+        """Hand over the sums of all columns of a tile, each vector by statements of its own."""
+        writer, lanes = self.writer, self.lanes
+        with writer.loop("i", rows, "T.unroll") as i, writer.loop("v", wide, "T.unroll") as v:
+            value = f"{acc}[{i} * {wide} + {v}]"
+            self.sink.put(f"{row} + {i}", f"{start} + {v} * {lanes}", value, lanes)
+
+    def _put_tile(
+        self, tile: str, rows: int, width: int, row: str, start: str, count: str, lanes: int
+    ) -> None:
+        """Hand over the sums of `count` columns of a tile in memory, in a loop."""
+        columns = count if lanes == 1 else f"{count} // {lanes}"
+        with self.writer.loop("i", rows) as i, self.writer.loop("j", columns) as j:
+            at = j if lanes == 1 else f"{j} * {lanes}"
+            value = f"{tile}[{ramp(f'{i} * {width} + {at}', lanes)}]"
+            self.sink.put(f"{row} + {i}", f"{start} + {at}", value, lanes)
+
+    def _spill(self, acc: str, vectors: int) -> str:
+        """Copy sums from registers to memory; returns the array."""
+        writer, lanes = self.writer, self.lanes
+        tile = writer.local("tile", vectors * lanes)
+        with writer.loop("i", vectors, "T.unroll") as i:
+            writer.line(f"{tile}[T.Ramp({i} * {lanes}, 1, {lanes})] = {acc}[{i}]")
+        return tile
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """Columns of one panel.
+
+    Attributes:
+        panel: the panel's number in its weight.
+        at: its indices in w.
+        column: the strip's first column in the panel.
+        wide: how many vectors of columns.
+    """
+
+    panel: str
+    at: str
+    column: str
+    wide: int
 
 
 def _plain(site: Site, x: View, y: View, target: CpuTarget) -> Plan:
@@ -283,18 +494,25 @@ def _plain(site: Site, x: View, y: View, target: CpuTarget) -> Plan:
     dot = _Dot(writer, *names, k, lanes)
     if isinstance(site.op, Linear):
         dot.write("", "0", size_text(x.shape[0]), first, count)
-        return Plan((writer.finish(tasks, strided=True),))
+        return Plan((writer.finish(tasks),))
     offsets = writer.buffer("offsets", site.arg("offsets"), site.view(site.arg("offsets")))
     with writer.loop("g", size_text(w.shape[0])) as group:
         start = writer.let("start", writer.load(offsets, group))
         rows = writer.let("rows", f"{writer.load(offsets, f'{group} + 1')} - {start}")
         dot.write(f"{group}, ", start, rows, first, count)
-    return Plan((writer.finish(tasks, strided=True),))
+    return Plan((writer.finish(tasks),))
 
 
 @dataclass(frozen=True)
 class _Dot:
-    """Writes dot products of rows of x and rows of w; fields as in `_Product`."""
+    """Writes dot products of rows of x and rows of w.
+
+    Attributes:
+        writer: the kernel.
+        x, w, y: names of the buffers.
+        k: reduction width.
+        lanes: elements per vector.
+    """
 
     writer: KernelWriter
     x: str

@@ -6,9 +6,8 @@ test holds the two to equal modules.
 """
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import tvm
@@ -27,13 +26,16 @@ _COMPARISONS = {
 
 
 def read_module(source: str) -> tvm.IRModule:
-    """The module that a text describes: one class of functions, kernels before the functions that call them."""
+    """The module that a text describes: one class of functions.
+
+    Where the text has no function of that name, a call `Module.name(...)` is of the C function: a kernel whose text is
+    elsewhere.
+    """
     (module,) = ast.parse(source).body
     assert isinstance(module, ast.ClassDef)
     functions = [node for node in module.body if isinstance(node, ast.FunctionDef)]
     names = {node.name: tvm.ir.GlobalVar(node.name) for node in functions}
-    callees = {name: _Callee(variable) for name, variable in names.items()}
-    env = {"T": T, "build": _Builder, module.name: SimpleNamespace(**callees)}
+    env = {"T": T, "build": _Builder, module.name: _Callees(names)}
     return tvm.IRModule({names[node.name]: _read_function(node, env) for node in functions})
 
 
@@ -58,14 +60,19 @@ def _read_function(node: ast.FunctionDef, env: dict[str, Any]) -> tirx.PrimFunc:
     return builder.get()
 
 
-class _Callee:
-    """What `Module.kernel` is in an expression."""
+class _Callees:
+    """What `Module` is in an expression: its attributes make calls."""
 
-    def __init__(self, variable: tvm.ir.GlobalVar) -> None:
-        self._variable = variable
+    def __init__(self, variables: Mapping[str, tvm.ir.GlobalVar]) -> None:
+        self._variables = variables
 
-    def __call__(self, *args: Any) -> tvm.ir.Call:
-        return tvm.ir.Call(self._variable, args, ret_ty=tvm.ir.PrimType("int32"))
+    def __getattr__(self, name: str) -> Callable[..., tvm.ir.Call]:
+        def call(*args: Any) -> tvm.ir.Call:
+            if name not in self._variables:
+                return T.call_extern("int32", name, *args)
+            return tvm.ir.Call(self._variables[name], args, ret_ty=tvm.ir.PrimType("int32"))
+
+        return call
 
 
 class _Builder:

@@ -1,4 +1,4 @@
-"""The step function: all launches of a step in one parallel region with a barrier after each."""
+"""The step function: all phases of a step in one parallel region with a barrier after each."""
 
 from collections.abc import Iterable
 
@@ -14,10 +14,16 @@ def step_source(step: StepFunction) -> str:
         f"    def {step.name}({pointers}B: T.int32, L: T.int32, C: T.int32):\n"
         '        with T.attr(0, "pragma_parallel_launch_point", 1):\n'
     )
-    return head + "".join(_phase(launch) for launch in step.launches)
+    return head + "".join(map(_phase, step.phases))
 
 
-def _phase(launch: Launch) -> str:
+def _phase(launches: Iterable[Launch]) -> str:
+    """Loops that follow each other: a thread goes on to the next one while others still have tasks of those before."""
+    barrier = '            with T.attr(0, "pragma_parallel_barrier_when_finish", 1):\n'
+    return barrier + "".join(map(_loop, launches))
+
+
+def _loop(launch: Launch) -> str:
     kernel = launch.kernel
     pointers = ", ".join(
         a.arena
@@ -25,18 +31,10 @@ def _phase(launch: Launch) -> str:
         else f"T.handle_add_byte_offset({a.arena}, {offset_text(a.offset)})"
         for a in launch.buffers
     )
-    call = f"T.evaluate(Module.{kernel.name}(task, {pointers}, B, L, C))"
-    lines = [
-        '            with T.attr(0, "pragma_parallel_barrier_when_finish", 1):',
-        f"                for task in T.parallel({size_text(kernel.tasks)}):",
-        f"                    {call}",
-    ]
-    if kernel.strided:
-        lines[1:] = [
-            '                with T.attr(0, "pragma_parallel_stride_pattern", 1):',
-            *("    " + line for line in lines[1:]),
-        ]
-    return "\n".join(lines) + "\n"
+    return (
+        f"                for task in T.parallel({size_text(kernel.tasks)}):\n"
+        f"                    T.evaluate(Module.{kernel.name}(task, {pointers}, B, L, C))\n"
+    )
 
 
 def module_source(steps: Iterable[StepFunction]) -> str:

@@ -15,6 +15,7 @@ The dialect, in short (TVM 0.27):
 """
 
 import functools
+import keyword
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -40,6 +41,9 @@ TIR_NAMES = {
 
 COMPUTE_NAMES = TIR_NAMES | {DType.BF16: "float32", DType.F16: "float32"}
 """The TIR type in which kernels hold a loaded element."""
+
+_RESERVED = ("B", "C", "I", "L", "Module", "T", "range", "task")
+"""Names that mean something in a kernel's text."""
 
 
 def tir_name(dtype: DType) -> str:
@@ -81,7 +85,7 @@ class KernelWriter:
         self._lines: list[str] = []
         self._depth = 2
         self._views: dict[str, View] = {}
-        self._taken = dict.fromkeys(("B", "C", "I", "L", "Module", "T", "task"), 1)
+        self._taken = dict.fromkeys((*_RESERVED, *keyword.kwlist), 1)
 
     def line(self, text: str) -> None:
         """One statement."""
@@ -197,6 +201,16 @@ class KernelWriter:
             value = f'T.Cast("{lanes_of("float16", lanes)}", {value})'
         self.line(f"{target} = {value}")
 
+    def rounded(self, value: str, dtype: DType, lanes: int = 1) -> str:
+        """An f32 expression rounded to what a narrower type can hold, still f32; of other types as it is."""
+        wide = lanes_of("float32", lanes)
+        if dtype == DType.BF16:
+            word = f'T.Cast("{lanes_of("uint32", lanes)}", {self._to_bf16(value, lanes)})'
+            return f'T.reinterpret("{wide}", T.shift_left({word}, T.uint32(16)))'
+        if dtype == DType.F16:
+            return f'T.Cast("{wide}", T.Cast("{lanes_of("float16", lanes)}", {value}))'
+        return value
+
     def _to_bf16(self, value: str, lanes: int) -> str:
         x = self.value("x", value, lanes)
         word = lanes_of("uint32", lanes)
@@ -207,14 +221,14 @@ class KernelWriter:
         kept = f"T.Select(T.isnan({x}), {nan}, {rounded})"
         return f'T.Cast("{lanes_of("uint16", lanes)}", {kept})'
 
-    def finish(self, tasks: Dim, strided: bool = False) -> Stage:
-        """The kernel's stage; `tasks` and `strided` as in `Kernel`."""
+    def finish(self, tasks: Dim) -> Stage:
+        """The kernel's stage; `tasks` as in `Kernel`."""
         body = "\n".join([*self._lines, "        return 0"])
         pointers = "".join(f"p{i}: T.handle, " for i in range(len(self._args)))
         signature = f"(task: T.int32, {pointers}B: T.int32, L: T.int32, C: T.int32) -> T.int32:\n"
-        name = kernel_name(self._stem, f"{signature}{body}|{tasks}|{strided}")
+        name = kernel_name(self._stem, f"{signature}{body}|{tasks}")
         source = f"    @T.prim_func(private=True, s_tir=True)\n    def {name}{signature}{body}\n"
-        return Stage(Kernel(name, source, tasks, strided), tuple(self._args))
+        return Stage(Kernel(name, source, tasks), tuple(self._args))
 
 
 def _ramp(index: str, lanes: int) -> str:

@@ -10,15 +10,16 @@ import torch
 import tvm_ffi
 
 from nemoc.codegen.lower import arena_names, corner_sizes, describe, lower_program
-from nemoc.codegen.plan import Plan, Site
+from nemoc.codegen.plan import LayoutError, Plan, RegionError, Site
 from nemoc.codegen.storage import Layout
 from nemoc.codegen.tvm.compile import compile_program
 from nemoc.codegen.tvm.emit import emit
-from nemoc.codegen.tvm.target import cpu_target
+from nemoc.codegen.tvm.target import CpuTarget, cpu_target
 from nemoc.ir.builder import Builder
 from nemoc.ir.dims import B, C, Dim, L, ceil_div, evaluate_dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
+from nemoc.ir.fusion import fuse
 from nemoc.ir.graph import Graph
 from nemoc.ir.interpreter import interpret
 from nemoc.ir.ops import (
@@ -36,8 +37,10 @@ from nemoc.ir.ops import (
     Reshape,
     Scale,
     Slice,
+    Sum,
     Unary,
 )
+from nemoc.ir.region import Fused
 
 F32 = DType.F32
 CORNERS = corner_sizes(2, 12, 8)
@@ -115,6 +118,13 @@ def strided_state_updated_and_read(b: Builder) -> Graph:
     return b.finish([y, s], [b(Permute(after, (1, 0, 2)))])
 
 
+def two_chains(b: Builder) -> Graph:
+    """Neither needs the other: they run side by side, on scratch of their own."""
+    xs = [b.input(name, F32, (B, L, 6)) for name in ("x", "y")]
+    sums = [b(Sum(b(Exp(b(Scale(x, 2.0)))), 1)) for x in xs]
+    return b.finish([b(Mul(*sums))])
+
+
 def zeros_of_both_signs(b: Builder) -> Graph:
     """Two ops whose attributes are equal numbers and different values."""
     x = b.input("x", F32, (B, 4))
@@ -132,6 +142,7 @@ GRAPHS: list[Callable[[Builder], Graph]] = [
     reshape_that_copies,
     product_of_a_transposed_operand,
     strided_state_updated_and_read,
+    two_chains,
     zeros_of_both_signs,
 ]
 
@@ -154,9 +165,8 @@ def _block(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return block
 
 
-@pytest.mark.parametrize("build", GRAPHS, ids=lambda f: f.__name__)
-def test_step_equals_interpreter(build: Callable[[Builder], Graph]) -> None:
-    graph = build(Builder("step"))
+def check_step(graph: Graph) -> None:
+    """Compile a graph and hold a step of it against the interpreter."""
     weights = Layout.of((p.name, p.type) for p in graph.params)
     compiled = compile_program({"step": graph}, weights, CORNERS, TARGET)
     with tempfile.TemporaryDirectory() as folder:
@@ -185,6 +195,11 @@ def test_step_equals_interpreter(build: Callable[[Builder], Graph]) -> None:
     for found, wanted in zip(outputs, expected.outputs, strict=True):
         torch.testing.assert_close(found, wanted.contiguous(), rtol=1e-6, atol=1e-6)
     assert torch.equal(state, _block(state_layout, expected.states))
+
+
+@pytest.mark.parametrize("build", GRAPHS, ids=lambda f: f.__name__)
+def test_step_equals_interpreter(build: Callable[[Builder], Graph]) -> None:
+    check_step(build(Builder("step")))
 
 
 def test_a_state_is_updated_where_it_lies() -> None:
@@ -216,13 +231,94 @@ def test_regions_with_other_bodies_do_not_share_a_plan() -> None:
     assert site(Exp).key != site(Relu).key
 
 
-def test_describes_launches_as_a_table() -> None:
+def test_launches_that_do_not_depend_on_each_other_share_a_phase() -> None:
     program = lower_program(
-        {"step": accumulate(Builder("step"))}, Layout((), 0), CORNERS, emit_here
+        {"step": two_chains(Builder("step"))}, Layout((), 0), CORNERS, emit_here
     )
-    lines = describe(program.functions).splitlines()
-    assert lines[0].startswith("step(weights, state, scratch, in0_x, out0_")
-    assert len(lines) == 3
+    (step,) = program.functions
+    assert [len(phase) for phase in step.phases] == [2, 2, 2, 1]
+    first, second = (launch.buffers[-1] for launch in step.phases[0])
+    assert first != second
+    assert len(step.launches) == 7
+
+
+def test_the_old_value_is_read_in_an_earlier_phase_than_it_is_overwritten() -> None:
+    program = lower_program(
+        {"step": state_used_twice(Builder("step"))}, Layout((), 0), CORNERS, emit_here
+    )
+    read, overwrite = (launch for (launch,) in program.functions[0].phases)
+    assert "state" in {a.arena for a in read.buffers}
+    assert overwrite.buffers[-1].arena == "state"
+
+
+def refuse_regions(site: Site) -> Plan:
+    """A backend without kernels for regions, that asks for dense operands before it looks at one."""
+    if not isinstance(site.op, Fused):
+        return emit_here(site)
+    if not all(view.is_dense for view in site.operands):
+        raise LayoutError("this region needs dense operands")
+    raise RegionError("no kernels for this region")
+
+
+def strided_operand_of_a_region(b: Builder) -> Graph:
+    x = b.input("x", F32, (B, L, 6))
+    turned = b(Permute(b(Exp(x)), (1, 0, 2)))
+    return b.finish([b(Add(b(Relu(turned)), turned))])
+
+
+REGIONS: list[tuple[Callable[[Builder], Graph], int]] = [
+    *((build, 0) for build in GRAPHS),
+    (strided_operand_of_a_region, 2),
+    (accumulate, 1),
+]
+"""Graphs, and which node of each is the first of a region of it and all behind it."""
+
+
+@pytest.mark.parametrize(("build", "first"), REGIONS)
+def test_a_region_without_a_kernel_is_lowered_as_its_ops(
+    build: Callable[[Builder], Graph], first: int
+) -> None:
+    graph = build(Builder("step"))
+    region = fuse(graph, graph.nodes[first:], "test")
+    weights = Layout.of((p.name, p.type) for p in graph.params)
+    program = lower_program({"step": region}, weights, CORNERS, refuse_regions)
+    plain = lower_program({"step": graph}, weights, CORNERS, emit_here)
+    assert program.functions[0].phases == plain.functions[0].phases
+    assert program.scratch_bytes == plain.scratch_bytes
+    assert program.graphs == (graph,)
+    assert len(region.nodes) == first + 1
+
+
+def test_a_step_with_a_region_lowered_as_its_ops_equals_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(site: Site, target: CpuTarget) -> Plan:
+        assert target is TARGET
+        return refuse_regions(site)
+
+    monkeypatch.setattr("nemoc.codegen.tvm.compile.emit", refuse)
+    graph = strided_state_updated_and_read(Builder("step"))
+    (conv,) = (n for n in graph.nodes if isinstance(n.op, CausalConv))
+    check_step(fuse(graph, graph.nodes[graph.nodes.index(conv) :], "test"))
+
+
+def test_only_regions_may_be_refused_for_being_regions() -> None:
+    def refuse(site: Site) -> Plan:
+        raise RegionError(f"no kernels for {site.op.mnemonic()}")
+
+    with pytest.raises(RegionError, match="no kernels for add"):
+        lower_program({"step": accumulate(Builder("step"))}, Layout((), 0), CORNERS, refuse)
+
+
+def test_describes_launches_as_a_table() -> None:
+    graphs = {"step": two_chains(Builder("step")), "empty": Builder("empty").finish([])}
+    program = lower_program(graphs, Layout((), 0), CORNERS, emit_here)
+    step, *launches, empty = describe(program.functions).splitlines()
+    assert step.startswith("step(weights, state, scratch, in0_x, in1_y, out0_")
+    assert step.endswith(", B, L, C): 7 launches in 4 phases")
+    assert empty == "empty(weights, state, scratch, B, L, C): 0 launches in 0 phases"
+    kernels = [line.partition("_")[0] for line in launches]
+    assert kernels == ["  scale", "| scale", "  exp", "| exp", "  sum", "| sum", "  mul"]
 
 
 def test_names_of_arenas_are_identifiers() -> None:

@@ -49,7 +49,7 @@ def _module(op: Op) -> str:
         Launch(s.kernel, tuple(Address("memory", 64 * i) for i, _ in enumerate(s.args)))
         for s in plan.stages
     )
-    return module_source([StepFunction("step", ("memory",), launches)])
+    return module_source([StepFunction("step", ("memory",), (launches,))])
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.mnemonic())

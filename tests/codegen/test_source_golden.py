@@ -23,9 +23,8 @@ def text_of(plan: Plan) -> str:
     """A plan as text: its launches, its memory, then its kernels."""
     lines = []
     for stage in plan.stages:
-        order = ", strided" if stage.kernel.strided else ""
         args = ", ".join(map(str, stage.args))
-        lines.append(f"launch {stage.kernel.name}({args}): {stage.kernel.tasks} tasks{order}")
+        lines.append(f"launch {stage.kernel.name}({args}): {stage.kernel.tasks} tasks")
     for i, view in enumerate(plan.scratch):
         lines.append(f"scratch{i}: {view.dtype}{list(view.shape)}, strides {list(view.strides)}")
     for kind, pairs in (("in place", plan.in_place), ("update", plan.updates)):

@@ -21,7 +21,7 @@ from nemoc.ir.errors import NemocError
 WIDTH = 40
 
 
-def ring_kernel(strided: bool, tasks: Dim = B) -> Stage:
+def ring_kernel(tasks: Dim = B) -> Stage:
     """Task i of B: y[i] = x[i] + x[i + 1 mod B] on rows of integers, which reads what another task wrote."""
     writer = KernelWriter("ring")
     view = View(DType.I32, (B, WIDTH), (WIDTH, 1))
@@ -30,14 +30,24 @@ def ring_kernel(strided: bool, tasks: Dim = B) -> Stage:
     with writer.loop("j", WIDTH) as j:
         here, there = writer.load(x, f"task, {j}"), writer.load(x, f"(task + 1) % B, {j}")
         writer.store(y, f"task, {j}", f"{here} + {there}")
-    return writer.finish(tasks, strided)
+    return writer.finish(tasks)
 
 
-def ring_step(name: str, phases: int, strided: bool) -> StepFunction:
-    kernel = ring_kernel(strided).kernel
+def ring_step(name: str, phases: int) -> StepFunction:
+    """Back and forth between two arenas."""
+    kernel = ring_kernel().kernel
     places = (Address("a"), Address("b", 16 * C))
-    launches = tuple(Launch(kernel, (places[i % 2], places[(i + 1) % 2])) for i in range(phases))
-    return StepFunction(name, ("a", "b"), launches)
+    launches = [Launch(kernel, (places[i % 2], places[(i + 1) % 2])) for i in range(phases)]
+    return StepFunction(name, ("a", "b"), tuple((launch,) for launch in launches))
+
+
+def braid_step(name: str, phases: int) -> StepFunction:
+    """Two rings side by side, each on what the other one wrote in the phase before."""
+    kernel = ring_kernel().kernel
+    a, b, c, d = map(Address, "abcd")
+    there = (Launch(kernel, (a, b)), Launch(kernel, (d, c)))
+    back = (Launch(kernel, (c, a)), Launch(kernel, (b, d)))
+    return StepFunction(name, ("a", "b", "c", "d"), (there, back) * (phases // 2))
 
 
 RUN = """
@@ -53,14 +63,22 @@ import tvm_ffi
 runtime = Path(find_spec("tvm").origin).parent / "lib" / "libtvm_runtime.so"
 ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
 module = tvm_ffi.load_module(library)
-for name in ("ring", "strided"):
-    for rows in (1, 2, 3, 7, 50):
-        x = np.arange(rows * {width}, dtype=np.int32).reshape(rows, {width})
-        a, b = x.copy(), np.full(rows * {width} + 16, -1, dtype=np.int32)
-        module[name](ctypes.c_void_p(a.ctypes.data), ctypes.c_void_p(b.ctypes.data), rows, 1, 4)
-        for _ in range({phases}):
-            x = x + np.roll(x, -1, axis=0)
-        assert np.array_equal(a, x), (name, rows)
+for rows in (1, 2, 3, 7, 50):
+    x = np.arange(rows * {width}, dtype=np.int32).reshape(rows, {width})
+    a, b = x.copy(), np.full(rows * {width} + 16, -1, dtype=np.int32)
+    module["ring"](ctypes.c_void_p(a.ctypes.data), ctypes.c_void_p(b.ctypes.data), rows, 1, 4)
+    for _ in range({phases}):
+        x = x + np.roll(x, -1, axis=0)
+    assert np.array_equal(a, x), ("ring", rows)
+for rows in (1, 2, 3, 7, 50):
+    x = np.arange(2 * rows * {width}, dtype=np.int32).reshape(2, rows, {width})
+    a, b, c, d = x[0].copy(), np.full_like(x[0], -1), np.full_like(x[0], -1), x[1].copy()
+    pointers = (ctypes.c_void_p(array.ctypes.data) for array in (a, b, c, d))
+    module["braid"](*pointers, rows, 1, 4)
+    for _ in range({phases}):
+        x = x + np.roll(x, -1, axis=1)
+    swapped = {phases} // 2 % 2
+    assert np.array_equal(a, x[swapped]) and np.array_equal(d, x[1 - swapped]), ("braid", rows)
 assert "tvm" not in sys.modules
 compiler = [line for line in open("/proc/self/maps") if "libtvm_compiler" in line]
 assert not compiler
@@ -71,7 +89,7 @@ print("ok")
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("library") / "ring.so"
-    steps = [ring_step("ring", 6, strided=False), ring_step("strided", 6, strided=True)]
+    steps = [ring_step("ring", 6), braid_step("braid", 6)]
     build_library(module_source(steps), cpu_target(), path)
     return path
 
@@ -90,7 +108,7 @@ def test_phases_see_each_others_writes_without_the_compiler(library: Path, threa
 
 
 def test_source_of_a_step() -> None:
-    step = ring_step("ring", 2, strided=False)
+    step = ring_step("ring", 2)
     name = step.launches[0].kernel.name
     second = 'T.handle_add_byte_offset(b, (T.int64(16) * T.Cast("int64", C)))'
     head = "@T.prim_func(s_tir=True)\ndef ring(a: T.handle, b: T.handle, "
@@ -107,8 +125,31 @@ def test_source_of_a_step() -> None:
     assert step_source(step) == textwrap.indent(wanted, "    ")
 
 
+def test_source_of_launches_side_by_side() -> None:
+    """One barrier behind both loops."""
+    step = braid_step("braid", 2)
+    name = step.launches[0].kernel.name
+
+    def phase(x: str, y: str, u: str, v: str) -> str:
+        return f"""\
+        with T.attr(0, "pragma_parallel_barrier_when_finish", 1):
+            for task in T.parallel(B):
+                T.evaluate(Module.{name}(task, {x}, {y}, B, L, C))
+            for task in T.parallel(B):
+                T.evaluate(Module.{name}(task, {u}, {v}, B, L, C))
+"""
+
+    wanted = textwrap.indent(phase("a", "b", "d", "c") + phase("c", "a", "b", "d"), "    ")
+    assert "".join(step_source(step).splitlines(keepends=True)[3:]) == wanted
+
+
+def test_launches_of_all_phases_in_order() -> None:
+    step = braid_step("braid", 4)
+    assert step.launches == (*step.phases[0], *step.phases[1]) * 2
+
+
 def test_a_kernel_appears_once_however_often_it_is_launched() -> None:
-    source = module_source([ring_step("ring", 6, strided=False), ring_step("again", 3, False)])
+    source = module_source([ring_step("ring", 6), ring_step("again", 3)])
     assert source.count("def ring_") == 1
 
 
@@ -135,9 +176,8 @@ def test_a_size_that_no_kernel_can_compute_is_named() -> None:
 
 
 def test_kernels_are_named_by_what_they_do() -> None:
-    assert ring_kernel(False).kernel.name == ring_kernel(False).kernel.name
-    assert ring_kernel(False).kernel.name != ring_kernel(True).kernel.name
-    assert ring_kernel(False).kernel.name != ring_kernel(False, 2 * B).kernel.name
+    assert ring_kernel().kernel.name == ring_kernel().kernel.name
+    assert ring_kernel().kernel.name != ring_kernel(2 * B).kernel.name
 
 
 def test_a_missing_linker_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +191,7 @@ def test_another_platforms_library_is_not_linked_here(tmp_path: Path) -> None:
     if target.host:
         pytest.skip("this machine is of that platform")
     with pytest.raises(NemocError, match="library for apple-m1"):
-        build_library(module_source([ring_step("ring", 1, False)]), target, tmp_path / "x.so")
+        build_library(module_source([ring_step("ring", 1)]), target, tmp_path / "x.so")
 
 
 @pytest.mark.parametrize("name", ["cpu:nonsense", "cuda:sm_90", "cpu:"])
