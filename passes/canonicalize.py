@@ -45,9 +45,9 @@ class Canonicalize(Pass):
                 raise NemocError(f"pass {self.name}: option without names no rule {name!r}{hint}")
 
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
-        def remark(rule: Rule, node: Node) -> None:
+        def allowed(rule: Rule, node: Node) -> bool:
             site = f"{graph.name}/%{node.results[0].name}"
-            ctx.remarks.append(Remark(self.name, site, rule.name))
+            return ctx.allows(Remark(self.name, site, rule.name))
 
         rules = [rule for rule in RULES if rule.name not in self.without]
-        return rewrite(graph, rules, on_apply=remark)
+        return rewrite(graph, rules, on_apply=allowed)

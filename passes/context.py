@@ -1,8 +1,10 @@
 """What a pass may know besides the graph: plain data, handed in by whoever runs the pipeline."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from nemoc.ir.cost import Cost
+from nemoc.ir.dims import Dim
 from nemoc.ir.params import ParameterSource
 
 
@@ -39,26 +41,53 @@ class Remark:
     Attributes:
         pass_name: who says it.
         site: the value it is about, as `graph/%value`.
-        message: one line.
-        saved: arithmetic and traffic that the change saves, in closed form.
+        message: one line: what was done, or why it was not.
+        saved: arithmetic and traffic that the change saves (or would have saved), in closed form.
+        launches: kernel launches that it saves per step.
+        refused: the change was not made.
     """
 
     pass_name: str
     site: str
     message: str
     saved: Cost = field(default_factory=Cost)
+    launches: Dim = 0
+    refused: bool = False
 
 
 @dataclass(frozen=True)
 class PassContext:
     """What passes are handed.
 
+    A pass asks `allows` before each change. So every change has a remark, changes are counted, and whoever runs
+    the pass can stop it after the first few: `nemoc bisect` finds the guilty one that way.
+
     Attributes:
         target: facts about the target.
         parameters: the weights' data; none when only the structure is at hand.
-        remarks: passes append what they did.
+        remarks: what passes did and refused, in order.
+        limit: the most changes allowed; None: any number.
+        changes: those of the remarks that were allowed changes.
     """
 
     target: TargetInfo = field(default_factory=TargetInfo)
     parameters: ParameterSource | None = None
     remarks: list[Remark] = field(default_factory=list)
+    limit: int | None = None
+    changes: list[Remark] = field(default_factory=list, init=False)
+
+    def allows(self, remark: Remark) -> bool:
+        """Whether a pass may make one more change, which is then counted and noted.
+
+        A pass that is told no leaves the site as it is and goes on. What it returns is valid, and means the same,
+        after any number of changes.
+        """
+        if len(self.changes) == self.limit:
+            return False
+        self.changes.append(remark)
+        self.remarks.append(remark)
+        return True
+
+    def refuses(self, remark: Remark) -> None:
+        """Note a change that a pass decided against; the message says why."""
+        self.remarks.append(dataclasses.replace(remark, refused=True))

@@ -39,13 +39,12 @@ class Cse(Pass):
             op = node.op.map_operands(lambda v: moved.get(v, v))
             current = node if op is node.op else Node(op, node.results, node.location)
             known = first.setdefault(_key(op), current)
-            if known is current:
-                nodes.append(current)
-                continue
-            moved.update(zip(node.results, known.results, strict=True))
             site = f"{graph.name}/%{node.results[0].name}"
             message = f"the same as %{known.results[0].name}"
-            ctx.remarks.append(Remark(self.name, site, message, op.cost()))
+            if known is current or not ctx.allows(Remark(self.name, site, message, op.cost())):
+                nodes.append(current)
+            else:
+                moved.update(zip(node.results, known.results, strict=True))
         return rebuild(graph, nodes, moved) if moved else graph
 
 

@@ -34,8 +34,8 @@ class Dce(Pass):
             if needed.isdisjoint(node.results):
                 site = f"{graph.name}/%{node.results[0].name}"
                 message = f"{node.op.mnemonic()} is never read"
-                ctx.remarks.append(Remark(self.name, site, message, node.op.cost()))
-                continue
+                if ctx.allows(Remark(self.name, site, message, node.op.cost())):
+                    continue
             needed.update(node.op.operands())
             nodes.append(node)
         params = tuple(p for p in graph.params if p in needed)

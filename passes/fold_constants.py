@@ -44,44 +44,53 @@ class FoldConstants(Pass):
         for node in graph.nodes:
             if computed.isdisjoint(node.results):
                 escaping.update(computed.intersection(node.op.operands()))
-        nodes: list[Node] = []
+        regions: dict[Node, tuple[Node, ...]] = {}
         for node in graph.nodes:
-            if computed.isdisjoint(node.results):
-                nodes.append(node)
-                continue
-            nodes.extend(self._fold(graph, node, v, ctx) for v in node.results if v in escaping)
-        if len(nodes) == len(graph.nodes) and all(map(_same, nodes, graph.nodes)):
+            wanted = [v for v in node.results if v in escaping]
+            if wanted:
+                regions[node] = self._fold(graph, node, wanted, ctx)
+        if not any(regions.values()):
             return graph
-        return rebuild(graph, nodes)
+        # A value that was not folded keeps what it needs.
+        needed = set(graph.results)
+        nodes: list[Node] = []
+        for node in reversed(graph.nodes):
+            kept = regions.get(node, ())
+            lost = needed.intersection(node.results).difference(*(k.results for k in kept))
+            if lost or computed.isdisjoint(node.results):
+                kept = (node,)
+            needed.update(v for k in kept for v in k.op.operands())
+            nodes.extend(reversed(kept))
+        return rebuild(graph, reversed(nodes))
 
-    def _fold(self, graph: Graph, node: Node, value: Value, ctx: PassContext) -> Node:
-        slice_ = _slice(graph, value)
+    def _fold(
+        self, graph: Graph, node: Node, wanted: list[Value], ctx: PassContext
+    ) -> tuple[Node, ...]:
+        """The regions that take a node's place, one for each wanted result; none where it stays."""
+        slice_ = _slice(graph, node)
         if isinstance(node.op, Full) or (slice_ == [node] and isinstance(node.op, Folded)):
-            return node
-        site = f"{graph.name}/%{value.name}"
+            return ()
+        site = f"{graph.name}/%{wanted[0].name}"
         ops = ", ".join(n.op.mnemonic() for n in slice_)
         saved = sum((n.op.cost() for n in slice_[1:]), slice_[0].op.cost())
-        ctx.remarks.append(Remark(self.name, site, f"folded {ops}", saved))
-        return Node(_region(graph, slice_, value), (value,), node.location)
+        if not ctx.allows(Remark(self.name, site, f"folded {ops}", saved)):
+            return ()
+        return tuple(Node(_region(graph, slice_, v), (v,), node.location) for v in wanted)
 
 
-def _same(new: Node, old: Node) -> bool:
-    return new is old
-
-
-def _slice(graph: Graph, value: Value) -> list[Node]:
-    """The nodes that lead to a value, in order of execution."""
+def _slice(graph: Graph, last: Node) -> list[Node]:
+    """The nodes that lead to a node and it, in order of execution."""
     found: dict[Node, None] = {}
 
-    def visit(wanted: Value) -> None:
-        node = graph.producers.get(wanted)
-        if node is None or node in found:
+    def visit(node: Node) -> None:
+        if node in found:
             return
         for operand in node.op.operands():
-            visit(operand)
+            if operand in graph.producers:
+                visit(graph.producers[operand])
         found[node] = None
 
-    visit(value)
+    visit(last)
     return list(found)
 
 

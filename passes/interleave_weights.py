@@ -56,7 +56,7 @@ class InterleaveWeights(Pass):
         return rewrite(
             graph,
             (rule,),
-            on_apply=lambda _, node: ctx.remarks.append(
+            on_apply=lambda _, node: ctx.allows(
                 Remark(
                     self.name,
                     f"{graph.name}/%{node.results[0].name}",

@@ -5,9 +5,10 @@
 `print_pipeline(parse_pipeline(text))` parses back to equal passes.
 """
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,27 +114,47 @@ def run_pipeline(
         verify_graph(graph)
     ordered = tuple(passes)
     for position in range(len(ordered)):
-        try:
-            run = _run_one(graph, ordered, position, ctx)
-            if run.after is not graph:
-                if verify:
-                    verify_graph(run.after)
-                if check is not None:
-                    check(run, ctx)
-        except PassError:
-            raise
-        except Exception as error:
-            raise _failure(ordered, position, error) from error
+        run = run_pass(graph, ordered, position, ctx, verify=verify)
+        if check is not None and run.after is not graph:
+            with _blaming(ordered, position):
+                check(run, ctx)
         if on_pass is not None:
             on_pass(run)
         graph = run.after
     return graph
 
 
-def _run_one(graph: Graph, passes: tuple[Pass, ...], position: int, ctx: PassContext) -> PassRun:
-    started = time.perf_counter()
-    after = passes[position].run(graph, ctx)
-    return PassRun(passes, position, graph, after, time.perf_counter() - started)
+def run_pass(
+    graph: Graph,
+    passes: tuple[Pass, ...],
+    position: int,
+    ctx: PassContext,
+    *,
+    verify: bool = True,
+) -> PassRun:
+    """Run one pass of a pipeline on what those before it made.
+
+    Raises:
+        PassError: it raised, or made an invalid graph.
+    """
+    with _blaming(passes, position):
+        started = time.perf_counter()
+        after = passes[position].run(graph, ctx)
+        seconds = time.perf_counter() - started
+        if verify and after is not graph:
+            verify_graph(after)
+    return PassRun(passes, position, graph, after, seconds)
+
+
+@contextlib.contextmanager
+def _blaming(passes: tuple[Pass, ...], position: int) -> Iterator[None]:
+    """Turn any other error into a `PassError` that names the pass."""
+    try:
+        yield
+    except PassError:
+        raise
+    except Exception as error:
+        raise _failure(passes, position, error) from error
 
 
 def _failure(passes: tuple[Pass, ...], position: int, error: Exception) -> PassError:

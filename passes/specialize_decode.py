@@ -49,12 +49,15 @@ class SpecializeDecode(Pass):
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
         if self.length not in graph.symbols:
             return graph
+        site = f"{graph.name}/%{graph.results[0].name}"
+        if not ctx.allows(Remark(self.name, site, f"{self.length} = 1")):
+            return graph
         decode = substitute_dims(graph, {self.length: 1}, name="decode")
         decode = _replace_by_ones(decode, self.valid)
         return rewrite(
             decode,
             RULES,
-            on_apply=lambda rule, node: ctx.remarks.append(
+            on_apply=lambda rule, node: ctx.allows(
                 Remark(self.name, f"{decode.name}/%{node.results[0].name}", rule.name)
             ),
         )

@@ -195,7 +195,7 @@ def test_reproducer_reproduces(tmp_path: Path) -> None:
     again = parse_pipeline(text, (Planted,))
     assert run_pipeline(before, again, PassContext()) == after
     facts = json.loads((folder / "check.json").read_text())
-    assert facts["pass"] == "planted" and facts["position"] == 1 and facts["seed"] == 3
+    assert facts["place"] == "pass 2 of 2 (planted)" and facts["seed"] == 3
 
 
 def test_missing_result_is_a_miss() -> None:
