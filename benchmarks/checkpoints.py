@@ -16,8 +16,8 @@ def random_checkpoint(
     """The directory of a checkpoint of that preset with random weights, as transformers initialises and writes it.
 
     Args:
-        preset: a preset's name; its weights, twice over in float32, have to fit into memory.
-        dtype: what the weights are stored in.
+        preset: a preset's name; its weights have to fit into memory.
+        dtype: what the weights are made and stored in.
         seed: of the weights.
         layers: how many, the preset's over and over; None: as many as it has.
     """
@@ -32,7 +32,7 @@ def random_checkpoint(
         config.layers_block_type = list(itertools.islice(kinds, layers))
         config.num_hidden_layers = layers
     torch.manual_seed(seed)
-    model = transformers.NemotronHForCausalLM(config).to(dtype)
+    model = transformers.NemotronHForCausalLM._from_config(config, dtype=dtype)
     unfinished = CACHE / f".{name}.tmp"
     model.save_pretrained(unfinished)
     unfinished.rename(path)

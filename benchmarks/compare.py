@@ -152,7 +152,7 @@ def _report(
     return {
         "machine": {
             "processor": platform.processor() or platform.machine(),
-            "model": _cpu_model(),
+            "model": cpu_model(),
             "read_bandwidth_GBps": round(bandwidth / 1e9, 2),
         },
         "versions": {p: version(p) for p in ("nemoc", "torch", "transformers", "apache-tvm")},
@@ -179,7 +179,8 @@ def _report(
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -1,7 +1,6 @@
 """Peak anonymous memory of compiling and loading: `python -m benchmarks.memory --json FILE`.
 
-Each measurement is a process of its own, watched from within; mapped files do not count, since the system takes their
-pages back when it needs them.
+Each measurement is a process of its own, watched from within.
 """
 
 import json
@@ -16,35 +15,32 @@ import click
 from benchmarks.checkpoints import random_checkpoint
 
 _WATCH = """
-import json, sys, threading, time
+import json, sys, time
+from benchmarks.watch import AnonymousPeak
 
-def anonymous():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-
-peak, running = [0], [True]
-
-def watch():
-    while running[0]:
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.005)
-
-thread = threading.Thread(target=watch, daemon=True)
-thread.start()
 started = time.perf_counter()
+with AnonymousPeak("start") as peak:
 {work}
-seconds = time.perf_counter() - started
-running[0] = False
-thread.join()
-print(json.dumps({{"peak_bytes": peak[0], "seconds": seconds, "compiler": "tvm" in sys.modules}}))
+print(json.dumps({{
+    "peak_bytes": peak.bytes,
+    "stages": peak.stages,
+    "seconds": time.perf_counter() - started,
+    "compiler": "tvm" in sys.modules,
+}}))
 """
 
-_COMPILE = "import nemoc; nemoc.compile({source!r}, target='cpu', destination={artifact!r})"
+_COMPILE = """
+    import nemoc
+
+    def enter(stage, done, total):
+        peak.stage = stage
+
+    nemoc.compile({source!r}, target="cpu", destination={artifact!r}, progress=enter)
+"""
 _LOAD = """
-import torch, nemoc
-executable = nemoc.load({artifact!r})
-executable.decode(torch.tensor([1]), executable.new_state(capacity=64))
+    import torch, nemoc
+    executable = nemoc.load({artifact!r})
+    executable.decode(torch.tensor([1]), executable.new_state(capacity=64))
 """
 
 
@@ -66,6 +62,8 @@ def main(preset: str, layers: int | None, out: Path | None) -> None:
     for name in ("compile", "load"):
         row = report[name]
         click.echo(f"{name}: {row['peak_bytes'] / 1e6:.0f} MB anonymous, {row['seconds']:.1f} s")
+        for stage, peak in row["stages"].items():
+            click.echo(f"  {stage}: {peak / 1e6:.0f} MB")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n")

@@ -3,10 +3,11 @@
     OMP_WAIT_POLICY=PASSIVE python -m nemoc.models.sample.train --work-dir DIR [--minutes 65]
 
 A run ends after `--tokens` or after `--minutes` of training, whichever is nearer, and the learning
-rate follows the nearer one too: on a slower or busier machine the schedule gets shorter, not late.
-Every three minutes the whole state goes to DIR, and the same command goes on from there. The order
-of the data depends on the seed alone. The passive wait policy matters on a machine that does other
-work: spinning threads made a step seven times slower there.
+rate follows the nearer one too: on a slower machine the schedule gets shorter, not late. Minutes
+are those of the processor, by thread: other work on the machine makes a run take longer and leaves
+what comes out of it alone. Every three minutes the whole state goes to DIR, and the same command
+goes on from there. The order of the data depends on the seed alone. The passive wait policy matters
+on a machine that does other work: spinning threads made a step seven times slower there.
 """
 
 import argparse
@@ -66,7 +67,7 @@ SAVE_EVERY = 180.0
 
 @dataclass
 class Progress:
-    """How far a run has come, kept across restarts."""
+    """How far a run has come, kept across restarts; seconds of the processor, by thread."""
 
     step: int = 0
     seconds: float = 0.0
@@ -208,13 +209,14 @@ def train(work_dir: Path, tokens: int, minutes: float, compiled: bool) -> None:
 
     progress, saved_at, epoch, rows = run.progress, time.monotonic(), -1, torch.empty(0)
     while (fraction := progress.fraction(tokens, minutes)) < 1.0:
-        started = time.monotonic()
+        started, worked = time.monotonic(), time.process_time()
         wanted, position = position_of(progress.step, data)
         if wanted != epoch:
             epoch, rows = wanted, epoch_rows(data, wanted)
         nats = run.step(rows[position : position + ROWS], fraction)
         busiest = run.balance.update()
-        progress.seconds += (seconds := time.monotonic() - started)
+        seconds = time.monotonic() - started
+        progress.seconds += (time.process_time() - worked) / torch.get_num_threads()
         if progress.step % 20 == 0:
             print(
                 f"step {progress.step} {100 * fraction:.1f} % loss {nats:.3f} "
@@ -257,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train nemoc's sample model.")
     parser.add_argument("--work-dir", type=Path, required=True, help="where the state is kept")
     parser.add_argument("--tokens", type=int, default=40_000_000, help="tokens at most")
-    parser.add_argument("--minutes", type=float, default=65.0, help="training time at most")
+    parser.add_argument("--minutes", type=float, default=65.0, help="processor time by thread")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
     options = parser.parse_args()

@@ -69,6 +69,18 @@ _plugin = click.option(
     callback=_find_plugins_here,
     help="A module with passes of your own (its list NEMOC_PASSES). Repeatable.",
 )
+_verify_each = click.option(
+    "--verify-each",
+    is_flag=True,
+    help="Hold each pass to what it declares, by running the graphs before and after it.",
+)
+_function = click.option(
+    "--function",
+    type=click.Choice(["prefill", "decode"]),
+    default="prefill",
+    show_default=True,
+    help="The step over any number of tokens, or over one.",
+)
 _quiet = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 _threads = click.option(
     "--threads",
@@ -120,7 +132,7 @@ def nemoc() -> None:
     show_default=True,
     help="Tokens that a state can hold.",
 )
-@_options(_quiet, _debug)
+@_options(_verify_each, _quiet, _debug)
 def compile(source: str, output: Path, quiet: bool, **options: Any) -> None:
     """Compile SOURCE into an artifact, a directory that loads without the compiler."""
     from nemoc.commands import compile
@@ -160,10 +172,38 @@ def run(artifact: Path, prompt: str, **options: Any) -> None:
 @click.argument("source")
 @_options(_target, _pipeline, _plugin, _quiet, _debug)
 def verify(source: str, quiet: bool, **options: Any) -> int:
-    """Check each pass, each kernel and the whole model against eager PyTorch; exit 1 on a miss."""
+    """Check each pass, each kernel and the whole model against eager PyTorch; exit 1 on a miss.
+
+    SOURCE may also be an artifact, whose code is held against its own graphs, or a folder that
+    `nemoc bisect` wrote, which is replayed.
+    """
     from nemoc.commands import verify
 
     return verify.run(source, quiet, options)
+
+
+@nemoc.command(short_help="Find the pass and the change that break a pipeline.")
+@click.argument("source")
+@_options(_function, _target, _pipeline, _plugin)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default="reproducer",
+    show_default=True,
+    help="Where to write what shows it again; `nemoc verify` replays it.",
+)
+@_options(_quiet, _debug)
+def bisect(source: str, output: Path, quiet: bool, **options: Any) -> int:
+    """Find the first pass that does what it declares not to, and the change that does it; exit 1.
+
+    SOURCE may also be a file of IR text (NAME.ir). The target's own pipeline runs unless --pipeline
+    names another. Graphs are run on small random inputs, with the model's weights or, where it has
+    none, random ones.
+    """
+    from nemoc.commands import bisect
+
+    return bisect.run(source, output, quiet, **options)
 
 
 @nemoc.command(short_help="Measure an artifact's tokens per second.")
@@ -182,23 +222,16 @@ def bench(artifact: Path, **options: Any) -> None:
 @nemoc.command(short_help="Print SOURCE's graph, or what it costs.")
 @click.argument("source")
 @click.option("--summary", is_flag=True, help="Layers, parameters, state, closed-form costs.")
-@click.option(
-    "--function",
-    type=click.Choice(["prefill", "decode"]),
-    default="prefill",
-    show_default=True,
-    help="The step over any number of tokens, or over one.",
-)
-@_options(_target, _pipeline, _plugin)
+@_options(_function, _target, _pipeline, _plugin)
 @click.option("--print-after", metavar="PASS|all", help="Print the graph after this pass.")
 @click.option("--remarks", is_flag=True, help="Print what each pass did and saved instead.")
-@_debug
+@_options(_verify_each, _debug)
 def ir(source: str, summary: bool, **options: Any) -> None:
     """Print a model's graph, or what it costs. No weights are needed.
 
     SOURCE may also be a file of IR text (NAME.ir). The graph is printed as it is built, unless
     --pipeline names passes to run first; 'preset' stands for the target's own pipeline, which
-    --print-after and --remarks run by themselves.
+    --print-after, --remarks and --verify-each run by themselves.
     """
     from nemoc.commands import ir
 

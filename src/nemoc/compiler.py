@@ -27,6 +27,7 @@ from nemoc.passes import (
     preset,
     run_pipeline,
 )
+from nemoc.passes.check import NumericCheck
 from nemoc.passes.specialize_decode import SpecializeDecode
 from nemoc.progress import Progress
 from nemoc.runtime import Bounds, Contents, Executable, Generation, Machine, build
@@ -76,6 +77,7 @@ def compile(
     plugins: Iterable[str | type[Pass]] = (),
     threads: int | None = None,
     destination: str | Path | None = None,
+    verify_each: bool = False,
     progress: Progress | None = None,
 ) -> Executable:
     """Compile a model into an executable.
@@ -94,6 +96,7 @@ def compile(
         plugins: passes of the user's own that the pipeline's text may name: modules or classes.
         threads: threads that the executable runs on; None for `NEMOC_THREADS`, else all cores.
         destination: where to write the artifact; None for a temporary place that goes with the executable.
+        verify_each: hold every pass to what it declares, by running the graphs before and after it on small inputs.
         progress: told what is being done.
 
     Raises:
@@ -105,7 +108,15 @@ def compile(
         )
     bounds = Bounds(max_batch, max_context, max(STEP_TOKENS, check_count("max_batch", max_batch)))
     threads = thread_count(threads if threads is not None else read_options().threads)
-    found = functions(source, target, pipeline, dtype, plugins=plugins, progress=progress)
+    found = functions(
+        source,
+        target,
+        pipeline,
+        dtype,
+        plugins=plugins,
+        check=NumericCheck() if verify_each else None,
+        progress=progress,
+    )
     model = found.model
     if model.parameters is None:
         raise NemocError(

@@ -1,22 +1,29 @@
 """Proof on the user's own model: each pass, each kernel, and the whole against eager PyTorch."""
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from nemoc import compiler
 from nemoc.codegen.storage import Weight, bind_weights, weight_layout
 from nemoc.compiler import Functions, Pipeline
-from nemoc.ir import NemocError, TensorType
+from nemoc.graph_file import read_graph
+from nemoc.ir import NemocError, Op, TensorType
 from nemoc.ir.params import LazyArguments, ParameterSource
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models import Model, eager_reference, open_model
 from nemoc.passes import Effect, Pass, PassContext, PassRun
-from nemoc.passes.check import NumericCheck, relative_error
+from nemoc.passes.check import CHECK_SIZES, Divergence, NumericCheck, relative_error, replay
+from nemoc.passes.reproducer import Reproducer, read_reproducer
 from nemoc.progress import Progress
 from nemoc.runtime import Executable
+from nemoc.runtime.manifest import read_manifest
+from nemoc.runtime.reference import ReferenceBackend
+from nemoc.runtime.store import open_weights
 from nemoc.runtime.weights import weight_pieces
 
 MODEL_BOUND = 1e-4
@@ -25,8 +32,11 @@ MODEL_BOUND = 1e-4
 KERNEL_BOUND = 1e-5
 """‖kernel − op‖ / ‖op‖ of each result, the op evaluated in float64."""
 
-_SIZES = {"B": 2, "L": 7, "C": 24}
-"""Small, and no multiple of any vector or block: tails are where kernels go wrong."""
+_SHORTEST = 10
+"""Tokens that the ways of running a model need."""
+
+_Pair = tuple[torch.Tensor, torch.Tensor]
+"""What was found, and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class VerifyRow:
     """One thing proved, or not.
 
     Attributes:
-        kind: "pass", "kernel" or "model".
+        kind: "pass", "kernel", "model" or "artifact".
         name: of the pass, the kernel, or the way of running the model.
         detail: function and declared effect, shapes, or what was compared.
         error: relative error; 0 means equal bits.
@@ -126,7 +136,7 @@ class PassRecorder:
     def __call__(self, run: PassRun, ctx: PassContext) -> None:
         """Measure one pass."""
         started = time.perf_counter()
-        error = NumericCheck(_SIZES).error(run, ctx)
+        error = NumericCheck().error(run, ctx)
         effect = run.pass_.effect
         self.rows.append(
             VerifyRow(
@@ -152,8 +162,10 @@ def kernel_rows(found: Functions) -> Iterator[VerifyRow]:
     checks = check_kernels(
         graphs,
         weight_layout(weights),
-        lambda graph: LazyArguments(graph, packed, sample_arguments(graph, _SIZES, params=False)),
-        _SIZES,
+        lambda graph: LazyArguments(
+            graph, packed, sample_arguments(graph, CHECK_SIZES, params=False)
+        ),
+        CHECK_SIZES,
         cpu_target(found.target),
         relative_error,
     )
@@ -180,61 +192,140 @@ class _Packed:
         return pieces[0] if pieces[0].dim() == 0 else torch.cat(pieces)[start:stop]
 
 
-def model_rows(executable: Executable, model: Model, seed: int = 0) -> Iterator[VerifyRow]:
-    """The ways of running a model, each against the eager reference in float32.
-
-    Tokens are random; of the tokenizer's text or not makes no difference to the arithmetic.
-    """
+def model_rows(executable: Executable, model: Model) -> Iterator[VerifyRow]:
+    """The ways of running a model, each against the eager reference in float32."""
     reference = eager_reference(model)
-    vocab = model.config.vocab_size
-    tokens = torch.randint(0, vocab, (2, 24), generator=torch.Generator().manual_seed(seed))
 
     @torch.inference_mode()
     def eager(rows: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = reference(rows)
         return logits
 
-    expected = eager(tokens)
+    return _way_rows("model", executable, eager)
 
-    def prefill() -> tuple[torch.Tensor, torch.Tensor]:
-        state = executable.new_state(2)
-        return executable.prefill(tokens, state, all_logits=True), expected
 
-    def last() -> tuple[torch.Tensor, torch.Tensor]:
-        return executable.prefill(tokens[:1], executable.new_state()), expected[:1, -1]
+def verify_artifact(folder: Path, progress: Progress | None = None) -> VerifyReport:
+    """Check an artifact by itself: its files, and the ways of running its code against its own graphs.
 
-    def chunked() -> tuple[torch.Tensor, torch.Tensor]:
+    That its graphs are those of a model takes the model: `verify_model`.
+
+    Raises:
+        NemocError: the artifact is incomplete, altered or for another machine, or too small to be run.
+    """
+    started = time.perf_counter()
+    executable = compiler.load(folder, progress=progress)
+    manifest = read_manifest(folder)
+    seconds = time.perf_counter() - started
+    detail = f"{len(manifest.files)} files, against their SHA-256"
+    rows = [VerifyRow("artifact", "files", detail, 0.0, 0.0, seconds)]
+    graphs = {name: read_graph(folder / file) for name, file in manifest.graphs.items()}
+    weights = open_weights(folder, manifest, verify="headers")
+    interpreted = Executable(
+        executable.program, ReferenceBackend(graphs, weights), folder, manifest
+    )
+    if progress is not None:
+        progress("check the code against the graphs", 0, 0)
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        return interpreted.prefill(tokens, interpreted.new_state(len(tokens)), all_logits=True)
+
+    rows.extend(_way_rows("artifact", executable, logits))
+    return VerifyReport(tuple(rows))
+
+
+def _way_rows(
+    kind: str,
+    executable: Executable,
+    expected: Callable[[torch.Tensor], torch.Tensor],
+    seed: int = 0,
+) -> Iterator[VerifyRow]:
+    """The ways of running an executable, as far as its bounds allow them.
+
+    Tokens are random; of the tokenizer's text or not makes no difference to the arithmetic.
+
+    Args:
+        kind: of the rows.
+        executable: what is checked.
+        expected: int64 [B, L] to the logits of every token, f32 [B, L, V].
+        seed: of the tokens.
+    """
+    bounds = executable.program.bounds
+    batch, width = min(2, bounds.max_batch), min(24, bounds.max_context - 1)
+    if width < _SHORTEST:
+        raise NemocError(
+            f"{executable.program.name}: max_context is {bounds.max_context}, "
+            f"expected at least {_SHORTEST + 1} to check it"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, executable.program.vocab, (batch, width), generator=generator)
+    wanted = expected(tokens)
+
+    def prefill() -> _Pair:
+        return executable.prefill(tokens, executable.new_state(batch), all_logits=True), wanted
+
+    def last() -> _Pair:
+        return executable.prefill(tokens[:1], executable.new_state()), wanted[:1, -1]
+
+    def chunked() -> _Pair:
         state = executable.new_state()
         cuts = (tokens[:1, :5], tokens[:1, 5:6], tokens[:1, 6:])
         parts = [executable.prefill(cut, state, all_logits=True) for cut in cuts]
-        return torch.cat(parts, dim=1), expected[:1]
+        return torch.cat(parts, dim=1), wanted[:1]
 
-    def decode() -> tuple[torch.Tensor, torch.Tensor]:
-        state = executable.new_state(2)
+    def decode() -> _Pair:
+        state = executable.new_state(batch)
         executable.prefill(tokens[:, :8], state)
-        steps = [executable.decode(tokens[:, i], state) for i in range(8, 24)]
-        return torch.stack(steps, dim=1), expected[:, 8:]
+        steps = [executable.decode(tokens[:, i], state) for i in range(8, width)]
+        return torch.stack(steps, dim=1), wanted[:, 8:]
 
-    def unequal() -> tuple[torch.Tensor, torch.Tensor]:
-        lengths = torch.tensor([24, 9])
+    def unequal() -> _Pair:
+        lengths = torch.tensor([width, 9])
         state = executable.new_state(2)
         first = executable.prefill(tokens, state, lengths=lengths)
         second = executable.decode(tokens[:, 0], state)
-        alone = eager(torch.cat([tokens[1:, :9], tokens[1:, :1]], dim=1))
-        longer = eager(torch.cat([tokens[:1], tokens[:1, :1]], dim=1))
+        alone = expected(torch.cat([tokens[1:, :9], tokens[1:, :1]], dim=1))
+        longer = expected(torch.cat([tokens[:1], tokens[:1, :1]], dim=1))
         return (
             torch.stack([first, second], dim=1),
             torch.stack([longer[0, -2:], alone[0, -2:]]),
         )
 
-    ways: dict[str, tuple[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]]] = {
-        "prefill": ("batch 2, 24 tokens, all logits", prefill),
-        "prefill, last token": ("batch 1, 24 tokens", last),
-        "chunked prefill": ("5 + 1 + 18 tokens", chunked),
-        "decode": ("batch 2, 8 tokens, then 16 steps", decode),
-        "unequal rows": ("24 and 9 tokens, against each alone", unequal),
+    ways: dict[str, tuple[str, Callable[[], _Pair]]] = {
+        "prefill": (f"batch {batch}, {width} tokens, all logits", prefill),
+        "prefill, last token": (f"batch 1, {width} tokens", last),
+        "chunked prefill": (f"5 + 1 + {width - 6} tokens", chunked),
+        "decode": (f"batch {batch}, 8 tokens, then {width - 8} steps", decode),
     }
+    if batch == 2:
+        ways["unequal rows"] = (f"{width} and 9 tokens, against each alone", unequal)
     for name, (detail, run) in ways.items():
         started = time.perf_counter()
         error = relative_error(*run())
-        yield VerifyRow("model", name, detail, error, MODEL_BOUND, time.perf_counter() - started)
+        yield VerifyRow(kind, name, detail, error, MODEL_BOUND, time.perf_counter() - started)
+
+
+def replay_reproducer(
+    folder: Path, plugins: Iterable[str | type[Pass]] = ()
+) -> tuple[Reproducer, Divergence | None]:
+    """Read what `nemoc bisect` wrote, and compare its graphs again; none when they do not part any more.
+
+    Args:
+        folder: where it is.
+        plugins: modules or pass classes; ops of their modules may occur in the graphs. The passes do not run.
+
+    Raises:
+        NemocError: a file is missing, altered or malformed.
+    """
+    found = read_reproducer(folder, _plugin_ops(plugins))
+    try:
+        return found, replay(found)
+    except NemocError as error:
+        raise NemocError(f"{folder}: {error}") from None
+
+
+def _plugin_ops(plugins: Iterable[str | type[Pass]]) -> tuple[type[Op], ...]:
+    """The op classes that the modules of a user's passes define or import from elsewhere than nemoc."""
+    modules = {cls.__module__ for cls in compiler.plugin_classes(plugins)}
+    found = [item for name in sorted(modules) for item in vars(sys.modules[name]).values()]
+    ops = (item for item in found if isinstance(item, type) and issubclass(item, Op))
+    return tuple(dict.fromkeys(op for op in ops if not op.__module__.startswith("nemoc.")))

@@ -9,13 +9,15 @@ from pathlib import Path
 import click
 
 from nemoc.compiler import functions, passes_of, plugin_classes
-from nemoc.ir import DType, Graph, NemocError, parse, print_graph
+from nemoc.graph_file import read_graph
+from nemoc.ir import DType, Graph, NemocError, print_graph
 from nemoc.ir.cost import Cost
 from nemoc.ir.dims import format_dim
 from nemoc.ir.params import ParameterSource
 from nemoc.models import open_model
 from nemoc.models.summary import render_summary, summarize
 from nemoc.passes import Pass, PassContext, PassRun, Remark, run_pipeline
+from nemoc.passes.check import NumericCheck
 from nemoc.targets import resolve_target, target_info
 
 _PRESET = "preset"
@@ -32,6 +34,7 @@ def run(
     plugins: tuple[str, ...],
     print_after: str | None,
     remarks: bool,
+    verify_each: bool,
 ) -> None:
     """Print the summary, or the graph of a function after the passes asked for, or what they did."""
     if summary:
@@ -39,32 +42,49 @@ def run(
         return
     name = resolve_target(target)
     if pipeline is None:
-        pipeline = _PRESET if print_after or remarks else ""
-    passes = passes_of(
-        function, name, None if pipeline == _PRESET else pipeline, plugin_classes(plugins)
-    )
-    graph, said = _rewritten(source, function, name, passes, _printer(passes, print_after))
+        pipeline = _PRESET if print_after or remarks or verify_each else ""
+    passes = named_passes(function, name, pipeline, plugins)
+    check = NumericCheck() if verify_each else None
+    graph, said = rewritten(source, function, name, passes, check, _printer(passes, print_after))
     if remarks:
         _print_remarks(passes, said)
     elif print_after is None:
         click.echo(print_graph(graph), nl=False)
 
 
-def _rewritten(
+def named_passes(
+    function: str, target: str, pipeline: str, plugins: tuple[str, ...]
+) -> tuple[Pass, ...]:
+    """The passes that a pipeline's text means, where `preset` stands for the target's own."""
+    text = None if pipeline == _PRESET else pipeline
+    return passes_of(function, target, text, plugin_classes(plugins))
+
+
+def rewritten(
     source: str,
     function: str,
     target: str,
     passes: tuple[Pass, ...],
-    on_pass: Callable[[PassRun], None] | None,
+    check: Callable[[PassRun, PassContext], None] | None = None,
+    on_pass: Callable[[PassRun], None] | None = None,
 ) -> tuple[Graph, Sequence[Remark]]:
+    """The graph of a model's function, or of a file of IR text, after passes; and what they said.
+
+    Args:
+        source, target: as for `nemoc.compile`, or NAME.ir.
+        function: `prefill` or `decode`.
+        passes, check, on_pass: as for `run_pipeline`.
+    """
     if _is_text(source):
         ctx = PassContext(target_info(target, threads=1))
-        return run_pipeline(_parsed(source), passes, ctx, on_pass=on_pass), ctx.remarks
+        graph = run_pipeline(read_graph(Path(source)), passes, ctx, check=check, on_pass=on_pass)
+        return graph, ctx.remarks
     found = functions(
         source,
         target,
         passes,
         which=(function,),
+        check=check,
         on_pass=None if on_pass is None else lambda _, run: on_pass(run),
     )
     return found.graphs[function], found.remarks
@@ -72,15 +92,6 @@ def _rewritten(
 
 def _is_text(source: str) -> bool:
     return source.endswith(".ir")
-
-
-def _parsed(path: str) -> Graph:
-    try:
-        return parse(Path(path).read_text(encoding="utf-8"), path)
-    except OSError as error:
-        raise NemocError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise NemocError(f"{path}: is no text, expected a graph") from None
 
 
 def _printer(passes: tuple[Pass, ...], print_after: str | None) -> Callable[[PassRun], None] | None:
