@@ -9,6 +9,9 @@ A set of nodes can become one region when
 
 What other nodes or the graph's results read of its values becomes the region's results; everything else stays inside
 and never has to be stored.
+
+A region may repeat the work of nodes that others need too instead of reading what they stored: copies, which nothing
+outside the region sees, and which stay in the graph for the others.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -22,16 +25,24 @@ from nemoc.ir.rewrite import rebuild
 from nemoc.ir.types import Value
 
 
-def obstacle(graph: Graph, nodes: Collection[Node]) -> str | None:
-    """Why nodes of a graph cannot become one region, in words that name the op; none when they can."""
-    chosen = set(nodes)
-    for node in nodes:
+def obstacle(graph: Graph, nodes: Collection[Node], copied: Collection[Node] = ()) -> str | None:
+    """Why nodes of a graph cannot become one region, in words that name the op; none when they can.
+
+    Args:
+        graph: what the nodes belong to.
+        nodes: some of its nodes.
+        copied: more of them, whose work the region repeats.
+    """
+    for node in (*nodes, *copied):
         if isinstance(node.op, Folded):
             return f"%{node.results[0].name} is computed when the artifact is built"
-    return _way_back(graph, chosen) or _stale_read(nodes)
+    for node in copied:
+        if node.op.updates:
+            return f"%{node.results[0].name} is a state, which is updated once"
+    return _way_back(graph, set(nodes), set(copied)) or _stale_read((*nodes, *copied))
 
 
-def fuse(graph: Graph, nodes: Collection[Node], kind: str) -> Graph:
+def fuse(graph: Graph, nodes: Collection[Node], kind: str, copied: Collection[Node] = ()) -> Graph:
     """The graph with nodes replaced by one region, whose results keep the names of the values they were.
 
     Regions among the nodes are merged into it. Equal nodes on other values give equal bodies.
@@ -40,19 +51,24 @@ def fuse(graph: Graph, nodes: Collection[Node], kind: str) -> Graph:
         graph: what the nodes belong to.
         nodes: at least one of its nodes, in any order.
         kind: the region's `kind`.
+        copied: nodes whose work the region repeats; nobody needs them any more if only the region did.
 
     Raises:
         IRError: there is an obstacle, or nobody reads anything of the nodes.
     """
-    chosen = {node for node in graph.nodes if node in set(nodes)}
-    members = [node for node in graph.nodes if node in chosen]
-    reason = "no such node" if len(members) < len(nodes) else obstacle(graph, members)
-    results = tuple(v for node in members for v in node.results if _escapes(graph, v, chosen))
+    chosen, repeated = set(nodes), set(copied)
+    members = [node for node in graph.nodes if node in chosen or node in repeated]
+    unknown = len(members) < len(chosen | repeated)
+    reason = "no such node" if unknown else obstacle(graph, nodes, copied)
+    results = tuple(
+        v for node in members if node in chosen for v in node.results if _escapes(graph, v, chosen)
+    )
     if reason is None and not results:
         reason = "nobody reads its results"
     if reason is not None:
         raise IRError(f"{graph.name}: cannot fuse {kind}: {reason}")
-    region = Node(_region(members, results, kind), results, members[-1].location)
+    location = next(node.location for node in reversed(members) if node in chosen)
+    region = Node(_region(members, results, kind), results, location)
     return rebuild(graph, _sorted([n for n in graph.nodes if n not in chosen], region))
 
 
@@ -89,23 +105,29 @@ def _escapes(graph: Graph, value: Value, chosen: set[Node]) -> bool:
     return value in graph.results or any(user not in chosen for user in graph.uses.get(value, ()))
 
 
-def _way_back(graph: Graph, chosen: set[Node]) -> str | None:
-    """A value that leaves the nodes and comes back by way of others."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    last = max(order[node] for node in chosen)
-    tainted: dict[
-        Value, Node
-    ] = {}  # values that depend on the nodes by way of others, and the first of those
-    for node in graph.nodes[: last + 1]:
-        by_way = next((tainted[v] for v in node.op.operands() if v in tainted), None)
+def _way_back(graph: Graph, chosen: set[Node], copied: set[Node]) -> str | None:
+    """A value that leaves the nodes and comes back by way of others.
+
+    What is copied stays in the graph too: others may reach it there, while the region has its own.
+    """
+    inside = chosen | copied
+    places = [graph.places[node] for node in inside]
+    tainted: dict[Value, Node] = {}  # what depends on the nodes by way of others, and the first one
+    for node in graph.nodes[min(places) : max(places) + 1]:
+        ways = [v for v in node.op.operands() if v in tainted]
+        if node in inside:
+            for value in ways:
+                if graph.producers[value] not in inside:
+                    way = tainted[value].results[0].name
+                    return (
+                        f"its {node.op.mnemonic()} depends on %{way}, which depends on the region"
+                    )
         if node in chosen:
-            if by_way is not None:
-                return f"its {node.op.mnemonic()} needs %{by_way.results[0].name}, which needs it"
             continue
-        if by_way is None and any(graph.producers.get(v) in chosen for v in node.op.operands()):
-            by_way = node
-        if by_way is not None:
-            tainted.update(dict.fromkeys(node.results, by_way))
+        if ways:
+            tainted.update(dict.fromkeys(node.results, tainted[ways[0]]))
+        elif any(graph.producers.get(v) in chosen for v in node.op.operands()):
+            tainted.update(dict.fromkeys(node.results, node))
     return None
 
 

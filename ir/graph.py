@@ -74,6 +74,11 @@ class Graph:
         return {value: node for node in self.nodes for value in node.results}
 
     @cached_property
+    def places(self) -> dict[Node, int]:
+        """The number of each node in the order."""
+        return {node: i for i, node in enumerate(self.nodes)}
+
+    @cached_property
     def uses(self) -> dict[Value, tuple[Node, ...]]:
         """The nodes that read each value, in order; a value nobody reads is absent."""
         found: dict[Value, list[Node]] = {}

@@ -162,6 +162,10 @@ class Op:
 
     def operands(self) -> tuple[Value, ...]:
         """All operand values in field order, absent optional ones left out."""
+        return self._operands
+
+    @functools.cached_property
+    def _operands(self) -> tuple[Value, ...]:
         return tuple(_flatten(getattr(self, f) for f in operand_fields(type(self))))
 
     def map_operands(self, replace: Callable[[Value], Value]) -> Self:

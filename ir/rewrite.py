@@ -43,8 +43,12 @@ class Rewriter(Builder):
         self._note(node)
 
     def mark(self) -> int:
-        """The present place, for `rewind`."""
+        """The present place, for `since` and `rewind`."""
         return len(self._nodes)
+
+    def since(self, mark: int) -> tuple[Node, ...]:
+        """The nodes appended since a mark."""
+        return tuple(self._nodes[mark:])
 
     def rewind(self, mark: int) -> None:
         """Take back the nodes appended since a mark."""

@@ -249,18 +249,17 @@ class GatheredRows(StoredRows):
         return lambda i, k: self.writer.load(self.buffer, f"{picks}[{i}], {k}")
 
 
-def rows_in_array(array: str, stride: int, first: str, count: str) -> RowBlock:
-    """Rows in a local array of f32.
+def rows_in_array(matrix: str, first: str, count: str) -> RowBlock:
+    """Rows in local memory.
 
     Args:
-        array: its name.
-        stride: its elements from row to row.
+        matrix: what `KernelWriter.matrix` returned.
         first: the number of its first row, int32.
         count: how many rows it has.
     """
 
     def tile(row: str, rows: int) -> Element:
-        return lambda i, k: f"{array}[({row} + {i} - {first}) * {stride} + {k}]"
+        return lambda i, k: f"{matrix}[{row} + {i} - {first}, {k}]"
 
     return RowBlock(first, count, tile)
 

@@ -284,6 +284,7 @@ class _ComputedRows:
         stride = (-(-rows.width // lanes) + 1) * lanes
         most = _rows_at_once(stride)
         array = writer.local("computed", most * stride)
+        matrix = writer.matrix(array, most, stride)
         with writer.loop("t", f"({count} + {most - 1}) // {most}") as t:
             start = writer.let("start", f"{first} + {t} * {most}")
             some = writer.let("some", f"T.min({most}, {first} + {count} - {start})")
@@ -296,7 +297,7 @@ class _ComputedRows:
 
                 body.prepare(row, rows)
                 each_vector(writer, rows.width, body.lanes(rows), keep)
-            yield rows_in_array(array, stride, start, some)
+            yield rows_in_array(matrix, start, some)
 
 
 def _rows_at_once(stride: int) -> int:

@@ -254,7 +254,8 @@ class _Block:
         scored = Product.of(writer, body.target, linear, self._w, sink)
         block = RowBlock(first, count, in_memory)
         if tile:
-            block = rows_in_array(tile, self._x.width, first, count)
+            matrix = writer.matrix(tile, _ROWS, self._x.width)
+            block = rows_in_array(matrix, first, count)
         with writer.loop("p", scored.panels) as panel:
             scored.write(block, panel)
         return sums

@@ -82,8 +82,13 @@ def test_the_order_in_which_nodes_are_named_does_not_matter() -> None:
 
 def test_what_comes_back_by_way_of_others_is_no_region() -> None:
     graph = parse(CHAIN)
-    assert obstacle(graph, pick(graph, "a c d")) == "its exp needs %b, which needs it"
-    with pytest.raises(IRError, match="g: cannot fuse k: its add needs %b, which needs it"):
+    assert (
+        obstacle(graph, pick(graph, "a c d"))
+        == "its exp depends on %b, which depends on the region"
+    )
+    with pytest.raises(
+        IRError, match="g: cannot fuse k: its add depends on %b, which depends on the region"
+    ):
         fuse(graph, pick(graph, "a d"), "k")
 
 
@@ -277,3 +282,48 @@ def test_fused_random_graphs_keep_every_bit(graph: Graph, data: st.DataObject) -
     verify(apart)
     assert not regions(apart)
     assert same_results(apart, graph, SIZES)
+
+
+def test_a_copy_stays_for_those_who_read_it_elsewhere() -> None:
+    graph = parse(CHAIN)
+    fused = fuse(graph, pick(graph, "c d"), "test", pick(graph, "b"))
+    verify(fused)
+    assert same_results(fused, graph, SIZES)
+    (region,) = regions(fused)
+    assert [n.op.mnemonic() for n in region.body.nodes] == ["silu", "exp", "add"]
+    assert [v.name for v in region.operands()] == ["a"]
+    assert sorted(n.op.mnemonic() for n in fused.nodes) == ["fused", "mul", "silu", "tanh"]
+
+
+def test_copies_may_lie_between_the_nodes() -> None:
+    """The region has its own `b`, so that nothing it needs comes back from outside."""
+    graph = parse(CHAIN)
+    assert obstacle(graph, pick(graph, "a c d")) is not None
+    assert obstacle(graph, pick(graph, "a c d"), pick(graph, "b")) is None
+    fused = fuse(graph, pick(graph, "a c d"), "test", pick(graph, "b"))
+    verify(fused)
+    assert same_results(fused, graph, SIZES)
+    assert {v.name for n in fused.nodes if is_fused(n) for v in n.results} == {"a", "d"}
+
+
+def test_a_state_is_not_updated_twice() -> None:
+    graph = parse(STATES)
+    reason = obstacle(graph, pick(graph, "z"), pick(graph, "y"))
+    assert reason == "%y is a state, which is updated once"
+
+
+@given(graph=graphs(), data=st.data())
+def test_fusing_with_copies_keeps_every_bit(graph: Graph, data: st.DataObject) -> None:
+    kinds = [data.draw(st.sampled_from("-fc")) for _ in graph.nodes]
+    nodes = [n for n, k in zip(graph.nodes, kinds, strict=True) if k == "f"]
+    copied = [n for n, k in zip(graph.nodes, kinds, strict=True) if k == "c"]
+    if not nodes or obstacle(graph, nodes, copied) is not None:
+        return
+    try:
+        fused = fuse(graph, nodes, "test", copied)
+    except IRError as error:
+        assert "nobody reads its results" in str(error)
+        return
+    verify(fused)
+    assert parse(str(fused)) == fused
+    assert same_results(fused, graph, SIZES)
