@@ -8,6 +8,10 @@ from nemoc.passes.canonicalize import Canonicalize
 from nemoc.passes.cse import Cse
 from nemoc.passes.dce import Dce
 from nemoc.passes.fold_constants import FoldConstants
+from nemoc.passes.fuse_conv_scan import FuseConvScan
+from nemoc.passes.fuse_epilogues import FuseEpilogues
+from nemoc.passes.fuse_moe_dispatch import FuseMoeDispatch
+from nemoc.passes.fuse_rows import FuseRows
 from nemoc.passes.interleave_weights import InterleaveWeights
 from nemoc.passes.specialize_decode import SpecializeDecode
 
@@ -37,7 +41,17 @@ PREFILL: dict[str, tuple[Pass, ...]] = {
         Cse(),
         # why here: last change to weights; the artifact holds what this leaves outside the step
         FoldConstants(),
-        # why here: code is generated for every op that is left
+        # why here: a region keeps every value that somebody outside reads, even if nobody needs that
+        Dce(),
+        # why here: before other fusions, which would take the gate and the norm for themselves
+        FuseConvScan(),
+        # why here: before the general ones, since rows gathered and summed belong to the experts' products
+        FuseMoeDispatch(),
+        # why here: all products that are left, with what is left around them
+        FuseEpilogues(),
+        # why here: what no heavier op has taken
+        FuseRows(),
+        # why here: norms that every reader computes again are needed no more
         Dce(),
     ),
 }

@@ -9,7 +9,12 @@ from nemoc.passes.canonicalize import Canonicalize
 from nemoc.passes.cse import Cse
 from nemoc.passes.dce import Dce
 from nemoc.passes.fold_constants import FoldConstants
+from nemoc.passes.fuse_conv_scan import FuseConvScan
+from nemoc.passes.fuse_epilogues import FuseEpilogues
+from nemoc.passes.fuse_moe_dispatch import FuseMoeDispatch
+from nemoc.passes.fuse_rows import FuseRows
 from nemoc.passes.interleave_weights import InterleaveWeights
+from nemoc.passes.move_projections import MoveProjections
 from nemoc.passes.specialize_decode import SpecializeDecode
 
 
@@ -29,6 +34,11 @@ class PassGroup:
 GROUPS: tuple[PassGroup, ...] = (
     PassGroup("derive a variant of the step", (SpecializeDecode,)),
     PassGroup("make the graph smaller, bits unchanged", (Canonicalize, Cse, Dce)),
+    PassGroup("move work to where there is less of it", (MoveProjections,)),
+    PassGroup(
+        "fuse ops into regions, bits unchanged",
+        (FuseConvScan, FuseMoeDispatch, FuseEpilogues, FuseRows),
+    ),
     PassGroup("prepare weights when the artifact is built", (InterleaveWeights, FoldConstants)),
 )
 """The passes of nemoc by purpose. A user's own need no entry here (see `nemoc.passes.plugins`)."""

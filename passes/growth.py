@@ -1,0 +1,253 @@
+"""Growing a region from an anchor, node by node: what the fusion passes share.
+
+A pass names the anchors and says how far a region may reach; how it gets there is the same for all:
+
+- towards producers, what feeds the region is taken in if nobody else reads it. What others read too is left outside,
+  or becomes a result of the region (`shared`), or is computed again (`copies`), as the pass allows.
+- towards consumers, what reads a value of the region is taken in, and the value itself remains a result as long as
+  somebody outside reads it.
+- views come along only between ops that do: at the rim of a region they would be nothing but another name for its
+  operands or results.
+
+Every step is checked by `nemoc.ir.fusion.obstacle`. What parameters alone determine stays outside: it is computed when
+the artifact is built.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+
+from nemoc.ir.cost import Cost
+from nemoc.ir.dims import Dim, product
+from nemoc.ir.fusion import fuse, obstacle
+from nemoc.ir.graph import Graph, Node
+from nemoc.ir.ops import (
+    Full,
+    GroupLimit,
+    RmsNorm,
+    Sum,
+    TakeAlong,
+    TakeLast,
+    TakeRows,
+    TopK,
+)
+from nemoc.ir.region import Fused, Region
+from nemoc.ir.types import Value
+from nemoc.passes.context import PassContext, Remark
+
+Wanted = Callable[[Node], bool]
+"""Whether a pass wants a node in a region."""
+
+WHOLE_ROWS = (RmsNorm, TopK, GroupLimit, TakeAlong, TakeRows, TakeLast, Sum)
+"""The ops besides element-wise ones whose results are made row by row."""
+
+
+def is_elementwise(node: Node) -> bool:
+    """Whether a node can be computed wherever its operands' elements are at hand."""
+    return node.op.is_elementwise or isinstance(node.op, Full)
+
+
+def is_rowwise(node: Node) -> bool:
+    """Whether a node's rows can be computed wherever its operands' rows are at hand."""
+    return is_elementwise(node) or isinstance(node.op, WHOLE_ROWS)
+
+
+def has_rows(value: Value, count: Dim) -> bool:
+    """Whether a value's leading axes can be seen as so many rows."""
+    shape = value.shape
+    return any(product(shape[:cut]) == count for cut in range(len(shape) + 1))
+
+
+def elements(value: Value) -> Dim:
+    """How many elements a value has."""
+    return product(value.shape)
+
+
+@dataclass
+class Growth:
+    """Nodes of a graph that are to become one region.
+
+    Attributes:
+        graph: what they belong to.
+        constant: values that parameters alone determine.
+        members: the nodes that the region takes the place of.
+        copied: the nodes whose work it repeats.
+        refused: wanted nodes that it could not have, and why.
+    """
+
+    graph: Graph
+    constant: set[Value]
+    members: list[Node]
+    copied: list[Node] = field(default_factory=list)
+    refused: dict[Node, str] = field(default_factory=dict)
+
+    def __contains__(self, node: object) -> bool:
+        return node in self.members or node in self.copied
+
+    def is_free(self, node: Node | None) -> bool:
+        """Whether a node can be taken in at all: it is in no region, and part of the step."""
+        return (
+            node is not None
+            and not isinstance(node.op, Region)
+            and not all(v in self.constant for v in node.results)
+        )
+
+    def add(self, *nodes: Node, copy: bool = False) -> bool:
+        """Take nodes in if that leaves a region that can be; otherwise they are noted as refused."""
+        fresh = [node for node in nodes if node not in self]
+        members, copied = self.members, self.copied
+        if copy:
+            copied = [*copied, *fresh]
+        else:
+            members = [*members, *fresh]
+        reason = obstacle(self.graph, members, copied)
+        if reason is not None:
+            self.refused.setdefault(nodes[-1], reason)
+            return False
+        self.members, self.copied = members, copied
+        return True
+
+    def absorb_producers(
+        self,
+        value: Value,
+        wanted: Wanted,
+        shared: Wanted = lambda _: False,
+        copies: Wanted = lambda _: False,
+    ) -> None:
+        """Take in what a value is made from, as far back as it is wanted.
+
+        Args:
+            value: an operand of a node of the region.
+            wanted: the nodes to take in; views are looked through.
+            shared: those to take in even if others read them.
+            copies: those to repeat if others read them.
+        """
+        node = self.graph.producers.get(value)
+        if node is None or not self.is_free(node):
+            return
+        if node not in self:
+            if not (node.op.is_view or wanted(node)):
+                return
+            alone = all(self._is_inside(v) for v in node.results)
+            stays = alone or shared(node)
+            if not (stays or node.op.is_view or copies(node)):
+                return
+            views = [view for v in node.results for view in self._inner_views(v)] if stays else []
+            if not self.add(*views, node, copy=not stays):
+                return
+        for operand in node.op.operands():
+            self.absorb_producers(operand, wanted, shared, copies)
+
+    def _inner_views(self, value: Value) -> Iterator[Node]:
+        """The views of a value that only the region reads."""
+        for user in self.graph.uses.get(value, ()):
+            if user.op.is_view and all(map(self._is_inside, user.results)):
+                yield user
+                yield from self._inner_views(user.results[0])
+
+    def absorb_consumers(self, value: Value, wanted: Wanted) -> None:
+        """Take in what reads a value of the region, and what reads that, as far as it is wanted; through views."""
+        for path in self.readers(value):
+            if path[-1] in self or (wanted(path[-1]) and self.add(*path)):
+                for result in path[-1].results:
+                    self.absorb_consumers(result, wanted)
+
+    def readers(self, value: Value) -> Iterator[list[Node]]:
+        """The nodes that read a value, with the views in between."""
+        for node in self.graph.uses.get(value, ()):
+            if not self.is_free(node):
+                continue
+            if node.op.is_view:
+                for path in self.readers(node.results[0]):
+                    yield [node, *path]
+            else:
+                yield [node]
+
+    def absorb_sides(self, wanted: Wanted) -> None:
+        """Take in wanted producers of all operands of the region, as far as nobody else reads them."""
+        for node in list(self.members):
+            for value in node.op.operands():
+                self.absorb_producers(value, wanted, copies=lambda n: isinstance(n.op, Full))
+
+    def trimmed(self) -> "Growth":
+        """The same without the views at its rim and without copies that nothing in it reads.
+
+        A copy that nobody outside reads any more is none.
+        """
+        members, copied = list(self.members), list(self.copied)
+        while True:
+            inside = {*members, *copied}
+            made = {v for node in inside for v in node.results}
+            rim = {
+                node
+                for node in inside
+                if (node.op.is_view and made.isdisjoint(node.op.operands()))
+                or (
+                    (node.op.is_view or node in copied)
+                    and not self._is_read(node, inside.__contains__)
+                )
+            }
+            own = {n for n in copied if not self._is_read_outside(n, members)}
+            if not rim and not own:
+                return Growth(self.graph, self.constant, members, copied, self.refused)
+            members = [node for node in (*members, *own) if node not in rim]
+            copied = [node for node in copied if node not in rim and node not in own]
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether anybody outside reads a result of the region."""
+        return any(self._is_read_outside(node, self.members) for node in self.members)
+
+    def _is_read_outside(self, node: Node, members: Collection[Node]) -> bool:
+        if not set(self.graph.results).isdisjoint(node.results):
+            return True
+        return self._is_read(node, lambda user: user not in members)
+
+    def _is_read(self, node: Node, by: Wanted) -> bool:
+        """Whether a node of some kind reads a node's results."""
+        return any(by(user) for v in node.results for user in self.graph.uses.get(v, ()))
+
+    def _is_inside(self, value: Value) -> bool:
+        """Whether only nodes of the region read a value, if by way of views."""
+        if value in self.graph.results:
+            return False
+        return all(
+            user in self or (user.op.is_view and all(map(self._is_inside, user.results)))
+            for user in self.graph.uses.get(value, ())
+        )
+
+
+def make_region(growth: Growth, ctx: PassContext, pass_name: str, kind: str) -> Graph:
+    """The graph with a grown region, if there is anything to fuse and the context allows it.
+
+    Notes what was fused, with what that saves, and what was refused.
+    """
+    graph, growth = growth.graph, growth.trimmed()
+    for node, reason in growth.refused.items():
+        if node not in growth:
+            message = f"{node.op.mnemonic()} stays outside of {kind}: {reason}"
+            ctx.refuses(Remark(pass_name, _site(graph, node), message))
+    work = [node for node in (*growth.members, *growth.copied) if not node.op.is_view]
+    if len(work) < 2 or not growth.is_needed:
+        return graph
+    fused = fuse(graph, growth.members, kind, growth.copied)
+    region = next(n for n in fused.nodes if isinstance(n.op, Fused) and n not in graph.places)
+    members = [node for node in growth.members if not node.op.is_view]
+    before = sum((node.op.cost() for node in members), Cost())
+    after = region.op.cost()
+    saved = Cost(
+        before.flops - after.flops, before.read - after.read, before.written - after.written
+    )
+    order = graph.places
+    names = [node.op.mnemonic() for node in sorted(work, key=order.__getitem__)]
+    remark = Remark(
+        pass_name,
+        _site(fused, region),
+        f"{kind} of {', '.join(names)}",
+        saved,
+        launches=len(members) - 1,
+    )
+    return fused if ctx.allows(remark) else graph
+
+
+def _site(graph: Graph, node: Node) -> str:
+    return f"{graph.name}/%{node.results[0].name}"
