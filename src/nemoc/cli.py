@@ -87,6 +87,29 @@ _threads = click.option(
     type=click.IntRange(min=1),
     help="Threads to run on. Default: NEMOC_THREADS, else one per core.",
 )
+_shape = (
+    click.option(
+        "--batch",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Rows (B) for which --remarks gives numbers.",
+    ),
+    click.option(
+        "--tokens",
+        type=click.IntRange(min=1),
+        default=256,
+        show_default=True,
+        help="New tokens of each (L); 1 for decode.",
+    ),
+    click.option(
+        "--cached",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Tokens that each has cached (T).",
+    ),
+)
 
 
 def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -224,8 +247,11 @@ def bench(artifact: Path, **options: Any) -> None:
 @click.option("--summary", is_flag=True, help="Layers, parameters, state, closed-form costs.")
 @_options(_function, _target, _pipeline, _plugin)
 @click.option("--print-after", metavar="PASS|all", help="Print the graph after this pass.")
-@click.option("--remarks", is_flag=True, help="Print what each pass did and saved instead.")
-@_options(_verify_each, _debug)
+@click.option(
+    "--remarks", is_flag=True, help="Print what each pass did, refused and saved instead."
+)
+@click.option("--sites", is_flag=True, help="With --remarks: name every site.")
+@_options(*_shape, _verify_each, _debug)
 def ir(source: str, summary: bool, **options: Any) -> None:
     """Print a model's graph, or what it costs. No weights are needed.
 

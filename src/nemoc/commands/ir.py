@@ -1,8 +1,6 @@
 """`nemoc ir`: a model's graph as text, or what it costs."""
 
-import re
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,13 +9,12 @@ import click
 from nemoc.compiler import functions, passes_of, plugin_classes
 from nemoc.graph_file import read_graph
 from nemoc.ir import DType, Graph, NemocError, print_graph
-from nemoc.ir.cost import Cost
-from nemoc.ir.dims import format_dim
 from nemoc.ir.params import ParameterSource
 from nemoc.models import open_model
 from nemoc.models.summary import render_summary, summarize
 from nemoc.passes import Pass, PassContext, PassRun, Remark, run_pipeline
 from nemoc.passes.check import NumericCheck
+from nemoc.remarks import Shape, render_remarks
 from nemoc.targets import resolve_target, target_info
 
 _PRESET = "preset"
@@ -34,9 +31,15 @@ def run(
     plugins: tuple[str, ...],
     print_after: str | None,
     remarks: bool,
+    sites: bool,
+    batch: int,
+    tokens: int,
+    cached: int,
     verify_each: bool,
 ) -> None:
     """Print the summary, or the graph of a function after the passes asked for, or what they did."""
+    if sites and not remarks:
+        raise NemocError("--sites needs --remarks, which it lists site by site")
     if summary:
         _print_summary(source)
         return
@@ -47,7 +50,9 @@ def run(
     check = NumericCheck() if verify_each else None
     graph, said = rewritten(source, function, name, passes, check, _printer(passes, print_after))
     if remarks:
-        _print_remarks(passes, said)
+        shape = Shape(batch, 1 if function == "decode" else tokens, cached)
+        for line in render_remarks([p.name for p in passes], said, shape, sites):
+            click.echo(line)
     elif print_after is None:
         click.echo(print_graph(graph), nl=False)
 
@@ -112,23 +117,6 @@ def _printer(passes: tuple[Pass, ...], print_after: str | None) -> Callable[[Pas
             click.echo(print_graph(run.after))
 
     return print_it
-
-
-def _print_remarks(passes: tuple[Pass, ...], said: Sequence[Remark]) -> None:
-    """For each pass how often it did what, and what that saves together."""
-    for name in dict.fromkeys(p.name for p in passes):
-        own = [remark for remark in said if remark.pass_name == name]
-        click.echo(f"{name}: {len(own)} sites")
-        for message, count in Counter(_kind(remark.message) for remark in own).most_common():
-            click.echo(f"  {count:6} x {message}")
-        saved = sum((remark.saved for remark in own), Cost())
-        if saved != Cost():
-            click.echo(f"  saves {format_dim(saved.flops)} flops, {format_dim(saved.bytes)} bytes")
-
-
-def _kind(message: str) -> str:
-    """A remark without the names of values, so that equal ones are counted together."""
-    return re.sub(r"%[\w.]+", "%_", message)
 
 
 def _print_summary(source: str) -> None:
