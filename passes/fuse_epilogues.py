@@ -8,7 +8,7 @@ from nemoc.ir.types import Value
 from nemoc.passes.base import Pass
 from nemoc.passes.constants import constant_values
 from nemoc.passes.context import PassContext
-from nemoc.passes.growth import Growth, elements, is_elementwise, make_region
+from nemoc.passes.growth import PRODUCTS, Growth, elements, is_elementwise, make_region
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class FuseEpilogues(Pass):
         # In order: what lies between two products is the first one's epilogue before the second looks at it.
         for node in graph.nodes:
             growth = Growth(graph, constant, [node])
-            if isinstance(node.op, Linear | GroupedLinear) and node in graph.places:
+            if isinstance(node.op, PRODUCTS) and node in graph.places:
                 graph = self._fuse(growth, ctx)
         return graph
 
@@ -74,7 +74,7 @@ class FuseEpilogues(Pass):
             growth.absorb_consumers(result, behind)
             growth.absorb_sides(beside)
         if self.prologues:
-            products = [n.op for n in growth.members if isinstance(n.op, Linear | GroupedLinear)]
+            products = [n.op for n in growth.members if isinstance(n.op, PRODUCTS)]
             for product in products:
                 growth.absorb_producers(
                     product.x, _is_prologue, copies=lambda n: self._is_repeated(growth, n)
@@ -95,7 +95,7 @@ def _only_products(growth: Growth, value: Value) -> bool:
     if value in growth.graph.results:
         return False
     for user in growth.graph.uses.get(value, ()):
-        if isinstance(user.op, Linear | GroupedLinear):
+        if isinstance(user.op, PRODUCTS):
             if user.op.x is not value:
                 return False
         elif not (

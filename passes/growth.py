@@ -22,7 +22,9 @@ from nemoc.ir.fusion import fuse, obstacle
 from nemoc.ir.graph import Graph, Node
 from nemoc.ir.ops import (
     Full,
+    GroupedLinear,
     GroupLimit,
+    Linear,
     RmsNorm,
     Sum,
     TakeAlong,
@@ -39,6 +41,10 @@ Wanted = Callable[[Node], bool]
 
 WHOLE_ROWS = (RmsNorm, TopK, GroupLimit, TakeAlong, TakeRows, TakeLast, Sum)
 """The ops besides element-wise ones whose results are made row by row."""
+
+
+PRODUCTS = (Linear, GroupedLinear)
+"""The ops whose operands are another matter than their results: a pass asks for what comes before them by itself."""
 
 
 def is_elementwise(node: Node) -> bool:
@@ -113,7 +119,7 @@ class Growth:
         shared: Wanted = lambda _: False,
         copies: Wanted = lambda _: False,
     ) -> None:
-        """Take in what a value is made from, as far back as it is wanted.
+        """Take in what a value is made from, as far back as it is wanted, though never what is behind a product.
 
         Args:
             value: an operand of a node of the region.
@@ -134,6 +140,8 @@ class Growth:
             views = [view for v in node.results for view in self._inner_views(v)] if stays else []
             if not self.add(*views, node, copy=not stays):
                 return
+        if isinstance(node.op, PRODUCTS):
+            return
         for operand in node.op.operands():
             self.absorb_producers(operand, wanted, shared, copies)
 
@@ -163,8 +171,8 @@ class Growth:
                 yield [node]
 
     def absorb_sides(self, wanted: Wanted) -> None:
-        """Take in wanted producers of all operands of the region, as far as nobody else reads them."""
-        for node in list(self.members):
+        """Take in wanted producers of all operands but those of products, as far as nobody else reads them."""
+        for node in [n for n in self.members if not isinstance(n.op, PRODUCTS)]:
             for value in node.op.operands():
                 self.absorb_producers(value, wanted, copies=lambda n: isinstance(n.op, Full))
 

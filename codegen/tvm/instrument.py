@@ -302,7 +302,8 @@ class _Marker:
         match node:
             case ast.Assign([ast.Name(name)], ast.Call(ast.Attribute(attr="decl_buffer")) as call):
                 yield node
-                yield from self._shadows(name, call)
+                if not _is_local(call):
+                    yield from self._shadows(name, call)
             case ast.Assign([target], value):
                 yield from self._loads(value)
                 if isinstance(target, ast.Subscript):
@@ -376,6 +377,11 @@ class _Marker:
             case ast.Call(ast.Attribute(attr="Ramp"), [_, _, lanes]):
                 return f"T.Broadcast({one}, {ast.unparse(lanes)})"
         return one
+
+
+def _is_local(declaration: ast.Call) -> bool:
+    """Whether a buffer shows a local array: its memory is the field of that, not a pointer."""
+    return any(k.arg == "data" and isinstance(k.value, ast.Attribute) for k in declaration.keywords)
 
 
 def _not(condition: ast.expr) -> ast.expr:
