@@ -12,7 +12,7 @@ import torch
 
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import IRError
-from nemoc.ir.op import Env, RowSlice
+from nemoc.ir.op import Env, Op, RowSlice
 from nemoc.ir.params import ParameterSource
 from nemoc.ir.region import Folded, apply_op
 from nemoc.ir.types import Value
@@ -34,7 +34,7 @@ def stream(
         output: which of the region's results.
 
     Raises:
-        IRError: a parameter is stored in another type or shape than the region expects.
+        IRError: a parameter is stored in another type or shape than the region expects, or an op refuses what it holds.
     """
     value = folded.body.outputs[output]
     evaluation = _Evaluation(folded, source)
@@ -132,7 +132,7 @@ class _Evaluation:
             self.whole(v) if rows is None else self._rows(v, rows.start, rows.stop, known)
             for v, rows in zip(how.op.operands(), how.operands, strict=True)
         ]
-        (result,) = apply_op(how.op, self._env, operands)
+        (result,) = self._apply(how.op, operands)
         return result[how.skip : how.skip + stop - start]
 
     def _evaluate(self, value: Value, known: dict[Value, torch.Tensor]) -> torch.Tensor:
@@ -141,8 +141,14 @@ class _Evaluation:
         if value not in known:
             node = self._body.producers[value]
             operands = [self._evaluate(v, known) for v in node.op.operands()]
-            known.update(zip(node.results, apply_op(node.op, self._env, operands), strict=True))
+            known.update(zip(node.results, self._apply(node.op, operands), strict=True))
         return known[value]
+
+    def _apply(self, op: Op, operands: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        try:
+            return apply_op(op, self._env, operands)
+        except IRError as error:  # ops know their operands, but not which parameters they come from
+            raise error.at(", ".join(self._names.values())) from None
 
     def _read(self, value: Value, start: int, stop: int | None) -> torch.Tensor:
         tensor = self._source.read(self._names[value], start, stop)

@@ -26,6 +26,13 @@ from nemoc.ir.ops.elementwise import (
 from nemoc.ir.ops.linear import GroupedLinear, Interleave, Linear
 from nemoc.ir.ops.mamba import CausalConv, SsdScan, SsdUpdate
 from nemoc.ir.ops.norm import RmsNorm
+from nemoc.ir.ops.nvfp4 import (
+    DequantizeNvfp4,
+    Nvfp4BlockScales,
+    Nvfp4GlobalScale,
+    QuantizeNvfp4,
+    SwizzleScales,
+)
 from nemoc.ir.ops.routing import GroupBy, GroupLimit, TopK
 from nemoc.ir.ops.shape import (
     Concat,
@@ -69,6 +76,11 @@ OPS: tuple[type[Op], ...] = (
     Linear,
     GroupedLinear,
     Interleave,
+    Nvfp4GlobalScale,
+    Nvfp4BlockScales,
+    QuantizeNvfp4,
+    DequantizeNvfp4,
+    SwizzleScales,
     RmsNorm,
     GroupLimit,
     TopK,
@@ -106,6 +118,7 @@ __all__ = [
     "Cast",
     "CausalConv",
     "Concat",
+    "DequantizeNvfp4",
     "Div",
     "Exp",
     "FloorDiv",
@@ -119,7 +132,10 @@ __all__ = [
     "Interleave",
     "Linear",
     "Mul",
+    "Nvfp4BlockScales",
+    "Nvfp4GlobalScale",
     "Permute",
+    "QuantizeNvfp4",
     "Region",
     "Relu",
     "Reshape",
@@ -135,6 +151,7 @@ __all__ = [
     "SsdUpdate",
     "Sub",
     "Sum",
+    "SwizzleScales",
     "TakeAlong",
     "TakeLast",
     "TakeRows",

@@ -2,11 +2,27 @@
 
 from nemoc.codegen.tvm.emit import EMITTERS
 from nemoc.ir.op import Op
-from nemoc.ir.ops import OPS, Folded, Interleave
+from nemoc.ir.ops import (
+    OPS,
+    DequantizeNvfp4,
+    Folded,
+    Interleave,
+    Nvfp4BlockScales,
+    Nvfp4GlobalScale,
+    QuantizeNvfp4,
+    SwizzleScales,
+)
+
+_FOLDED = "applied to parameters alone, so folded when the artifact is built"
 
 WITHOUT: dict[type[Op], str] = {
     Folded: "computed when the artifact is built",
-    Interleave: "applied to parameters alone, so folded when the artifact is built",
+    Interleave: _FOLDED,
+    Nvfp4GlobalScale: _FOLDED,
+    Nvfp4BlockScales: _FOLDED,
+    QuantizeNvfp4: _FOLDED,
+    DequantizeNvfp4: _FOLDED,
+    SwizzleScales: _FOLDED,
 }
 
 

@@ -14,7 +14,16 @@ from nemoc.ir.ops import OPS, Cast, Full, Region
 from support.op_samples import OP_SAMPLES, sample_graph
 
 _DIMS = (1, 2, 3, 6, B, L, C, 2 * B)
-_DTYPES = (DType.F32, DType.F32, DType.F64, DType.BF16, DType.I32, DType.I64)
+_DTYPES = (
+    DType.F32,
+    DType.F32,
+    DType.F64,
+    DType.BF16,
+    DType.F8E4M3,
+    DType.I32,
+    DType.I64,
+    DType.U8,
+)
 
 
 def _value(rng: random.Random) -> Value:
@@ -33,6 +42,7 @@ def _field(hint: Any, rng: random.Random) -> Any:
         int: rng.randrange(-1, 7),
         float: rng.choice((0.0, -1.5, float("inf"), float("nan"))),
         bool: rng.random() < 0.5,
+        str: rng.choice(("", "modelopt", "torchao", "x")),
         DType: rng.choice(_DTYPES),
     }[hint]
 

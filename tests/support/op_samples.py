@@ -128,6 +128,16 @@ _GROUPS = """
     input %x: f32[2*B, 6]
     %order, %position, %offsets = group_by(%index) {groups=3} : i32[2*B], i32[2*B], i32[4]
 """
+_SCALED = """
+    param %w: f32[3, 32]
+    %g = nvfp4_global_scale(%w) : f32[]
+    %s = nvfp4_block_scales(%w, %g) : f8e4m3[3, 2]
+"""
+_SCALED_STACK = """
+    param %w: bf16[2, 3, 48]
+    %g = nvfp4_global_scale(%w) {dialect="compressed-tensors", four_over_six=true} : f32[2]
+    %s = nvfp4_block_scales(%w, %g) {dialect="compressed-tensors", four_over_six=true} : f8e4m3[2, 3, 3]
+"""
 
 OP_SAMPLES: dict[str, Samples] = {
     "cast": Samples(
@@ -301,6 +311,104 @@ OP_SAMPLES: dict[str, Samples] = {
         (
             ("param %w: f32[5]\n%y = interleave(%w) {block=4} : f32[2, 4]", "expected rank ≥ 2"),
             ("param %w: f32[5, 3]\n%y = interleave(%w) {block=1} : f32[5, 3, 1]", "block is 1"),
+        ),
+    ),
+    "nvfp4_global_scale": Samples(
+        (
+            "param %w: bf16[5, 32]\n%g = nvfp4_global_scale(%w) : f32[]",
+            "input %w: f32[B, 5, 16]\n"
+            '%g = nvfp4_global_scale(%w) {dialect="torchao", four_over_six=true} : f32[B]',
+        ),
+        (
+            ("param %w: f64[5, 32]\n%g = nvfp4_global_scale(%w) : f32[]", "w is f64[5, 32]"),
+            ("param %w: f32[32]\n%g = nvfp4_global_scale(%w) : f32[]", "of rank ≥ 2"),
+            (
+                "param %w: f32[5, 24]\n%g = nvfp4_global_scale(%w) : f32[]",
+                "w is f32[5, 24], expected whole blocks of 16 columns",
+            ),
+            ("param %w: f32[5, B]\n%g = nvfp4_global_scale(%w) : f32[]", "whole blocks of 16"),
+            ("param %w: f32[0, 16]\n%g = nvfp4_global_scale(%w) : f32[]", "whole blocks of 16"),
+            (
+                'param %w: f32[5, 32]\n%g = nvfp4_global_scale(%w) {dialect="mx"} : f32[]',
+                "dialect is 'mx', expected one of modelopt, torchao, compressed-tensors",
+            ),
+        ),
+    ),
+    "nvfp4_block_scales": Samples(
+        (
+            _SCALED,
+            _SCALED_STACK,
+            "input %w: f32[B, 5, 32]\nparam %r: f32[5, 16]\n%g = nvfp4_global_scale(%r) : f32[]\n"
+            "%s = nvfp4_block_scales(%w, %g) : f8e4m3[B, 5, 2]",
+        ),
+        (
+            (
+                "param %w: f32[5, 40]\nparam %g: f32[]\n"
+                "%s = nvfp4_block_scales(%w, %g) : f8e4m3[5, 2]",
+                "whole blocks of 16 columns",
+            ),
+            (
+                "param %w: f32[2, 5, 32]\nparam %g: f32[5]\n"
+                "%s = nvfp4_block_scales(%w, %g) : f8e4m3[2, 5, 2]",
+                "global_scale is f32[5], expected f32[2]",
+            ),
+        ),
+    ),
+    "quantize_nvfp4": Samples(
+        (
+            f"{_SCALED}\n%q = quantize_nvfp4(%w, %s, %g) : u8[3, 16]",
+            f"{_SCALED_STACK}\n%q = quantize_nvfp4(%w, %s, %g) "
+            '{dialect="compressed-tensors"} : u8[2, 3, 24]',
+        ),
+        (
+            (
+                f"{_SCALED}\n%q = quantize_nvfp4(%w, %w, %g) : u8[3, 16]",
+                "scales is f32[3, 32], expected f8e4m3[3, 2]",
+            ),
+            (
+                f"{_SCALED}\n%q = quantize_nvfp4(%w, %s, %s) : u8[3, 16]",
+                "global_scale is f8e4m3[3, 2], expected f32[]",
+            ),
+        ),
+    ),
+    "dequantize_nvfp4": Samples(
+        (
+            "param %q: u8[5, 16] < 256\nparam %s: f8e4m3[5, 2]\nparam %g: f32[]\n"
+            "%y = dequantize_nvfp4(%q, %s, %g) : f32[5, 32]",
+            "input %q: u8[B, 5, 8] < 256\ninput %s: f8e4m3[B, 5, 1]\ninput %g: f32[B]\n"
+            '%y = dequantize_nvfp4(%q, %s, %g) {dialect="compressed-tensors"} : f32[B, 5, 16]',
+        ),
+        (
+            (
+                "param %q: u8[5, 12]\nparam %s: f8e4m3[5, 1]\nparam %g: f32[]\n"
+                "%y = dequantize_nvfp4(%q, %s, %g) : f32[5, 24]",
+                "packed is u8[5, 12], expected whole blocks of 8 columns",
+            ),
+            (
+                "param %q: i8[5, 8]\nparam %s: f8e4m3[5, 1]\nparam %g: f32[]\n"
+                "%y = dequantize_nvfp4(%q, %s, %g) : f32[5, 16]",
+                "packed is i8[5, 8], expected u8",
+            ),
+            (
+                "param %q: u8[5, 8]\nparam %s: f8e4m3[5, 2]\nparam %g: f32[]\n"
+                "%y = dequantize_nvfp4(%q, %s, %g) : f32[5, 16]",
+                "scales is f8e4m3[5, 2], expected f8e4m3[5, 1]",
+            ),
+            (
+                "param %q: u8[5, 8]\nparam %s: f8e4m3[5, 1]\nparam %g: f32[]\n"
+                '%y = dequantize_nvfp4(%q, %s, %g) {dialect="gguf"} : f32[5, 16]',
+                "dialect is 'gguf'",
+            ),
+        ),
+    ),
+    "swizzle_scales": Samples(
+        (
+            "param %s: f8e4m3[130, 6]\n%y = swizzle_scales(%s) : f8e4m3[2, 2, 32, 4, 4]",
+            "param %s: f8e4m3[2, 7, 4]\n%y = swizzle_scales(%s) : f8e4m3[2, 1, 1, 32, 4, 4]",
+        ),
+        (
+            ("param %s: u8[8, 4]\n%y = swizzle_scales(%s) : u8[1, 1, 32, 4, 4]", "expected f8e4m3"),
+            ("param %s: f8e4m3[8]\n%y = swizzle_scales(%s) : f8e4m3[8]", "of rank ≥ 2"),
         ),
     ),
     "rms_norm": Samples(
