@@ -32,3 +32,6 @@ class Cost:
             sympy.expand(self.read + other.read),
             sympy.expand(self.written + other.written),
         )
+
+    def __sub__(self, other: "Cost") -> "Cost":
+        return self + Cost(-other.flops, -other.read, -other.written)

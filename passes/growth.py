@@ -42,7 +42,6 @@ Wanted = Callable[[Node], bool]
 WHOLE_ROWS = (RmsNorm, TopK, GroupLimit, TakeAlong, TakeRows, TakeLast, Sum)
 """The ops besides element-wise ones whose results are made row by row."""
 
-
 PRODUCTS = (Linear, GroupedLinear)
 """The ops whose operands are another matter than their results: a pass asks for what comes before them by itself."""
 
@@ -240,18 +239,12 @@ def make_region(growth: Growth, ctx: PassContext, pass_name: str, kind: str) -> 
     fused = fuse(graph, growth.members, kind, growth.copied)
     region = next(n for n in fused.nodes if isinstance(n.op, Fused) and n not in graph.places)
     members = [node for node in growth.members if not node.op.is_view]
-    before = sum((node.op.cost() for node in members), Cost())
-    after = region.op.cost()
-    saved = Cost(
-        before.flops - after.flops, before.read - after.read, before.written - after.written
-    )
-    order = graph.places
-    names = [node.op.mnemonic() for node in sorted(work, key=order.__getitem__)]
+    names = [node.op.mnemonic() for node in sorted(work, key=graph.places.__getitem__)]
     remark = Remark(
         pass_name,
         _site(fused, region),
         f"{kind} of {', '.join(names)}",
-        saved,
+        saved=sum((node.op.cost() for node in members), Cost()) - region.op.cost(),
         launches=len(members) - 1,
     )
     return fused if ctx.allows(remark) else graph

@@ -194,11 +194,6 @@ class _Move:
     def after(self) -> Cost:
         return sum((node.op.cost() for node in self.new), Cost())
 
-    @property
-    def saved(self) -> Cost:
-        old, new = self.before, self.after
-        return Cost(old.flops - new.flops, old.read - new.read, old.written - new.written)
-
     def refusal(self) -> str | None:
         """Why not to do it; none if it pays."""
         if not any(isinstance(op, Linear) for op in self.old):
@@ -268,7 +263,7 @@ class _Judge:
                 message = f"{rule.name}: {reason}"
                 self.refused[value] = dataclasses.replace(remark, message=message)
             return False
-        if not self.ctx.allows(dataclasses.replace(remark, saved=self.move.saved)):
+        if not self.ctx.allows(dataclasses.replace(remark, saved=self.move.before - self.move.after)):
             return False
         for op in self.move.old:
             self.reads.subtract(op.operands())
