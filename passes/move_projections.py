@@ -263,7 +263,9 @@ class _Judge:
                 message = f"{rule.name}: {reason}"
                 self.refused[value] = dataclasses.replace(remark, message=message)
             return False
-        if not self.ctx.allows(dataclasses.replace(remark, saved=self.move.before - self.move.after)):
+        if not self.ctx.allows(
+            dataclasses.replace(remark, saved=self.move.before - self.move.after)
+        ):
             return False
         for op in self.move.old:
             self.reads.subtract(op.operands())

@@ -249,7 +249,7 @@ class GatheredRows(StoredRows):
         return lambda i, k: self.writer.load(self.buffer, f"{picks}[{i}], {k}")
 
 
-def rows_in_array(matrix: str, first: str, count: str) -> RowBlock:
+def rows_in_matrix(matrix: str, first: str, count: str) -> RowBlock:
     """Rows in local memory.
 
     Args:

@@ -27,7 +27,7 @@ from nemoc.codegen.tvm.linear import (
     most_panels,
     obstacle,
     panel_lanes,
-    rows_in_array,
+    rows_in_matrix,
     stored,
     write_groups,
     write_panels,
@@ -283,8 +283,7 @@ class _ComputedRows:
         # One vector more than fills a row: rows a multiple of 4 KiB apart would share cache sets.
         stride = (-(-rows.width // lanes) + 1) * lanes
         most = _rows_at_once(stride)
-        array = writer.local("computed", most * stride)
-        matrix = writer.matrix(array, most, stride)
+        computed = writer.matrix("computed", most, stride)
         with writer.loop("t", f"({count} + {most - 1}) // {most}") as t:
             start = writer.let("start", f"{first} + {t} * {most}")
             some = writer.let("some", f"T.min({most}, {first} + {count} - {start})")
@@ -292,12 +291,11 @@ class _ComputedRows:
                 row = writer.let("row", f"{start} + {r}")
 
                 def keep(at: str, n: int) -> None:
-                    place = ramp(f"{r} * {stride} + {at}", n)
-                    writer.line(f"{array}[{place}] = {body.at(rows, row, at, n)}")
+                    writer.line(f"{computed}[{r}, {ramp(at, n)}] = {body.at(rows, row, at, n)}")
 
                 body.prepare(row, rows)
                 each_vector(writer, rows.width, body.lanes(rows), keep)
-            yield rows_in_array(matrix, start, some)
+            yield rows_in_matrix(computed, start, some)
 
 
 def _rows_at_once(stride: int) -> int:

@@ -17,7 +17,7 @@ from nemoc.codegen.tvm.linear import (
     Sink,
     obstacle,
     panel_lanes,
-    rows_in_array,
+    rows_in_matrix,
 )
 from nemoc.codegen.tvm.loops import each_vector
 from nemoc.codegen.tvm.routing import write_group_by
@@ -208,19 +208,18 @@ class _Block:
         count = writer.let("count", f"T.min({_ROWS}, {total} - {first})")
         tile = self._write_early(first, count)
         sums = self._write_sums(first, count, tile)
-        width = self._parts.linear.features
         with writer.loop("r", count) as r, self._body.bindings():
             row = writer.let("row", f"{first} + {r}")
-            self._hold(self._parts.scores, row, sums, f"{r} * {width}")
+            self._hold(self._parts.scores, row, sums, r)
             if tile:
-                self._hold(self._x.value, row, tile, f"{r} * {self._x.width}")
+                self._hold(self._x.value, row, tile, r)
             self._body.prepare(row, *(s.rows for s in self._late))
             write_row(self._body, self._late, row)
 
     def _write_early(self, first: str, count: str) -> str:
         """What comes before the scores; returns the tile of rows for the product, empty where memory has them."""
         writer, body, x = self._writer, self._body, self._x
-        tile = "" if body.is_direct(x) else writer.local("rows", _ROWS * x.width)
+        tile = "" if body.is_direct(x) else writer.matrix("rows", _ROWS, x.width)
         if not tile and not self._early:
             return tile
         with writer.loop("r", count) as r, body.bindings():
@@ -229,23 +228,20 @@ class _Block:
             if tile:
 
                 def copy(at: str, n: int) -> None:
-                    into = ramp(f"{r} * {x.width} + {at}", n)
-                    writer.line(f"{tile}[{into}] = {body.at(x, row, at, n)}")
+                    writer.line(f"{tile}[{r}, {ramp(at, n)}] = {body.at(x, row, at, n)}")
 
                 each_vector(writer, x.width, body.lanes(x), copy)
-                self._hold(x.value, row, tile, f"{r} * {x.width}")
+                self._hold(x.value, row, tile, r)
             write_row(body, self._early, row)
         return tile
 
     def _write_sums(self, first: str, count: str, tile: str) -> str:
         """The product; returns the tile of sums."""
         writer, body, linear = self._writer, self._body, self._parts.linear
-        width = linear.features
-        sums = writer.local("sums", _ROWS * width)
+        sums = writer.matrix("sums", _ROWS, linear.features)
 
         def put(row: str, column: str, value: str, lanes: int) -> None:
-            into = ramp(f"({row} - {first}) * {width} + {column}", lanes)
-            writer.line(f"{sums}[{into}] = {value}")
+            writer.line(f"{sums}[{row} - {first}, {ramp(column, lanes)}] = {value}")
 
         def in_memory(row: str, rows: int) -> Element:
             return lambda i, k: body.at(self._x, f"{row} + {i}", k, 1)
@@ -254,15 +250,14 @@ class _Block:
         scored = Product.of(writer, body.target, linear, self._w, sink)
         block = RowBlock(first, count, in_memory)
         if tile:
-            matrix = writer.matrix(tile, _ROWS, self._x.width)
-            block = rows_in_array(matrix, first, count)
+            block = rows_in_matrix(tile, first, count)
         with writer.loop("p", scored.panels) as panel:
             scored.write(block, panel)
         return sums
 
-    def _hold(self, value: Value, row: str, tile: str, start: str) -> None:
-        """Say that a row of a value lies in a tile from an element on."""
-        self._body.hold(value, row, lambda at, n: f"{tile}[{ramp(f'{start} + {at}', n)}]")
+    def _hold(self, value: Value, row: str, tile: str, place: str) -> None:
+        """Say that a row of a value is a row of a tile."""
+        self._body.hold(value, row, lambda at, n: f"{tile}[{place}, {ramp(at, n)}]")
 
 
 def _not_yet(_column: str, _lanes: int) -> str:

@@ -135,13 +135,14 @@ class KernelWriter:
         self.line(f'{name} = T.alloc_buffer(({size},), "{typed}", scope="local")')
         return name
 
-    def matrix(self, array: str, rows: int, stride: int) -> str:
-        """A local array of f32 seen as rows, `stride` elements from one to the next; returns the buffer's name.
+    def matrix(self, hint: str, rows: int, stride: int) -> str:
+        """A mutable local array of f32, uninitialised, seen as rows; returns the buffer's name.
 
-        Strides of 64 bits let LLVM keep one address for a row: the products of 32 bits in an index like `row * stride +
-        k` may wrap, and cost a quarter of an inner loop's time.
+        Rows lie `stride` elements apart. Strides of 64 bits let LLVM keep one address for a row: products of 32 bits
+        in an index like `row * stride + k` may wrap, and cost a quarter of an inner loop's time.
         """
-        name = self.fresh("matrix")
+        array = self.local(f"{hint}_data", rows * stride)
+        name = self.fresh(hint)
         self.line(
             f'{name} = T.decl_buffer(({rows}, {stride},), "float32", data={array}.data, '
             f'strides=(T.int64({stride}), T.int64(1),), scope="local")'
