@@ -1,12 +1,14 @@
 """What each fusion is worth: `python -m benchmarks.fusions --json FILE`.
 
 The executables with all fusions, with none, and with each one left out live in one process and take turns; what counts
-is their ratios. Beside the times stand the launches and phases of their step functions.
+is their ratios. Each is loaded several times: where its memory happens to lie changes an executable's speed by more
+than a fusion may, so that the median is over loads too. Beside the times stand the launches and phases of a step.
 """
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,8 @@ def variants() -> Iterator[tuple[str, str]]:
 @click.option("--preset", "name", default="mid", help="Model preset, with random weights.")
 @click.option("--prefill", "lengths", multiple=True, type=int, default=(256, 2048))
 @click.option("--decode", "steps", default=32, help="Tokens decoded in one timed run.")
-@click.option("--rounds", default=5, help="Timed rounds.")
+@click.option("--loads", default=3, help="How often each executable is loaded.")
+@click.option("--rounds", default=3, help="Timed rounds of each load.")
 @click.option("--threads", default=2, help="Threads.")
 @click.option("--pipeline", "extra", multiple=True, help="NAME=TEXT: one more pipeline.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Where to write the figures.")
@@ -50,6 +53,7 @@ def main(
     name: str,
     lengths: tuple[int, ...],
     steps: int,
+    loads: int,
     rounds: int,
     threads: int,
     extra: tuple[str, ...],
@@ -59,30 +63,26 @@ def main(
     torch.set_num_threads(threads)
     pipelines = dict(variants()) | dict(text.split("=", 1) for text in extra)
     context = max(lengths) + steps + 8
-    executables = {
-        label: nemoc.compile(
-            random_checkpoint(name), "cpu", pipeline=text, max_context=context, threads=threads
-        )
-        for label, text in pipelines.items()
-    }
-    timings = {
-        f"prefill {n}": interleaved(
-            {k: functools.partial(_prefill, e, prompt(name, n)) for k, e in executables.items()},
-            rounds,
-        )
-        for n in lengths
-    }
-    ids = prompt(name, min(lengths))
-    timings[f"decode {steps}"] = interleaved(
-        {k: functools.partial(_decode, e, ids, steps) for k, e in executables.items()}, rounds
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        executables = {
+            label: _loaded(Path(folder, f"{number}.nemoc"), name, text, context, threads, loads)
+            for number, (label, text) in enumerate(pipelines.items())
+        }
+        runs: dict[str, Callable[[Executable], object]] = {
+            f"prefill {n}": functools.partial(_prefill, prompt(name, n)) for n in lengths
+        }
+        ids = prompt(name, min(lengths))
+        runs[f"decode {steps}"] = functools.partial(_decode, ids, steps)
+        timings = {what: _timed(executables, run, rounds) for what, run in runs.items()}
+        errors = _errors({k: e[0] for k, e in executables.items()}, ids)
     report = {
         "model": name,
         "processor": cpu_model(),
         "versions": {p: version(p) for p in ("nemoc", "torch", "apache-tvm")},
+        "loads": loads,
         "rounds": rounds,
         "pipelines": pipelines,
-        "error_against_none": _errors(executables, prompt(name, min(lengths))),
+        "error_against_none": errors,
         "launches": {k: _counts(name, text) for k, text in pipelines.items()},
         "seconds": {
             what: {k: [t.median, t.spread] for k, t in found.items()}
@@ -95,11 +95,42 @@ def main(
         out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _prefill(executable: Executable, ids: torch.Tensor) -> torch.Tensor:
+def _loaded(
+    artifact: Path, name: str, pipeline: str, context: int, threads: int, loads: int
+) -> list[Executable]:
+    """Compile into an artifact and load it several times."""
+    nemoc.compile(
+        random_checkpoint(name),
+        "cpu",
+        pipeline=pipeline,
+        max_context=context,
+        threads=threads,
+        destination=artifact,
+    )
+    return [nemoc.load(artifact, threads=threads) for _ in range(loads)]
+
+
+def _timed(
+    executables: Mapping[str, Sequence[Executable]],
+    run: Callable[[Executable], object],
+    rounds: int,
+) -> dict[str, Timing]:
+    """For each label the medians of its loads, all of them timed in turns."""
+    flat = {(k, i): e for k, loaded in executables.items() for i, e in enumerate(loaded)}
+    found = interleaved(
+        {f"{k} {i}": functools.partial(run, e) for (k, i), e in flat.items()}, rounds
+    )
+    return {
+        k: Timing(tuple(found[f"{k} {i}"].median for i in range(len(loaded))))
+        for k, loaded in executables.items()
+    }
+
+
+def _prefill(ids: torch.Tensor, executable: Executable) -> torch.Tensor:
     return executable.prefill(ids, executable.new_state())
 
 
-def _decode(executable: Executable, ids: torch.Tensor, steps: int) -> None:
+def _decode(ids: torch.Tensor, steps: int, executable: Executable) -> None:
     state = executable.new_state()
     executable.prefill(ids[:, :8], state)
     token = torch.tensor([1])
@@ -119,7 +150,7 @@ def _counts(name: str, pipeline: str) -> dict[str, dict[str, int]]:
 
 
 def _errors(executables: Mapping[str, Executable], ids: torch.Tensor) -> dict[str, float]:
-    logits = {k: _prefill(e, ids) for k, e in executables.items()}
+    logits = {k: _prefill(ids, e) for k, e in executables.items()}
     base = logits["none"]
     return {k: float((y - base).norm() / base.norm()) for k, y in logits.items()}
 
