@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 
+import support.models
 from nemoc.codegen.plan import Arg, Plan, Site, Stage, View
 from nemoc.codegen.storage import bind_weights, weight_layout
 from nemoc.codegen.tvm.emit import emit
@@ -19,7 +20,7 @@ from nemoc.ir.dims import B
 from nemoc.ir.fusion import fuse
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.ir.types import TensorType
-from nemoc.models import ModelConfig, RandomSource, build_step
+from nemoc.models import RandomSource, build_step
 from nemoc.models.config import LayerKind
 from nemoc.passes import PassContext, TargetInfo, preset, run_pipeline
 from nemoc.passes.presets import Phase
@@ -216,28 +217,8 @@ def test_an_updated_state_is_read_and_written_where_it_lies() -> None:
     assert (found.reads, found.writes) == ((0, 96, 8), (96,))
 
 
-SMALL = ModelConfig(
-    vocab_size=4001,
-    hidden_size=20,
-    layers=("mamba",),
-    mamba_num_heads=6,
-    mamba_head_dim=5,
-    n_groups=2,
-    ssm_state_size=7,
-    conv_kernel=4,
-    chunk_size=5,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    intermediate_size=26,
-    n_routed_experts=6,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    moe_latent_size=8,
-    moe_intermediate_size=11,
-    moe_shared_expert_intermediate_size=13,
-)
+# So many words that no two tokens of a test are the same one.
+SMALL = dataclasses.replace(support.models.SMALL, vocab_size=4001)
 
 
 @pytest.mark.parametrize(

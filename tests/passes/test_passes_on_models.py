@@ -8,6 +8,7 @@ from itertools import pairwise, permutations
 import pytest
 import torch
 
+import support.models
 from nemoc.ir import DType, Graph, ops, verify
 from nemoc.ir.folding import stream
 from nemoc.ir.fusion import inline
@@ -24,27 +25,8 @@ from nemoc.passes.fuse_moe_dispatch import FuseMoeDispatch
 from nemoc.passes.fuse_rows import FuseRows
 from nemoc.passes.presets import Phase
 
-SMALL = ModelConfig(
-    vocab_size=61,
-    hidden_size=20,
-    layers=("mamba", "moe", "attention", "mlp", "mamba", "moe"),
-    mamba_num_heads=6,
-    mamba_head_dim=5,
-    n_groups=2,
-    ssm_state_size=7,
-    conv_kernel=4,
-    chunk_size=5,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    intermediate_size=26,
-    n_routed_experts=6,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    moe_latent_size=8,
-    moe_intermediate_size=11,
-    moe_shared_expert_intermediate_size=13,
+SMALL = dataclasses.replace(
+    support.models.SMALL, layers=("mamba", "moe", "attention", "mlp", "mamba", "moe")
 )
 SIZES = {"B": 2, "L": 9, "C": 24}
 
