@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph, Node
 from nemoc.ir.rewrite import Rule, rewrite
 from nemoc.passes.base import Pass
 from nemoc.passes.context import PassContext, Remark
-from nemoc.passes.options import nearest
+from nemoc.passes.options import rules_without
 from nemoc.passes.rules import arithmetic, casts, layout
 
 RULES: tuple[Rule, ...] = (*casts.RULES, *arithmetic.RULES, *layout.RULES)
@@ -38,16 +37,14 @@ class Canonicalize(Pass):
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        known = [rule.name for rule in RULES]
-        for name in self.without:
-            if name not in known:
-                hint = nearest(name, known)
-                raise NemocError(f"pass {self.name}: option without names no rule {name!r}{hint}")
+        self._rules()
+
+    def _rules(self) -> list[Rule]:
+        return rules_without(self.name, RULES, self.without)
 
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
         def allowed(rule: Rule, node: Node) -> bool:
             site = f"{graph.name}/%{node.results[0].name}"
             return ctx.allows(Remark(self.name, site, rule.name))
 
-        rules = [rule for rule in RULES if rule.name not in self.without]
-        return rewrite(graph, rules, on_apply=allowed)
+        return rewrite(graph, self._rules(), on_apply=allowed)

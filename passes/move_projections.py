@@ -9,7 +9,6 @@ import sympy
 
 from nemoc.ir.cost import Cost
 from nemoc.ir.dims import Dim, format_dim, product
-from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph, Node
 from nemoc.ir.op import Op
 from nemoc.ir.ops import Linear, Mul, Reshape, Sum, TakeLast, TakeRows
@@ -17,7 +16,7 @@ from nemoc.ir.rewrite import Replacement, Rewriter, Rule, rewrite
 from nemoc.ir.types import Value
 from nemoc.passes.base import Effect, Pass
 from nemoc.passes.context import PassContext, Remark
-from nemoc.passes.options import nearest
+from nemoc.passes.options import rules_without
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,14 @@ class MoveProjections(Pass):
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        known = [rule.name for rule in RULES]
-        for name in self.without:
-            if name not in known:
-                hint = nearest(name, known)
-                raise NemocError(f"pass {self.name}: option without names no rule {name!r}{hint}")
+        self._rules()
+
+    def _rules(self) -> list[Rule]:
+        return rules_without(self.name, RULES, self.without)
 
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
         judge = _Judge(self.name, graph.name, ctx, _reads(graph))
-        rules = [judge.watched(rule) for rule in RULES if rule.name not in self.without]
+        rules = [judge.watched(rule) for rule in self._rules()]
         after = rewrite(graph, rules, on_apply=judge.allows)
         judge.note_refusals()
         return after

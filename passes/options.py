@@ -6,10 +6,11 @@ import json
 import re
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from nemoc.ir.errors import NemocError
+from nemoc.ir.rewrite import Rule
 from nemoc.passes.base import Pass
 
 _WORD = re.compile(r"[A-Za-z0-9_.*/:+\-]+")
@@ -80,6 +81,20 @@ def nearest(name: str, known: Collection[str]) -> str:
     if near:
         return f", did you mean {' or '.join(near)}?"
     return f", expected one of {', '.join(known)}" if known else ""
+
+
+def rules_without(pass_name: str, rules: Sequence[Rule], without: Sequence[str]) -> list[Rule]:
+    """The rules that a pass's option `without` leaves.
+
+    Raises:
+        NemocError: it names a rule that there is not.
+    """
+    known = [rule.name for rule in rules]
+    for name in without:
+        if name not in known:
+            hint = nearest(name, known)
+            raise NemocError(f"pass {pass_name}: option without names no rule {name!r}{hint}")
+    return [rule for rule in rules if rule.name not in without]
 
 
 def _scalar(pass_name: str, name: str, kind: Any, tokens: list[str]) -> Any:
