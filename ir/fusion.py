@@ -20,7 +20,7 @@ from nemoc.ir.builder import Builder
 from nemoc.ir.errors import IRError
 from nemoc.ir.graph import Graph, Node
 from nemoc.ir.op import Op, operand_fields
-from nemoc.ir.region import Folded, Fused
+from nemoc.ir.region import Folded, Fused, append_to_body
 from nemoc.ir.rewrite import rebuild
 from nemoc.ir.types import Value
 
@@ -174,7 +174,7 @@ def _region(members: list[Node], results: tuple[Value, ...], kind: str) -> Fused
                 moved[value] = body.input(names(field), value.dtype, value.shape, value.bound)
                 args.append(value)
     for node in members:
-        _copy(node, body, moved)
+        append_to_body(node, body, moved, Fused)
     return Fused(tuple(args), body.finish(moved[v] for v in results), kind)
 
 
@@ -188,19 +188,6 @@ class _Namer:
         count = self._taken.get(hint, 0)
         self._taken[hint] = count + 1
         return f"{hint}.{count}" if count else hint
-
-
-def _copy(node: Node, body: Builder, moved: dict[Value, Value]) -> None:
-    """Append a node to a body under names that say its structure only; a region's own nodes in its place."""
-    if isinstance(node.op, Fused):
-        inner = dict(zip(node.op.body.inputs, (moved[v] for v in node.op.args), strict=True))
-        for inside in node.op.body.nodes:
-            _copy(inside, body, inner)
-        moved.update(zip(node.results, (inner[v] for v in node.op.body.outputs), strict=True))
-        return
-    op = node.op.map_operands(moved.__getitem__)
-    results = body.all(op, *[op.mnemonic()] * len(node.results))
-    moved.update(zip(node.results, results, strict=True))
 
 
 def _named_operands(op: Op) -> Iterable[tuple[str, Value]]:

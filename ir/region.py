@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from nemoc.ir.builder import Builder
 from nemoc.ir.cost import Cost
 from nemoc.ir.dims import Dim, dim
 from nemoc.ir.errors import expect
-from nemoc.ir.graph import Graph
+from nemoc.ir.graph import Graph, Node
 from nemoc.ir.op import Env, Op, operand_fields
 from nemoc.ir.types import TensorType, Value
 
@@ -93,6 +94,29 @@ class Fused(Region):
     """
 
     kind: str = "ops"
+
+
+def append_to_body(
+    node: Node, body: Builder, moved: dict[Value, Value], inlined: type[Region]
+) -> None:
+    """Append a node to a body under names that say its structure only, so that what is alike looks alike.
+
+    Args:
+        node: what to append; of a region of class `inlined` the nodes within it.
+        body: the body.
+        moved: what stands for each value in the body; results are added.
+        inlined: the regions that are not kept as such.
+    """
+    op = node.op
+    if isinstance(op, inlined):
+        inner = dict(zip(op.body.inputs, (moved[v] for v in op.args), strict=True))
+        for inside in op.body.nodes:
+            append_to_body(inside, body, inner, inlined)
+        moved.update(zip(node.results, (inner[v] for v in op.body.outputs), strict=True))
+        return
+    op = op.map_operands(moved.__getitem__)
+    names = [op.mnemonic()] * len(node.results)
+    moved.update(zip(node.results, body.all(op, *names, location=node.location), strict=True))
 
 
 def evaluate_op(op: Op, env: Env, values: dict[Value, torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from nemoc.ir.builder import Builder
 from nemoc.ir.graph import Graph, Node
 from nemoc.ir.ops import Folded, Full
+from nemoc.ir.region import append_to_body
 from nemoc.ir.rewrite import rebuild
 from nemoc.ir.types import Value
 from nemoc.passes.base import Pass
@@ -104,18 +105,5 @@ def _region(graph: Graph, nodes: list[Node], value: Value) -> Folded:
         for i, p in enumerate(params)
     }
     for node in nodes:
-        _copy(node, body, moved)
+        append_to_body(node, body, moved, Folded)
     return Folded(tuple(params), body.finish((moved[value],)))
-
-
-def _copy(node: Node, body: Builder, moved: dict[Value, Value]) -> None:
-    if isinstance(node.op, Folded):
-        inner = dict(zip(node.op.body.inputs, (moved[v] for v in node.op.args), strict=True))
-        for inside in node.op.body.nodes:
-            _copy(inside, body, inner)
-        moved.update(zip(node.results, (inner[v] for v in node.op.body.outputs), strict=True))
-        return
-    op = node.op.map_operands(moved.__getitem__)
-    names = [op.mnemonic()] * len(node.results)  # structure only: layers that fold alike look alike
-    results = body.all(op, *names, location=node.location)
-    moved.update(zip(node.results, results, strict=True))
