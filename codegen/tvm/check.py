@@ -1,21 +1,17 @@
 """Every distinct kernel of a model against its op, on the values that reach it in the model."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from nemoc.codegen.lower import corner_sizes, lower_program
-from nemoc.codegen.plan import Plan, Site
 from nemoc.codegen.storage import Layout
-from nemoc.codegen.tvm.emit import emit, expanded
 from nemoc.codegen.tvm.harness import CompiledSite, KernelFault, KernelSuite
+from nemoc.codegen.tvm.sites import record_sites
 from nemoc.codegen.tvm.target import CpuTarget
-from nemoc.ir.graph import Graph, Node
-from nemoc.ir.interpreter import interpret
+from nemoc.ir.graph import Graph
 from nemoc.ir.op import Env
 from nemoc.ir.region import evaluate_op
-from nemoc.ir.types import Value
 
 
 @dataclass(frozen=True)
@@ -53,33 +49,15 @@ def check_kernels(
         error: the relative error of a tensor against a reference.
     """
     suite = KernelSuite(target)
-    compiled: list[CompiledSite] = []
-
-    def record(site: Site) -> Plan:
-        compiled.append(suite.add(site, emit))
-        return compiled[-1].plan
-
-    corners = corner_sizes(sizes["B"], sizes["B"] * sizes["L"], sizes["C"])
-    program = lower_program(expanded(graphs), weights, corners, record)
-    waiting = {value for c in compiled for value in c.site.op.operands()}
-    values: dict[Value, torch.Tensor] = {}
-    for graph in program.graphs:
-        given = arguments(graph)
-        values.update((v, given[v.name]) for v in graph.arguments if v in waiting)
-
-        def keep(node: Node, results: tuple[torch.Tensor, ...]) -> None:
-            values.update(
-                (v, t) for v, t in zip(node.results, results, strict=True) if v in waiting
-            )
-
-        interpret(graph, given, observe=keep)
-    for site in compiled:
-        yield _check(site, values, sizes, error)
+    _, sites = record_sites(graphs, weights, arguments, sizes, target)
+    compiled = [suite.add(found.site, lambda *_, plan=found.plan: plan) for found in sites]
+    for site, found in zip(compiled, sites, strict=True):
+        yield _check(site, found.operands, sizes, error)
 
 
 def _check(
     compiled: CompiledSite,
-    values: dict[Value, torch.Tensor],
+    operands: Sequence[torch.Tensor],
     sizes: Mapping[str, int],
     error: Callable[[torch.Tensor, torch.Tensor], float],
 ) -> KernelCheck:
@@ -87,8 +65,6 @@ def _check(
     plan = compiled.plan
     kernels = tuple(stage.kernel.name for stage in plan.stages)
     shapes = ", ".join(str(v.type) for v in op.operands())
-    env = Env(sizes)
-    operands = [values.get(v, _arbitrary(v, env)) for v in op.operands()]
     wide = [_wide(t) for t in operands]
     exact = evaluate_op(op, Env(sizes, float64=True), dict(zip(op.operands(), wide, strict=True)))
     try:
@@ -106,9 +82,3 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 def _meant(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What a result of that type should be: only casts and moves give types below f32, and they round as they must."""
     return _wide(exact.to(dtype)) if dtype.itemsize < torch.float32.itemsize else exact
-
-
-def _arbitrary(value: Value, env: Env) -> torch.Tensor:
-    """Data for a copy that lowering put in, which no value of the graph stands for."""
-    size = torch.Size(env.shape(value.shape))
-    return torch.arange(size.numel()).reshape(size).to(value.dtype.torch)
