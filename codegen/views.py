@@ -1,4 +1,7 @@
-"""Views of views: reshape, permute and slice as new strides over the same memory, wherever strides can say it."""
+"""Views of views: reshape, permute and slice as new strides over the same memory, wherever strides can say it.
+
+And the other way round: views with as few axes as their strides allow.
+"""
 
 import functools
 
@@ -47,7 +50,7 @@ def reshape_view(view: View, shape: tuple[Dim, ...]) -> View | None:
         if not runs:
             return None
         rest, stride = runs.pop()
-        left = _quotient(rest, size)
+        left = quotient(rest, size)
         if left is None:
             return None
         strides.append(stride)
@@ -70,10 +73,29 @@ def _runs(view: View) -> list[tuple[Dim, Dim]]:
 
 
 @functools.cache
-def _quotient(a: Dim, b: Dim) -> Dim | None:
+def quotient(a: Dim, b: Dim) -> Dim | None:
     """a / b where it is a whole number or polynomial, else None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if a % b == 0 else None
     quotient = sympy.cancel(sympy.sympify(a) / b)
     numerator, denominator = sympy.fraction(quotient)
     return dim(numerator) if denominator == 1 else None
+
+
+def merge_axes(views: list[View]) -> list[View]:
+    """The same views with neighbouring axes made one wherever all of them allow it.
+
+    All views have one shape; axes of size 1 disappear, and at least one axis remains.
+    """
+    axes: list[tuple[Dim, list[Dim]]] = []
+    for i, size in enumerate(views[0].shape):
+        steps = [v.strides[i] for v in views]
+        if size == 1:
+            continue
+        if axes and all(a == dim(s * size) for a, s in zip(axes[-1][1], steps, strict=True)):
+            axes[-1] = (dim(axes[-1][0] * size), steps)
+        else:
+            axes.append((size, steps))
+    axes = axes or [(1, [1 for _ in views])]
+    shape = tuple(size for size, _ in axes)
+    return [View(v.dtype, shape, tuple(steps[k] for _, steps in axes)) for k, v in enumerate(views)]

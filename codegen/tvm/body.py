@@ -16,17 +16,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemoc.codegen.plan import Arg, RegionError, Site, View
+from nemoc.codegen.regions import body_of
+from nemoc.codegen.rows import Rows, Shape
 from nemoc.codegen.tvm.loops import each_vector
-from nemoc.codegen.tvm.place import Column, Place, Rows, Shape, ramp, row_axes, row_index, rows_view
+from nemoc.codegen.tvm.place import Column, Place, ramp, row_axes, row_index, rows_view
 from nemoc.codegen.tvm.row_ops import RowOp, expect_short, row_op
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.writer import COMPUTE_NAMES, KernelWriter
-from nemoc.ir.graph import Graph
 from nemoc.ir.op import Op
-from nemoc.ir.ops import Region, Reshape, Slice
+from nemoc.ir.ops import Reshape, Slice
 from nemoc.ir.types import Value
 
-__all__ = ["Body", "Column", "Rows", "Source", "body_of", "ramp", "rows_view"]
+__all__ = ["Body", "Column", "Rows", "Source", "ramp", "rows_view"]
 
 Source = Callable[[str, str, int], str]
 """Elements at hand: `(row, column, lanes) -> expression` of the value's compute type."""
@@ -362,9 +363,3 @@ class Elements:
         if at.lanes > 1 and rows.width == 1:
             return f"T.Broadcast({self(rows, Place(at.row, Column('0'), 1))}, {at.lanes})"
         return self.body._written(rows, at, self)
-
-
-def body_of(site: Site) -> Graph:
-    """The body of a region."""
-    assert isinstance(site.op, Region)
-    return site.op.body

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nemoc.codegen.plan import Arg, Plan, Site, Stage
-from nemoc.codegen.tvm.body import Body, Rows, Source, body_of, ramp, rows_view
+from nemoc.codegen.regions import alone, body_of
+from nemoc.codegen.tvm.body import Body, Rows, Source, ramp, rows_view
 from nemoc.codegen.tvm.loops import each_vector
-from nemoc.codegen.tvm.mixer import alone
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.writer import KernelWriter, size_text
 from nemoc.ir.dims import Dim, ceil_div, product

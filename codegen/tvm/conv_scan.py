@@ -6,11 +6,11 @@ b's and c's history, so that the next ones are written behind them. And results 
 has, as norms of wider groups do, are computed from y row by row.
 """
 
+from nemoc.codegen.mixer import Mixer, take_apart
 from nemoc.codegen.plan import Arg, Plan, Site, Stage, View
 from nemoc.codegen.tvm.body import Body, Rows, rows_view
 from nemoc.codegen.tvm.conv import shift_state
 from nemoc.codegen.tvm.loops import each_vector
-from nemoc.codegen.tvm.mixer import Mixer, take_apart
 from nemoc.codegen.tvm.mixer_task import MixerTask, Y, heads_per_task
 from nemoc.codegen.tvm.scan import write_scan
 from nemoc.codegen.tvm.target import CpuTarget

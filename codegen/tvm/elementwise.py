@@ -11,7 +11,8 @@ from nemoc.codegen.plan import Arg, Plan, Site, Stage, View
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.vmath import VectorMath
 from nemoc.codegen.tvm.writer import COMPUTE_NAMES, KernelWriter, lanes_of, size_text, tir_name
-from nemoc.ir.dims import Dim, ceil_div, dim, product
+from nemoc.codegen.views import merge_axes
+from nemoc.ir.dims import Dim, ceil_div, product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 from nemoc.ir.op import Op
@@ -113,25 +114,6 @@ class _Body:
     def _hold(self, view: View, expression: str, lanes: int) -> str:
         kind = tir_name(view.dtype) if self._raw else COMPUTE_NAMES[view.dtype]
         return self.writer.value("v", expression, lanes, kind)
-
-
-def merge_axes(views: list[View]) -> list[View]:
-    """The same views with neighbouring axes made one wherever all of them allow it.
-
-    All views have one shape; axes of size 1 disappear, and at least one axis remains.
-    """
-    axes: list[tuple[Dim, list[Dim]]] = []
-    for i, size in enumerate(views[0].shape):
-        steps = [v.strides[i] for v in views]
-        if size == 1:
-            continue
-        if axes and all(a == dim(s * size) for a, s in zip(axes[-1][1], steps, strict=True)):
-            axes[-1] = (dim(axes[-1][0] * size), steps)
-        else:
-            axes.append((size, steps))
-    axes = axes or [(1, [1 for _ in views])]
-    shape = tuple(size for size, _ in axes)
-    return [View(v.dtype, shape, tuple(steps[k] for _, steps in axes)) for k, v in enumerate(views)]
 
 
 def unflatten(writer: KernelWriter, row: str, shape: Sequence[Dim]) -> list[str]:

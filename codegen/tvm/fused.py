@@ -7,7 +7,7 @@ by a region's `kind`.
 from collections.abc import Callable
 
 from nemoc.codegen.plan import Plan, RegionError, Site
-from nemoc.codegen.tvm.body import body_of
+from nemoc.codegen.regions import body_of
 from nemoc.codegen.tvm.conv_scan import emit_conv_scan
 from nemoc.codegen.tvm.linear_region import emit_linear_region
 from nemoc.codegen.tvm.router import emit_router

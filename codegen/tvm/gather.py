@@ -1,11 +1,12 @@
 """Moving elements chosen by an index: bits are copied, whatever they mean."""
 
 from nemoc.codegen.plan import Arg, Plan, Site, View
-from nemoc.codegen.tvm.elementwise import merge_axes, unflatten
+from nemoc.codegen.tvm.elementwise import unflatten
 from nemoc.codegen.tvm.loops import Tiles, each_vector, vector_lanes
 from nemoc.codegen.tvm.shape import copier
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.writer import COMPUTE_NAMES, KernelWriter
+from nemoc.codegen.views import merge_axes
 from nemoc.ir.dims import product
 
 _RESULT = Arg("result", 0)

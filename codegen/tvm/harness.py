@@ -4,13 +4,10 @@
     norm = suite.add(Site.dense(RmsNorm(x, w, 1e-5)), emit_rms_norm)
     (y,) = norm.run({"B": 2, "L": 7}, x_tensor, w_tensor)
 
-All sites of a suite compile into one module when the first of them runs. Tensors are given and returned
-by value; how they lie in memory follows the site's views. Every buffer begins off any vector boundary, has
-guard zones around it, and starts as bytes of 0xFF: NaN as floats, -1 as integers. After a run the operands,
-the gaps between strided elements and the guards must be what they were.
+All sites of a suite compile into one module when the first of them runs; memory is guarded as `nemoc.codegen.guarded`
+says.
 """
 
-import ctypes
 import functools
 import os
 import tempfile
@@ -24,26 +21,13 @@ import torch
 import tvm
 import tvm_ffi
 
-from nemoc.codegen.plan import Address, Arg, Launch, Plan, Site, StepFunction, View
+from nemoc.codegen.guarded import Buffer, arguments, run_guarded
+from nemoc.codegen.plan import Address, Arg, Launch, Plan, Site, StepFunction
 from nemoc.codegen.tvm.build import build_library
 from nemoc.codegen.tvm.step import module_source
 from nemoc.codegen.tvm.target import CpuTarget, cpu_target
-from nemoc.ir.dims import evaluate_dim
-from nemoc.ir.errors import NemocError
 
 Emitter = Callable[[Site, CpuTarget], Plan]
-
-_GUARD = 256
-"""Bytes before and behind each tensor."""
-
-_POISON = 0xFF
-
-_GUARD_BYTE = 0x7F
-"""What guards hold: numbers near the largest; other bits than poison, or storing poison there would leave no trace."""
-
-
-class KernelFault(NemocError):
-    """A kernel wrote where it must not."""
 
 
 class KernelSuite:
@@ -67,7 +51,7 @@ class KernelSuite:
         if self._library is not None:
             raise ValueError("add every site before the first one runs")
         plan = emit(site, self.target)
-        args = _arguments(site, plan)
+        args = arguments(site, plan)
         phases = tuple(
             (Launch(stage.kernel, tuple(Address(str(a)) for a in stage.args)),)
             for stage in plan.stages
@@ -120,82 +104,12 @@ class CompiledSite:
             KernelFault: the kernels wrote where they must not.
         """
         sizes = {"B": 1, "L": 1, "C": 1} | dict(sizes)
-        buffers = {
-            Arg("operand", i): Buffer.holding(view, sizes, tensor)
-            for i, (view, tensor) in enumerate(zip(self.site.operands, operands, strict=True))
-        }
-        shared = {*self.plan.updates, *(self.plan.in_place if in_place else ())}
-        for result, operand in shared:
-            buffers[Arg("result", result)] = buffers[Arg("operand", operand)]
-        for i, view in enumerate(self.site.results):
-            buffers.setdefault(Arg("result", i), Buffer(view, sizes))
-        for i, view in enumerate(self.plan.scratch):
-            buffers[Arg("scratch", i)] = Buffer(view, sizes)
-        before = {arg: buffer.memory.clone() for arg, buffer in buffers.items()}
-        pointers = [buffers[a].pointer for a in _arguments(self.site, self.plan)]
-        self.suite.call(self.name, threads, *pointers, sizes["B"], sizes["L"], sizes["C"])
-        written = {id(b) for arg, b in buffers.items() if arg.kind != "operand"}
-        for arg, buffer in buffers.items():
-            buffer.assert_unchanged(before[arg], str(arg), gaps_only=id(buffer) in written)
-        count = len(self.site.results)
-        return tuple(buffers[Arg("result", i)].tensor.clone() for i in range(count))
 
+        def call(buffers: Mapping[Arg, Buffer]) -> None:
+            pointers = [buffers[a].pointer for a in arguments(self.site, self.plan)]
+            self.suite.call(self.name, threads, *pointers, sizes["B"], sizes["L"], sizes["C"])
 
-class Buffer:
-    """Poisoned memory with a tensor of some view in the middle.
-
-    Attributes:
-        memory: all bytes, guards included.
-        tensor: the elements in the view's shape and strides.
-    """
-
-    def __init__(self, view: View, sizes: Mapping[str, int]) -> None:
-        self._view = view
-        width = view.dtype.bytes
-        offset = _GUARD + 3 * width  # elements are aligned, vectors are not
-        total = offset + evaluate_dim(view.span, sizes) + _GUARD
-        self.memory = torch.full((-(-total // width) * width,), _POISON, dtype=torch.uint8)
-        self.memory[:offset] = _GUARD_BYTE
-        self.memory[total - _GUARD :] = _GUARD_BYTE
-        self._shape = [evaluate_dim(d, sizes) for d in view.shape]
-        self._strides = [evaluate_dim(d, sizes) for d in view.strides]
-        self._offset = offset // width
-        self.tensor = self._within(self.memory)
-
-    @classmethod
-    def holding(cls, view: View, sizes: Mapping[str, int], values: torch.Tensor) -> "Buffer":
-        """A buffer whose tensor has these values."""
-        buffer = cls(view, sizes)
-        if values.dtype != view.dtype.torch or list(values.shape) != buffer._shape:
-            raise NemocError(
-                f"an operand is {values.dtype} {list(values.shape)}, expected {view.dtype} {buffer._shape}"
-            )
-        once = tuple(slice(0, 1) if s == 0 else slice(None) for s in buffer._strides)
-        buffer.tensor[once] = values[once]
-        if not torch.equal(_bits(buffer.tensor), _bits(values)):
-            raise NemocError("an operand's values differ along a stride of 0")
-        return buffer
-
-    @property
-    def pointer(self) -> ctypes.c_void_p:
-        """The address of the first element."""
-        return ctypes.c_void_p(self.memory.data_ptr() + self._offset * self._view.dtype.bytes)
-
-    def assert_unchanged(self, before: torch.Tensor, what: str, gaps_only: bool) -> None:
-        """Check that the memory is as before; with `gaps_only`, everywhere but in the tensor."""
-        after = self.memory.clone()
-        if gaps_only:
-            for memory in (before, after):
-                self._within(memory).view(_RAW[self._view.dtype.bytes]).zero_()
-        if not torch.equal(before, after):
-            raise KernelFault(f"{what}: written where it must not be")
-
-    def _within(self, memory: torch.Tensor) -> torch.Tensor:
-        typed = memory.view(self._view.dtype.torch)
-        return typed.as_strided(self._shape, self._strides, self._offset)
-
-
-_RAW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        return run_guarded(self.site, self.plan, sizes, operands, call, in_place)
 
 
 @functools.cache
@@ -214,15 +128,3 @@ def _configure(threads: int) -> None:
 def _call(function: Callable[..., None], threads: int, args: tuple[object, ...]) -> None:
     _configure(threads)
     function(*args)
-
-
-def _arguments(site: Site, plan: Plan) -> list[Arg]:
-    return [
-        *(Arg("operand", i) for i in range(len(site.operands))),
-        *(Arg("result", i) for i in range(len(site.results))),
-        *(Arg("scratch", i) for i in range(len(plan.scratch))),
-    ]
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(_RAW[tensor.element_size()])

@@ -22,9 +22,10 @@ import torch
 
 from nemoc.codegen.lower import Program
 from nemoc.codegen.plan import Arg, Kernel, Plan, Site, Stage
+from nemoc.codegen.sites import RecordedSite, record_sites
 from nemoc.codegen.storage import ALIGNMENT, Layout
+from nemoc.codegen.tvm.emit import emit, expanded
 from nemoc.codegen.tvm.harness import KernelSuite
-from nemoc.codegen.tvm.sites import RecordedSite, record_sites
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.ir.dims import Dim, evaluate_dim, substitute_dim
 from nemoc.ir.graph import Graph
@@ -142,7 +143,9 @@ def count_traffic(
         graphs, weights, arguments, target: as for `record_sites`.
         sizes: B, L and C, and T for the closed forms: how many tokens the caches hold by `arguments`.
     """
-    program, sites = record_sites(graphs, weights, arguments, sizes, target)
+    program, sites = record_sites(
+        expanded(graphs), weights, arguments, sizes, functools.partial(emit, target=target)
+    )
     return Traffic(program, tuple(count_sites(sites, sizes, target)))
 
 

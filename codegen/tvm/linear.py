@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from nemoc.codegen.plan import Arg, Plan, Site, View
-from nemoc.codegen.tvm.place import Rows, ramp, rows_view
+from nemoc.codegen.rows import Rows
+from nemoc.codegen.tvm.place import ramp, rows_view
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.vmath import VectorMath
 from nemoc.codegen.tvm.writer import KernelWriter, size_text

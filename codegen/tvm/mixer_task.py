@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nemoc.codegen.mixer import PARTS, Mixer
 from nemoc.codegen.plan import Arg, RegionError, Site, Stage, View
 from nemoc.codegen.tvm.body import Body, Rows, Source, ramp, rows_view
 from nemoc.codegen.tvm.conv import Channels, Convolution
 from nemoc.codegen.tvm.loops import each_vector, sum_elements
-from nemoc.codegen.tvm.mixer import PARTS, Mixer
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.vectors import prefetch
 from nemoc.codegen.tvm.writer import KernelWriter, size_text

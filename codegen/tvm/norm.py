@@ -1,10 +1,11 @@
 """Root mean square norm: one task for each group of each row reads it twice, the second time from the nearest cache."""
 
 from nemoc.codegen.plan import Arg, Plan, Site, View
-from nemoc.codegen.tvm.elementwise import merge_axes, unflatten
+from nemoc.codegen.tvm.elementwise import unflatten
 from nemoc.codegen.tvm.loops import each_vector, sum_elements, vector_lanes
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.writer import COMPUTE_NAMES, KernelWriter
+from nemoc.codegen.views import merge_axes
 from nemoc.ir.dims import product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.ops.norm import RmsNorm

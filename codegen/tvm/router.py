@@ -9,7 +9,8 @@ of the first launch where that is one task too: in a step of one token, whose ro
 from dataclasses import dataclass
 
 from nemoc.codegen.plan import Arg, Plan, RegionError, Site, View
-from nemoc.codegen.tvm.body import Body, Rows, body_of, ramp
+from nemoc.codegen.regions import body_of
+from nemoc.codegen.tvm.body import Body, Rows, ramp
 from nemoc.codegen.tvm.linear import (
     Element,
     Product,

@@ -7,9 +7,10 @@ what has to be computed once for a whole row, and where the elements of a vector
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from nemoc.codegen.plan import RegionError, Site
+from nemoc.codegen.rows import Rows, fixed
 from nemoc.codegen.tvm.elementwise import FORMULAS, has_formula
 from nemoc.codegen.tvm.loops import constant, sum_elements
-from nemoc.codegen.tvm.place import Column, Place, Rows, fixed, ramp
+from nemoc.codegen.tvm.place import Column, Place, ramp
 from nemoc.codegen.tvm.routing import write_group_limit, write_top_k
 from nemoc.codegen.tvm.vmath import VectorMath
 from nemoc.codegen.tvm.writer import COMPUTE_NAMES, size_text

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from nemoc.codegen.plan import Arg, Plan, RegionError, Site, View
-from nemoc.codegen.tvm.body import Body, Rows, body_of, rows_view
+from nemoc.codegen.regions import body_of
+from nemoc.codegen.tvm.body import Body, Rows, rows_view
 from nemoc.codegen.tvm.loops import Tiles, each_vector
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.writer import KernelWriter

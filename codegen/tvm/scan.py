@@ -21,9 +21,10 @@ columns of wide rows, so every token lies on other pages, where no hardware pref
 piece of the next block that it has just read of this one.
 """
 
+from nemoc.codegen.mixer import Mixer, take_apart
 from nemoc.codegen.plan import Plan, Site, Stage
+from nemoc.codegen.regions import alone
 from nemoc.codegen.tvm.body import ramp
-from nemoc.codegen.tvm.mixer import Mixer, alone, take_apart
 from nemoc.codegen.tvm.mixer_task import MixerTask
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.vmath import VectorMath

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nemoc.codegen.plan import Arg, Plan, Site, Stage, View
-from nemoc.codegen.tvm.elementwise import merge_axes, unflatten
+from nemoc.codegen.tvm.elementwise import unflatten
 from nemoc.codegen.tvm.loops import (
     Tiles,
     constant,
@@ -15,7 +15,7 @@ from nemoc.codegen.tvm.loops import (
 )
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.writer import COMPUTE_NAMES, KernelWriter, offset_text, size_text
-from nemoc.codegen.views import apply_view, reshape_view
+from nemoc.codegen.views import apply_view, merge_axes, reshape_view
 from nemoc.ir.dims import Dim, dim, product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.ops.shape import Concat, Full, Sum

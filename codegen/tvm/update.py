@@ -1,8 +1,9 @@
 """Decode of the state-space recurrence: the state streams through once, vectorised over its columns N."""
 
+from nemoc.codegen.mixer import Mixer, take_apart
 from nemoc.codegen.plan import Plan, Site, Stage
+from nemoc.codegen.regions import alone
 from nemoc.codegen.tvm.body import ramp
-from nemoc.codegen.tvm.mixer import Mixer, alone, take_apart
 from nemoc.codegen.tvm.mixer_task import MixerTask
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.vectors import vector_pieces

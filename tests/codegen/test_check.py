@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 
+from nemoc.codegen.check import KernelCheck
 from nemoc.codegen.plan import Arg, Plan, Site, View
 from nemoc.codegen.storage import Layout
-from nemoc.codegen.tvm import sites
-from nemoc.codegen.tvm.check import KernelCheck, check_kernels
+from nemoc.codegen.tvm import check
+from nemoc.codegen.tvm.check import check_kernels
 from nemoc.codegen.tvm.emit import emit
 from nemoc.codegen.tvm.harness import Emitter
 from nemoc.codegen.tvm.target import CpuTarget, cpu_target
@@ -134,7 +135,7 @@ def emitter(body: Body) -> Emitter:
 
 def doubled(monkeypatch: pytest.MonkeyPatch, body: Body) -> float:
     """The error that the check finds in a kernel that should double."""
-    monkeypatch.setattr(sites, "emit", emitter(body))
+    monkeypatch.setattr(check, "emit", emitter(body))
     b = Builder("g")
     (found,) = checks(g=b.finish([b(ops.Scale(b.input("x", F32, (B, L, 5)), 2.0))]))
     return found.error
@@ -177,7 +178,7 @@ def test_operands_that_trade_places_are_found(monkeypatch: pytest.MonkeyPatch) -
         )
         return dataclasses.replace(plan, stages=tuple(stages))
 
-    monkeypatch.setattr(sites, "emit", trade)
+    monkeypatch.setattr(check, "emit", trade)
     b = Builder("g")
     x, y = b.input("x", F32, (B, L, 5)), b.input("y", F32, (B, L, 5))
     exp, sub = checks(g=b.finish([b(ops.Sub(b(ops.Exp(x)), y))]))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from nemoc.codegen.plan import Site, View
-from nemoc.codegen.tvm.elementwise import emit_elementwise, merge_axes
+from nemoc.codegen.tvm.elementwise import emit_elementwise
 from nemoc.codegen.tvm.target import cpu_target
+from nemoc.codegen.views import merge_axes
 from nemoc.ir.dims import B, L
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError

@@ -8,10 +8,10 @@ import torch
 
 import support.models
 from nemoc.codegen.plan import Arg, Plan, Site, Stage, View
+from nemoc.codegen.sites import RecordedSite
 from nemoc.codegen.storage import bind_weights, weight_layout
 from nemoc.codegen.tvm.emit import emit
 from nemoc.codegen.tvm.instrument import SiteTraffic, Touched, count_sites, count_traffic
-from nemoc.codegen.tvm.sites import RecordedSite
 from nemoc.codegen.tvm.target import cpu_target
 from nemoc.codegen.tvm.vectors import prefetch
 from nemoc.codegen.tvm.writer import KernelWriter

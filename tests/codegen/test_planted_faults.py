@@ -14,15 +14,16 @@ from unittest import mock
 import pytest
 import torch
 
+from nemoc.codegen.guarded import KernelFault
+from nemoc.codegen.mixer import Mixer
 from nemoc.codegen.plan import Kernel, Plan, Site, Stage, View
 from nemoc.codegen.tvm import norm
 from nemoc.codegen.tvm.attention import emit_attention
 from nemoc.codegen.tvm.cache import emit_cache_write
 from nemoc.codegen.tvm.conv import Convolution
 from nemoc.codegen.tvm.conv_scan import emit_conv_scan
-from nemoc.codegen.tvm.harness import Emitter, KernelFault
+from nemoc.codegen.tvm.harness import Emitter
 from nemoc.codegen.tvm.linear import emit_linear
-from nemoc.codegen.tvm.mixer import Mixer
 from nemoc.codegen.tvm.mixer_task import MixerTask
 from nemoc.codegen.tvm.norm import emit_rms_norm
 from nemoc.codegen.tvm.scan import _Scan

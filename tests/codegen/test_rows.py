@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemoc.codegen.plan import LayoutError, RegionError, Site, View
-from nemoc.codegen.tvm.body import body_of
+from nemoc.codegen.regions import body_of
 from nemoc.codegen.tvm.rows import emit_rows
 from nemoc.codegen.tvm.target import cpu_target
 from nemoc.ir.dims import B, L, ceil_div, dim

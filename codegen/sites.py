@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from nemoc.codegen.lower import Program, corner_sizes, lower_program
+from nemoc.codegen.lower import Emit, Program, corner_sizes, lower_program
 from nemoc.codegen.plan import Plan, Site
 from nemoc.codegen.storage import Layout
-from nemoc.codegen.tvm.emit import emit, expanded
-from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.ir.graph import Graph, Node
 from nemoc.ir.interpreter import interpret
 from nemoc.ir.op import Env
@@ -36,7 +34,7 @@ def record_sites(
     weights: Layout,
     arguments: Callable[[Graph], Mapping[str, torch.Tensor]],
     sizes: Mapping[str, int],
-    target: CpuTarget,
+    emit: Emit,
 ) -> tuple[Program, tuple[RecordedSite, ...]]:
     """Lower a program and interpret it, keeping what each distinct site reads.
 
@@ -45,17 +43,17 @@ def record_sites(
         weights: where the weights lie.
         arguments: inputs, states and weights of a graph at `sizes`; looked up one by one.
         sizes: B, L and C.
-        target: the CPU that kernels are generated for.
+        emit: the backend; the graphs are in terms of what it knows.
     """
     plans: list[tuple[Site, Plan]] = []
 
     def record(site: Site) -> Plan:
-        plan = emit(site, target)
+        plan = emit(site)
         plans.append((site, plan))
         return plan
 
     corners = corner_sizes(sizes["B"], sizes["B"] * sizes["L"], sizes["C"])
-    program = lower_program(expanded(graphs), weights, corners, record)
+    program = lower_program(graphs, weights, corners, record)
     waiting = {value for site, _ in plans for value in site.op.operands()}
     values: dict[Value, torch.Tensor] = {}
     for graph in program.graphs:

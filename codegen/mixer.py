@@ -9,28 +9,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nemoc.codegen.plan import RegionError, Site
-from nemoc.codegen.tvm.body import Rows, body_of
-from nemoc.codegen.tvm.elementwise import has_formula
-from nemoc.ir.builder import Builder
+from nemoc.codegen.regions import body_of
+from nemoc.codegen.rows import Rows
 from nemoc.ir.dims import Dim, product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.graph import Graph
 from nemoc.ir.op import Op
 from nemoc.ir.ops import CausalConv, Full, Reshape, RmsNorm, Slice, SsdScan, SsdUpdate
-from nemoc.ir.region import Fused
 from nemoc.ir.types import Value
 
 PARTS = ("x", "b", "c")
 """The operands of a recurrence that come from the convolution."""
-
-
-def alone(site: Site) -> Site:
-    """The site of an op as that of a region of this op alone, with one operand for each of the op's."""
-    builder = Builder("body")
-    values = site.op.operands()
-    inputs = iter([builder.input(f"x{i}", v.dtype, v.shape, v.bound) for i, v in enumerate(values)])
-    results = builder.all(site.op.map_operands(lambda _: next(inputs)))
-    return Site(Fused(values, builder.finish(results)), site.operands, site.results)
 
 
 @dataclass(frozen=True)
@@ -229,7 +218,7 @@ def _operand(graph: Graph, state: Value) -> int:
 
 def _is_pointwise(op: Op) -> bool:
     """Whether an element needs nothing of a whole row."""
-    return has_formula(op) or isinstance(op, Full | Reshape | Slice)
+    return op.is_elementwise or isinstance(op, Full | Reshape | Slice)
 
 
 def _expect_pointwise(graph: Graph, values: Iterable[Value | None], ends: set[Value]) -> None:

@@ -1,0 +1,67 @@
+"""A kernel against its op, on values that reach it in a model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nemoc.codegen.guarded import KernelFault
+from nemoc.codegen.plan import Plan, Site
+from nemoc.ir.op import Env
+from nemoc.ir.region import evaluate_op
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """The outcome for one site.
+
+    Attributes:
+        kernels: the names of the kernels that carry out the op.
+        op: the op's mnemonic, and the types of its operands.
+        error: the largest relative error of a result against float64; infinite or NaN when something was
+            left unwritten, or written where it must not be.
+    """
+
+    kernels: tuple[str, ...]
+    op: str
+    error: float
+
+
+def check_site(
+    site: Site,
+    plan: Plan,
+    operands: Sequence[torch.Tensor],
+    sizes: Mapping[str, int],
+    run: Callable[[], tuple[torch.Tensor, ...]],
+    error: Callable[[torch.Tensor, torch.Tensor], float],
+) -> KernelCheck:
+    """Run a plan and compare its results with what the op means, evaluated in float64.
+
+    Args:
+        site: the op and its views.
+        plan: what carries it out.
+        operands: a tensor for each operand.
+        sizes: B, L and C.
+        run: the plan's results for these operands, on guarded memory.
+        error: the relative error of a tensor against a reference.
+    """
+    op = site.op
+    kernels = tuple(stage.kernel.name for stage in plan.stages)
+    shapes = ", ".join(str(v.type) for v in op.operands())
+    wide = [_wide(t) for t in operands]
+    exact = evaluate_op(op, Env(sizes, float64=True), dict(zip(op.operands(), wide, strict=True)))
+    try:
+        found = run()
+    except KernelFault:
+        return KernelCheck(kernels, f"{op.mnemonic()}({shapes})", float("inf"))
+    worst = max(error(_wide(f), _meant(e, f.dtype)) for f, e in zip(found, exact, strict=True))
+    return KernelCheck(kernels, f"{op.mnemonic()}({shapes})", worst)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _meant(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a result of that type should be: only casts and moves give types below f32, and they round as they must."""
+    return _wide(exact.to(dtype)) if dtype.itemsize < torch.float32.itemsize else exact
