@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from nemoc.ir.dims import Dim, dim
 from nemoc.ir.graph import Graph, Node
 from nemoc.ir.ops import CausalConv, RmsNorm, SsdScan, SsdUpdate
-from nemoc.ir.types import Value
 from nemoc.passes.base import Pass
-from nemoc.passes.constants import constant_values
 from nemoc.passes.context import PassContext, Remark
-from nemoc.passes.growth import Growth, elements, is_elementwise, make_region
+from nemoc.passes.growth import Facts, Growth, elements, is_elementwise, make_region
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,16 @@ class FuseConvScan(Pass):
     norm: bool = True
 
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
-        constant = constant_values(graph)
+        facts = Facts.of(graph)
         for node in graph.nodes:
             if isinstance(node.op, SsdScan | SsdUpdate):
-                graph = self._fuse(graph, constant, node, ctx)
+                graph = self._fuse(graph, facts, node, ctx)
         return graph
 
-    def _fuse(self, graph: Graph, constant: set[Value], scan: Node, ctx: PassContext) -> Graph:
+    def _fuse(self, graph: Graph, facts: Facts, scan: Node, ctx: PassContext) -> Graph:
         op = scan.op
         assert isinstance(op, SsdScan | SsdUpdate)
-        growth = Growth(graph, constant, [scan])
+        growth = Growth(graph, facts, [scan])
         conv = self._convolution(growth, op)
         for value in op.operands():
             growth.absorb_producers(
@@ -78,7 +76,7 @@ class FuseConvScan(Pass):
 
     def _convolution(self, growth: Growth, op: SsdScan | SsdUpdate) -> Node | None:
         """The convolution that x, b and c all come from by way of views and element-wise ops."""
-        found = {_origin(growth, v) for v in (op.x, op.b, op.c)}
+        found = {growth.origin(v) for v in (op.x, op.b, op.c)}
         (node,) = found if len(found) == 1 else (None,)
         if node is None or not isinstance(node.op, CausalConv) or not growth.is_free(node):
             return None
@@ -101,12 +99,3 @@ class FuseConvScan(Pass):
             ctx.refuses(Remark(self.name, site, message))
             return False
         return True
-
-
-def _origin(growth: Growth, value: Value) -> Node | None:
-    """The node behind views and element-wise ops of one operand."""
-    node = growth.graph.producers.get(value)
-    while node is not None and (node.op.is_view or node.op.is_elementwise):
-        variable = [v for v in node.op.operands() if v not in growth.constant]
-        node = growth.graph.producers.get(variable[0]) if len(variable) == 1 else None
-    return node

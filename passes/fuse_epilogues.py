@@ -3,12 +3,19 @@
 from dataclasses import dataclass
 
 from nemoc.ir.graph import Graph, Node
-from nemoc.ir.ops import CacheWrite, GroupedLinear, Linear, RmsNorm, TakeLast
+from nemoc.ir.ops import Attention, CacheWrite, GroupedLinear, Linear, RmsNorm, TakeLast
 from nemoc.ir.types import Value
 from nemoc.passes.base import Pass
-from nemoc.passes.constants import constant_values
 from nemoc.passes.context import PassContext
-from nemoc.passes.growth import PRODUCTS, Growth, elements, is_elementwise, make_region
+from nemoc.passes.growth import (
+    PRODUCTS,
+    Facts,
+    Growth,
+    elements,
+    is_elementwise,
+    is_narrowing,
+    make_region,
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,9 @@ class FuseEpilogues(Pass):
     - Before (`prologues`): a norm of the rows, choosing the last row, element-wise ops. Each product that reads a norm
       computes it again.
     - Beside (`sums`): a product that is as wide and is added to this one.
+
+    Attention, two products over the cache, takes the casts around it and nothing else: queries that are widened for it
+    before, and the rounding of its result behind.
 
     Before::
 
@@ -45,13 +55,25 @@ class FuseEpilogues(Pass):
     sums: bool = True
 
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
-        constant = constant_values(graph)
+        facts = Facts.of(graph)
         # In order: what lies between two products is the first one's epilogue before the second looks at it.
         for node in graph.nodes:
-            growth = Growth(graph, constant, [node])
+            growth = Growth(graph, facts, [node])
             if isinstance(node.op, PRODUCTS) and node in graph.places:
                 graph = self._fuse(growth, ctx)
+            elif isinstance(node.op, Attention):
+                graph = self._fuse_casts(growth, ctx)
         return graph
+
+    def _fuse_casts(self, growth: Growth, ctx: PassContext) -> Graph:
+        """An op with the casts around it."""
+        (node,) = growth.members
+        if self.epilogues:
+            growth.absorb_consumers(node.results[0], is_narrowing)
+        if self.prologues:
+            for value in node.op.operands():
+                growth.absorb_producers(value, lambda _: False)
+        return make_region(growth, ctx, self.name, "attention")
 
     def _fuse(self, growth: Growth, ctx: PassContext) -> Graph:
         (node,) = growth.members
@@ -77,9 +99,22 @@ class FuseEpilogues(Pass):
             products = [n.op for n in growth.members if isinstance(n.op, PRODUCTS)]
             for product in products:
                 growth.absorb_producers(
-                    product.x, _is_prologue, copies=lambda n: self._is_repeated(growth, n)
+                    product.x,
+                    lambda n: _is_prologue(n) and not self._is_epilogue(growth, n),
+                    copies=lambda n: self._is_repeated(growth, n),
                 )
         return make_region(growth, ctx, self.name, "linear")
+
+    def _is_epilogue(self, growth: Growth, node: Node) -> bool:
+        """Whether a node rounds what becomes of a product's elements: the product takes it, even if it comes later."""
+        if not (self.epilogues and is_narrowing(node)):
+            return False
+        origin = growth.origin(node.results[0])
+        return (
+            origin is not None
+            and isinstance(origin.op, PRODUCTS)
+            and elements(origin.results[0]) == elements(node.results[0])
+        )
 
     def _is_repeated(self, growth: Growth, node: Node) -> bool:
         """Whether products alone read a node: if all of them compute it again, nobody has to store it."""

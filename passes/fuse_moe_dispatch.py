@@ -9,14 +9,15 @@ from nemoc.ir.graph import Graph, Node
 from nemoc.ir.ops import GroupBy, GroupedLinear, Linear, RmsNorm, Sum, TakeRows
 from nemoc.ir.types import Value
 from nemoc.passes.base import Pass
-from nemoc.passes.constants import constant_values
 from nemoc.passes.context import PassContext, Remark
 from nemoc.passes.growth import (
+    Facts,
     Growth,
     Wanted,
     elements,
     has_rows,
     is_elementwise,
+    is_narrowing,
     is_rowwise,
     make_region,
 )
@@ -61,20 +62,20 @@ class FuseMoeDispatch(Pass):
     shared: bool = True
 
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
-        constant = constant_values(graph)
+        facts = Facts.of(graph)
         nodes = graph.nodes
         for node in nodes:
             if isinstance(node.op, GroupBy) and self.route:
-                graph = self._router(graph, constant, node, ctx)
+                graph = self._router(graph, facts, node, ctx)
         for node in nodes:
             if isinstance(node.op, GroupedLinear):
-                graph = self._product(graph, constant, node, ctx)
+                graph = self._product(graph, facts, node, ctx)
         return graph
 
-    def _router(self, graph: Graph, constant: set[Value], sort: Node, ctx: PassContext) -> Graph:
+    def _router(self, graph: Graph, facts: Facts, sort: Node, ctx: PassContext) -> Graph:
         op = sort.op
         assert isinstance(op, GroupBy)
-        growth = Growth(graph, constant, [sort])
+        growth = Growth(graph, facts, [sort])
         scored = _scored(growth, op.index)
         if isinstance(scored, str):
             site = f"{graph.name}/%{sort.results[0].name}"
@@ -93,7 +94,7 @@ class FuseMoeDispatch(Pass):
             return is_elementwise(node) and elements(node.results[0]) == elements(slots[0])
 
         def normed(node: Node) -> bool:
-            return isinstance(node.op, RmsNorm)
+            return isinstance(node.op, RmsNorm) or is_narrowing(node)
 
         growth.absorb_producers(op.index, lambda n: n is scored or of_a_token(n), of_a_token)
         for node in growth.members:
@@ -105,10 +106,10 @@ class FuseMoeDispatch(Pass):
             growth.absorb_producers(scored.op.operands()[0], normed, shared=normed)
         return make_region(growth, ctx, self.name, "router")
 
-    def _product(self, graph: Graph, constant: set[Value], node: Node, ctx: PassContext) -> Graph:
+    def _product(self, graph: Graph, facts: Facts, node: Node, ctx: PassContext) -> Graph:
         op, (result,) = node.op, node.results
         assert isinstance(op, GroupedLinear)
-        growth = Growth(graph, constant, [node])
+        growth = Growth(graph, facts, [node])
         combined = _combination(growth, result) if self.combine else []
         if combined and growth.add(*combined):
             (routed,) = combined[-1].results
@@ -151,7 +152,10 @@ def _scored(growth: Growth, index: Value) -> Node | str:
 
 
 def _combination(growth: Growth, value: Value) -> list[Node]:
-    """The nodes that gather rows of a product by slot, weight them and sum over slots; none if they are not there."""
+    """The nodes that gather rows of a product by slot, weight them and sum over slots; none if they are not there.
+
+    The product may be rounded before; then the rows are, too.
+    """
     path: list[Node] = []
     gathered = False
     while len(readers := list(growth.readers(value))) == 1:
@@ -159,7 +163,7 @@ def _combination(growth: Growth, value: Value) -> list[Node]:
         node = path[-1]
         if not gathered:
             gathered = isinstance(node.op, TakeRows) and node.op.index is not value
-            if not gathered:
+            if not gathered and not is_narrowing(node):
                 break
         elif isinstance(node.op, Sum):
             return path

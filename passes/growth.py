@@ -8,6 +8,9 @@ A pass names the anchors and says how far a region may reach; how it gets there 
   somebody outside reads it.
 - views come along only between ops that do: at the rim of a region they would be nothing but another name for its
   operands or results.
+- casts fall so that values cross borders in the narrower type. One that narrows belongs to whoever makes its operand:
+  a region that only reads its result leaves it outside. One that widens belongs to whoever reads its result: a region
+  takes in those before it, repeating them where others widen the same value, and does not hand out what it widened.
 
 Every step is checked by `nemoc.ir.fusion.obstacle`. What parameters alone determine stays outside: it is computed when
 the artifact is built.
@@ -15,17 +18,23 @@ the artifact is built.
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 from nemoc.ir.cost import Cost
 from nemoc.ir.dims import Dim, product
+from nemoc.ir.dtypes import DType
 from nemoc.ir.fusion import fuse, obstacle
 from nemoc.ir.graph import Graph, Node
 from nemoc.ir.ops import (
+    Attention,
+    Cast,
     Full,
     GroupedLinear,
     GroupLimit,
     Linear,
     RmsNorm,
+    SsdScan,
+    SsdUpdate,
     Sum,
     TakeAlong,
     TakeLast,
@@ -34,6 +43,7 @@ from nemoc.ir.ops import (
 )
 from nemoc.ir.region import Fused, Region
 from nemoc.ir.types import Value
+from nemoc.passes.constants import constant_values
 from nemoc.passes.context import PassContext, Remark
 
 Wanted = Callable[[Node], bool]
@@ -45,6 +55,9 @@ WHOLE_ROWS = (RmsNorm, TopK, GroupLimit, TakeAlong, TakeRows, TakeLast, Sum)
 PRODUCTS = (Linear, GroupedLinear)
 """The ops whose operands are another matter than their results: a pass asks for what comes before them by itself."""
 
+ANCHORS = (*PRODUCTS, SsdScan, SsdUpdate, Attention)
+"""The ops besides row-wise ones whose regions take in the casts around them, whichever pass makes them."""
+
 
 def is_elementwise(node: Node) -> bool:
     """Whether a node can be computed wherever its operands' elements are at hand."""
@@ -54,6 +67,16 @@ def is_elementwise(node: Node) -> bool:
 def is_rowwise(node: Node) -> bool:
     """Whether a node's rows can be computed wherever its operands' rows are at hand."""
     return is_elementwise(node) or isinstance(node.op, WHOLE_ROWS)
+
+
+def is_narrowing(node: Node) -> bool:
+    """Whether a node is a cast to a narrower type."""
+    return isinstance(node.op, Cast) and node.op.dtype.bytes < node.op.x.dtype.bytes
+
+
+def takes_casts(node: Node) -> bool:
+    """Whether casts around a node will be in its region, if it comes to be in one."""
+    return is_rowwise(node) or isinstance(node.op, ANCHORS)
 
 
 def has_rows(value: Value, count: Dim) -> bool:
@@ -67,20 +90,43 @@ def elements(value: Value) -> Dim:
     return product(value.shape)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a pass finds out about a graph before it grows regions in it; still true while it does.
+
+    Attributes:
+        constant: values that parameters alone determine.
+        rounded: the types that the step rounds to, which are those in which it keeps values. Where nothing is rounded,
+            what is narrow is a parameter, and is widened once.
+    """
+
+    constant: set[Value]
+    rounded: set[DType]
+
+    @classmethod
+    def of(cls, graph: Graph) -> "Facts":
+        """The facts about a graph, some of which may be in regions already."""
+        constant = constant_values(graph)
+        step = [node for node in graph.nodes if not constant.issuperset(node.results)]
+        regions = [node.op.body.nodes for node in step if isinstance(node.op, Fused)]
+        casts = [n.results[0] for n in chain(step, *regions) if is_narrowing(n)]
+        return cls(constant, {v.dtype for v in casts})
+
+
 @dataclass
 class Growth:
     """Nodes of a graph that are to become one region.
 
     Attributes:
         graph: what they belong to.
-        constant: values that parameters alone determine.
+        facts: what is known of it.
         members: the nodes that the region takes the place of.
         copied: the nodes whose work it repeats.
         refused: wanted nodes that it could not have, and why.
     """
 
     graph: Graph
-    constant: set[Value]
+    facts: Facts
     members: list[Node]
     copied: list[Node] = field(default_factory=list)
     refused: dict[Node, str] = field(default_factory=dict)
@@ -93,7 +139,16 @@ class Growth:
         return (
             node is not None
             and not isinstance(node.op, Region)
-            and not all(v in self.constant for v in node.results)
+            and not all(v in self.facts.constant for v in node.results)
+        )
+
+    def is_widening(self, node: Node) -> bool:
+        """Whether a node is a cast of what the step keeps in a narrower type."""
+        op = node.op
+        return (
+            isinstance(op, Cast)
+            and op.x.dtype in self.facts.rounded
+            and op.dtype.bytes > op.x.dtype.bytes
         )
 
     def add(self, *nodes: Node, copy: bool = False) -> bool:
@@ -122,7 +177,7 @@ class Growth:
 
         Args:
             value: an operand of a node of the region.
-            wanted: the nodes to take in; views are looked through.
+            wanted: the nodes to take in; views and widening casts are looked through.
             shared: those to take in even if others read them.
             copies: those to repeat if others read them.
         """
@@ -130,11 +185,12 @@ class Growth:
         if node is None or not self.is_free(node):
             return
         if node not in self:
-            if not (node.op.is_view or wanted(node)):
+            seen_through = node.op.is_view or self.is_widening(node)
+            if not (seen_through or wanted(node)):
                 return
             alone = all(self._is_inside(v) for v in node.results)
             stays = alone or shared(node)
-            if not (stays or node.op.is_view or copies(node)):
+            if not (stays or seen_through or copies(node)):
                 return
             views = [view for v in node.results for view in self._inner_views(v)] if stays else []
             if not self.add(*views, node, copy=not stays):
@@ -158,6 +214,14 @@ class Growth:
                 for result in path[-1].results:
                     self.absorb_consumers(result, wanted)
 
+    def origin(self, value: Value) -> Node | None:
+        """The node behind views and element-wise ops of one operand."""
+        node = self.graph.producers.get(value)
+        while node is not None and (node.op.is_view or node.op.is_elementwise):
+            variable = [v for v in node.op.operands() if v not in self.facts.constant]
+            node = self.graph.producers.get(variable[0]) if len(variable) == 1 else None
+        return node
+
     def readers(self, value: Value) -> Iterator[list[Node]]:
         """The nodes that read a value, with the views in between."""
         for node in self.graph.uses.get(value, ()):
@@ -176,28 +240,67 @@ class Growth:
                 self.absorb_producers(value, wanted, copies=lambda n: isinstance(n.op, Full))
 
     def trimmed(self) -> "Growth":
-        """The same without the views at its rim and without copies that nothing in it reads.
+        """The same without what does not belong inside of its borders.
 
-        A copy that nobody outside reads any more is none.
+        That is: views and narrowing casts at its rim, copies that nothing in it reads, and widened results. A copy that
+        nobody outside reads any more is none.
         """
         members, copied = list(self.members), list(self.copied)
         while True:
             inside = {*members, *copied}
-            made = {v for node in inside for v in node.results}
             rim = {
                 node
                 for node in inside
-                if (node.op.is_view and made.isdisjoint(node.op.operands()))
+                if self._is_before(node, inside)
                 or (
                     (node.op.is_view or node in copied)
                     and not self._is_read(node, inside.__contains__)
                 )
             }
             own = {n for n in copied if not self._is_read_outside(n, members)}
-            if not rim and not own:
-                return Growth(self.graph, self.constant, members, copied, self.refused)
-            members = [node for node in (*members, *own) if node not in rim]
-            copied = [node for node in copied if node not in rim and node not in own]
+            widened = {
+                n for n in members if self._is_read_outside(n, members) and self._is_left_narrow(n)
+            }
+            if not (rim or own or widened):
+                return Growth(self.graph, self.facts, members, copied, self.refused)
+            members = [n for n in (*members, *own) if n not in rim and n not in widened]
+            copied = [n for n in (*copied, *widened) if n not in rim and n not in own]
+
+    def _is_before(self, node: Node, inside: Collection[Node]) -> bool:
+        """Whether a node belongs to whatever makes its operand, and that is none of the nodes inside."""
+        producers = self.graph.producers
+        if any(producers.get(v) in inside for v in node.op.operands()):
+            return False
+        if not is_narrowing(node):
+            return node.op.is_view
+        value = self._behind_views(node.op.operands()[0])
+        maker = producers.get(value)
+        return (
+            maker is not None
+            and takes_casts(maker)
+            and elements(value) == elements(node.results[0])
+        )
+
+    def _is_left_narrow(self, node: Node) -> bool:
+        """Whether a node widens a value, or shows a widened one, for readers that can all do so for themselves."""
+        (value, *_) = node.results
+        maker = self.graph.producers.get(self._behind_views(value))
+        return maker is not None and self.is_widening(maker) and self._can_be_widened(value)
+
+    def _behind_views(self, value: Value) -> Value:
+        """What a value shows: itself, unless it is a view."""
+        while (node := self.graph.producers.get(value)) is not None and node.op.is_view:
+            (value,) = node.op.operands()
+        return value
+
+    def _can_be_widened(self, value: Value) -> bool:
+        """Whether all that read a value, if by way of views, can be in a region with the cast that makes it."""
+        if value in self.graph.results:
+            return False
+        return all(
+            self._can_be_widened(user.results[0]) if user.op.is_view else takes_casts(user)
+            for user in self.graph.uses.get(value, ())
+        )
 
     @property
     def is_needed(self) -> bool:
@@ -218,7 +321,10 @@ class Growth:
         if value in self.graph.results:
             return False
         return all(
-            user in self or (user.op.is_view and all(map(self._is_inside, user.results)))
+            user in self.members
+            or (
+                (user.op.is_view or user in self.copied) and all(map(self._is_inside, user.results))
+            )
             for user in self.graph.uses.get(value, ())
         )
 

@@ -18,6 +18,29 @@ from nemoc.passes.specialize_decode import SpecializeDecode
 Phase = Literal["prefill", "decode"]
 """Which of the two executables of a model: many tokens per row, or one."""
 
+_GPU: tuple[Pass, ...] = (
+    # why here: rules see through views, so that weights are recognised and later patterns are few
+    Canonicalize(),
+    # why here: layers repeat casts and reshapes of shared values
+    Cse(),
+    # why here: weights stay as on disk, whose rows matrix units read as they are; the artifact holds what else
+    # parameters determine
+    FoldConstants(),
+    # why here: a region keeps every value that somebody outside reads, even if nobody needs that
+    Dce(),
+    # why here: before other fusions, which would take the gate and the norm for themselves
+    FuseConvScan(),
+    # why here: before the general ones, since rows gathered and summed belong to the experts' products
+    FuseMoeDispatch(),
+    # why here: all products that are left, with what is left around them
+    FuseEpilogues(),
+    # why here: what no heavier op has taken
+    FuseRows(),
+    # why here: norms that every reader computes again are needed no more
+    Dce(),
+)
+"""GPUs: how many launches a region takes is decided behind the passes, by what programs can share."""
+
 PREFILL: dict[str, tuple[Pass, ...]] = {
     "reference": (
         # why here: builders write ops plainly; fewer ops make everything after this faster to read and run
@@ -54,6 +77,9 @@ PREFILL: dict[str, tuple[Pass, ...]] = {
         # why here: norms that every reader computes again are needed no more
         Dce(),
     ),
+    "cuda": _GPU,
+    "hip": _GPU,
+    "triton-interpret": _GPU,
 }
 """By kind of target: the step over any number of tokens."""
 
