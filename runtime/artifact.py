@@ -5,7 +5,9 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 from nemoc.codegen.storage import Layout, Weight, weight_layout
@@ -14,11 +16,12 @@ from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
 from nemoc.ir.op import Op
-from nemoc.ir.parser import Signature, parse, parse_signature
+from nemoc.ir.parser import Signature, parse_signature
 from nemoc.ir.printer import print_graph
 from nemoc.ir.types import TensorType
-from nemoc.runtime.backend import Backend
-from nemoc.runtime.cpu import LIBRARY, CpuBackend, read_kernel_record
+from nemoc.runtime.backend import Backend, BackendFactory, DeferredBackend, Opened
+from nemoc.runtime.cpu import open_cpu
+from nemoc.runtime.cuda import defer_cuda, open_cuda
 from nemoc.runtime.executable import Executable
 from nemoc.runtime.files import as_path, replacing_directory
 from nemoc.runtime.machine import Machine, thread_count
@@ -32,12 +35,37 @@ from nemoc.runtime.manifest import (
     read_manifest,
 )
 from nemoc.runtime.program import PREFILL, PREFILL_ALL, Bounds, Generation, Program, check_functions
-from nemoc.runtime.reference import ReferenceBackend
+from nemoc.runtime.reference import open_reference
 from nemoc.runtime.store import Verify, is_artifact, new_file, open_weights, write_content
 from nemoc.runtime.weights import Pieces, header_digest, write_weights
 
 Progress = Callable[[str, int, int], None]
 """Told `(stage, done, total)`, in bytes."""
+
+_NO_BACKENDS: Mapping[str, BackendFactory] = MappingProxyType({})
+
+
+def _open_hip(opened: Opened) -> Backend:
+    raise NemocError(
+        f"{opened.folder}: is for {opened.program.target}; this version runs cuda targets only"
+    )
+
+
+def _defer_hip(opened: Opened) -> Backend:
+    return DeferredBackend(partial(_open_hip, opened))
+
+
+_BACKENDS: Mapping[str, BackendFactory] = {
+    "reference": open_reference,
+    "cpu": open_cpu,
+    "cuda": open_cuda,
+    "hip": _open_hip,
+}
+"""How each kind of target is run: what comes before the colon."""
+
+_BUILT_BACKENDS: Mapping[str, BackendFactory] = {"cuda": defer_cuda, "hip": _defer_hip}
+"""For artifacts that were just built: GPUs that code is compiled for may be elsewhere, and memory of one at hand is not
+taken before there is something to run."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +105,12 @@ def build(
     threads: int | None = None,
     extra_ops: tuple[type[Op], ...] = (),
     progress: Progress = lambda stage, done, total: None,
+    backends: Mapping[str, BackendFactory] = _NO_BACKENDS,
 ) -> Executable:
     """Write an artifact and load it.
+
+    An artifact for a GPU is loaded when it is first used; if this machine has none of that kind, that is when it
+    is refused.
 
     Args:
         contents: what to write.
@@ -87,6 +119,7 @@ def build(
         threads: of the CPU; None: all cores.
         extra_ops: op classes of the graphs beside those of the IR.
         progress: told how much of the weights is packed.
+        backends: as for `load`.
 
     Raises:
         NemocError: the contents do not fit together, or the artifact cannot be written: then nothing has changed under
@@ -103,7 +136,13 @@ def build(
         with replacing_directory(place, is_artifact) as folder:
             _write(contents, folder, progress)
         # Just written and hashed: reading all of it again would tell nothing new.
-        executable = load(place, verify="headers", threads=threads, extra_ops=extra_ops)
+        executable = load(
+            place,
+            verify="headers",
+            threads=threads,
+            extra_ops=extra_ops,
+            backends={**_BUILT_BACKENDS, **backends},
+        )
     except BaseException:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -120,6 +159,7 @@ def load(
     threads: int | None = None,
     extra_ops: tuple[type[Op], ...] = (),
     progress: Progress = lambda stage, done, total: None,
+    backends: Mapping[str, BackendFactory] = _NO_BACKENDS,
 ) -> Executable:
     """Load an artifact: nothing is traced, compiled or tuned, and weights are mapped.
 
@@ -130,9 +170,10 @@ def load(
         threads: of the CPU; None: all cores.
         extra_ops: op classes of the graphs beside those of the IR; the `reference` target needs them.
         progress: told how much of the weights is checked.
+        backends: what runs further kinds of targets, or known ones otherwise, by what comes before the colon.
 
     Raises:
-        NemocError: the artifact is incomplete, altered, of another version, or for another machine.
+        NemocError: the artifact is incomplete, altered, of another version, or for another machine or GPU.
     """
     folder = as_path(path)
     threads = thread_count(threads)
@@ -151,20 +192,12 @@ def load(
         for name, text in texts.items()
     }
     program = _program(folder, manifest, signatures)
-    kind = program.target.partition(":")[0]
-    backend: Backend
-    if kind == "reference":
-        functions = {
-            name: parse(text, str(folder / manifest.graphs[name]), extra_ops)
-            for name, text in texts.items()
-        }
-        backend = ReferenceBackend(functions, weights)
-    elif kind == "cpu":
-        inputs = {name: [v.name for v in found.inputs] for name, found in signatures.items()}
-        scratch = read_kernel_record(folder, manifest.kernels)
-        backend = CpuBackend(folder / LIBRARY, inputs, scratch, program, weights, threads)
-    else:
+    factory = {**_BACKENDS, **backends}.get(program.target.partition(":")[0])
+    if factory is None:
         raise NemocError(f"{folder}: target {program.target!r} cannot be run by this nemoc")
+    backend = factory(
+        Opened(folder, manifest, program, texts, signatures, weights, threads, extra_ops)
+    )
     return Executable(program, backend, folder, manifest)
 
 

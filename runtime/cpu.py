@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nemoc.ir.errors import NemocError
+from nemoc.runtime.backend import Opened
 from nemoc.runtime.machine import usable_processors
 from nemoc.runtime.program import PREFILL_ALL, Program
 from nemoc.runtime.state import State
@@ -47,6 +48,22 @@ def read_kernel_record(artifact: Path, record: Mapping[str, Any]) -> int:
         case {"scratch": scratch} if type(scratch) is int and scratch >= 0 and len(record) == 1:
             return scratch
     raise NemocError(f"{artifact}: kernels is {record!r}, expected the size of scratch")
+
+
+def open_cpu(opened: Opened) -> "CpuBackend":
+    """The backend of an artifact for a `cpu` target.
+
+    Raises:
+        NemocError: TVM's runtime is not installed, or the library does not fit.
+    """
+    return CpuBackend(
+        opened.folder / LIBRARY,
+        {name: [v.name for v in found.inputs] for name, found in opened.signatures.items()},
+        read_kernel_record(opened.folder, opened.manifest.kernels),
+        opened.program,
+        opened.weights,
+        opened.threads,
+    )
 
 
 class CpuBackend:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import cast
 
@@ -29,8 +29,8 @@ class Executable:
     """A compiled model. Steps run one at a time; states are independent of each other.
 
     Tensors that go in and come out are on the CPU. Every method raises `NemocError` on bad input, before anything is
-    computed: a state changes only in a step whose input is accepted. After the first step of the cpu target a
-    process that is forked cannot run steps, since the threads stay behind; one that is started anew can.
+    computed: a state changes only in a step whose input is accepted. After the first step of the cpu target, and once
+    a cuda target is loaded, a process that is forked cannot run steps; one that is started anew can.
 
     Attributes:
         program: sizes, token ids and the state's layout.
@@ -114,7 +114,7 @@ class Executable:
         for start in range(0, int(lengths.max()), chunk):
             tokens = ids[:, start : min(start + chunk, int(lengths.max()))].contiguous()
             valid = (lengths - start).clamp(0, tokens.shape[1])
-            found = self._backend.run(function, tokens, valid.int(), state)
+            found = self._backend.run(function, tokens, valid.int(), state).cpu()
             if all_logits:
                 part = slice(start, start + tokens.shape[1])
                 logits[:, part] = found.masked_fill(~counts[:, part, None], 0.0)
@@ -126,6 +126,10 @@ class Executable:
         """Take in one token of each row: int64 [B] -> float32 [B, V]."""
         inputs.check_state(self.program, state)
         inputs.check_ids("next_ids", next_ids, 1, state.batch)
+        return self._decode(state, next_ids).cpu()
+
+    def _decode(self, state: State, next_ids: torch.Tensor) -> torch.Tensor:
+        """`decode` with logits that stay on the backend's device."""
         inputs.check_next(self.program, state, next_ids)
         valid = torch.ones(state.batch, dtype=torch.int32)
         return self._backend.run(DECODE, next_ids.unsqueeze(1).contiguous(), valid, state)
@@ -190,7 +194,9 @@ class Executable:
                 )
             state = self.new_state(ids.shape[0], needed)
         inputs.check_capacity(state, counted + max_new_tokens - 1)
-        return generate_tokens(self, ids, counted, state, sampler, endings, max_new_tokens)
+        prefill = partial(self.prefill, ids, state, counted)
+        decode = partial(self._decode, state)
+        return generate_tokens(prefill, decode, sampler, endings, max_new_tokens)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the artifact under a name; an artifact of that name is replaced, anything else is not.

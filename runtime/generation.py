@@ -1,23 +1,11 @@
 """The loop of generation: sample, note which rows end, step."""
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from nemoc.runtime.sampling import Sampler
-from nemoc.runtime.state import State
 from nemoc.runtime.tokenizer import Tokenizer
-
-
-class Steps(Protocol):
-    """The two ways to take in tokens; see `Executable`."""
-
-    def prefill(
-        self, ids: torch.Tensor, state: State, lengths: torch.Tensor | None = None
-    ) -> torch.Tensor: ...
-
-    def decode(self, next_ids: torch.Tensor, state: State) -> torch.Tensor: ...
 
 
 class Endings:
@@ -74,22 +62,28 @@ class Endings:
 
 
 def generate_tokens(
-    steps: Steps,
-    ids: torch.Tensor,
-    lengths: torch.Tensor,
-    state: State,
+    prefill: Callable[[], torch.Tensor],
+    decode: Callable[[torch.Tensor], torch.Tensor],
     sampler: Sampler,
     endings: Endings,
     limit: int,
 ) -> Iterator[torch.Tensor]:
-    """The next token of each row, int64 [B], until all have ended or `limit` are given.
+    """The next token of each row, int64 [B] on the CPU, until all have ended or `limit` are given.
 
-    Rows that have ended go through the steps with padding, and what comes out of them is not looked at.
+    Rows that have ended go through the steps with padding, and what comes out of them is not looked at. Logits stay
+    where they are: of a step on another device, B token ids come here and B go back.
+
+    Args:
+        prefill: takes in the prompts; gives float32 logits [B, V], on any device.
+        decode: takes in a token of each row, int64 [B]; gives logits likewise.
+        sampler: chooses.
+        endings: knows what ends rows.
+        limit: the most tokens of a row.
     """
-    logits = steps.prefill(ids, state, lengths)
+    logits = prefill()
     for count in range(1, limit + 1):
         tokens = endings.take(sampler.sample(logits))
         yield tokens
         if endings.all or count == limit:
             return
-        logits = steps.decode(tokens, state)
+        logits = decode(tokens)

@@ -7,7 +7,17 @@ import torch
 from nemoc.ir.graph import Graph
 from nemoc.ir.interpreter import interpret
 from nemoc.ir.params import LazyArguments, ParameterSource
+from nemoc.runtime.backend import Opened
 from nemoc.runtime.state import State
+
+
+def open_reference(opened: Opened) -> "ReferenceBackend":
+    """The backend of an artifact for the `reference` target.
+
+    Raises:
+        NemocError: a graph cannot be read.
+    """
+    return ReferenceBackend(opened.graphs(), opened.weights)
 
 
 class ReferenceBackend:

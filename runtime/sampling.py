@@ -14,7 +14,8 @@ class Sampler:
     """Draws from temperature-scaled logits within the nucleus of top-p; temperature 0 takes the largest.
 
     Every row has a random generator of its own, so that its tokens depend on no other row: row b draws from
-    seed + b, or from the b-th of several seeds.
+    seed + b, or from the b-th of several seeds. Random numbers come from the CPU wherever the logits are: a seed means
+    the same draws on every device, and other tokens only where devices round sums of probabilities differently.
 
     Raises:
         NemocError: temperature or top_p is out of range, or there is not one seed for each row.
@@ -36,30 +37,32 @@ class Sampler:
         self._generators = [torch.Generator().manual_seed(s) for s in _seeds(seed, batch)]
 
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
-        """The next token of each row: float32 [B, V] -> int64 [B].
+        """The next token of each row: float32 [B, V] on any device -> int64 [B] on the CPU.
 
         Raises:
             NemocError: a row's largest logit is not a finite number.
         """
-        broken = ~logits.amax(-1).isfinite()
-        if bool(broken.any()):
-            row = int(broken.nonzero()[0])
+        finite = logits.amax(-1).isfinite()
+        chosen = logits.argmax(-1) if self._temperature == 0.0 else self._draw(logits)
+        # One copy for both: each would wait for the device.
+        tokens, sound = torch.stack([chosen, finite.long()]).cpu().unbind()
+        if not bool(sound.all()):
+            row = int((sound == 0).nonzero()[0])
             raise NemocError(f"row {row}: the model's logits are not finite numbers")
-        if self._temperature == 0.0:
-            return logits.argmax(-1)
-        rows = zip(logits, self._generators, strict=True)
-        return torch.stack([self._draw(row, generator) for row, generator in rows])
+        return tokens
 
-    def _draw(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Inverse transform sampling over the tokens in order of falling probability."""
-        scaled = (logits.double() - logits.double().amax()) / self._temperature
+    def _draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """Inverse transform sampling over the tokens in order of falling probability, where the logits are."""
+        wide = logits.double()
+        scaled = (wide - wide.amax(-1, keepdim=True)) / self._temperature
         ordered, tokens = scaled.softmax(-1).sort(descending=True, stable=True)
         upto = ordered.cumsum(-1)
         # A token belongs to the nucleus if those before it do not reach top_p; the first always does.
-        kept = int(((upto - ordered) < self._top_p).sum())
-        point = torch.rand((), generator=generator, dtype=torch.float64) * upto[kept - 1]
-        chosen = torch.searchsorted(upto[:kept], point, right=True).clamp(max=kept - 1)
-        return tokens[chosen]
+        kept = ((upto - ordered) < self._top_p).sum(-1, keepdim=True).clamp(min=1)
+        points = [torch.rand((), generator=g, dtype=torch.float64) for g in self._generators]
+        point = torch.stack(points).unsqueeze(1).to(logits.device) * upto.gather(-1, kept - 1)
+        chosen = torch.searchsorted(upto, point, right=True).minimum(kept - 1)
+        return tokens.gather(-1, chosen).squeeze(1)
 
 
 def _seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
