@@ -3,7 +3,8 @@
 Checkpoints spell names in several ways: prefix `backbone.` or `model.`, `embedding.` in old ones, one tensor
 per expert (on disk) or all stacked (in transformers 5). Everything is checked when it is opened, by headers
 alone, against the parameters of the model's graph; data is read when it is asked for, by slices, and refused
-when it is not finite. Files are untrusted: pickles are not opened, and no path leads out of the directory.
+when it is not finite. Quantized weights are read as they are stored, codes and scales. Files are untrusted: pickles are
+not opened, and no path leads out of the directory.
 """
 
 import math
@@ -20,14 +21,23 @@ from nemoc.ir.errors import NemocError
 from nemoc.ir.json_file import read_json
 from nemoc.ir.types import TensorType
 from nemoc.models.config import ModelConfig
+from nemoc.models.formats import TENSOR_SCALES, Format, Nvfp4
 from nemoc.models.graph import build_step
+from nemoc.models.names import is_stack, module_of, parameter_of, tensor_of
+from nemoc.models.quantization import Quantization
 from nemoc.models.safetensors_file import read_header
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Suffixes of files that can run code when they are loaded."""
 
-_TYPES = {"F32": DType.F32, "BF16": DType.BF16, "F16": DType.F16}
-_NAMES = {dtype.torch: name for name, dtype in _TYPES.items()}
+_TYPES = {
+    "F32": DType.F32, "BF16": DType.BF16, "F16": DType.F16, "F8_E4M3": DType.F8E4M3, "U8": DType.U8,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+_TORCH_NAMES = {dtype.torch: name for name, dtype in _TYPES.items()}
+_NUMBERS = (DType.F32, DType.BF16, DType.F16)
+"""Types of what is not quantized."""
+
 _FILE_NAME = r"(?!\.{1,2}$)[^/\\\x00-\x1f]+"
 """A name that stays in its directory on every system."""
 
@@ -65,7 +75,7 @@ class _HeldTensor:
 
     @property
     def dtype(self) -> str:
-        return _NAMES.get(self.tensor.dtype, str(self.tensor.dtype).removeprefix("torch."))
+        return _TORCH_NAMES.get(self.tensor.dtype, str(self.tensor.dtype).removeprefix("torch."))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,7 +85,8 @@ class _HeldTensor:
         return f"{self.owner}: tensor {self.name!r}"
 
     def read_into(self, out: torch.Tensor, start: int = 0) -> None:
-        out.copy_(self.tensor.detach()[start : start + len(out)])
+        rows = self.tensor.detach()
+        out.copy_(rows[start : start + len(out)] if out.dim() else rows.reshape(()))
 
 
 @dataclass(frozen=True)
@@ -92,51 +103,73 @@ class Checkpoint:
 
     Attributes:
         notes: what was tolerated, one line each.
+        scales: the names under which it also has scales of activations and caches, [] or, for stacked experts, [E]:
+            `layers.0.mixer.in_proj.input_scale`, `layers.5.mixer.k_proj.k_scale`. No graph reads them.
     """
 
-    def __init__(self, tensors: Iterable[StoredTensor], config: ModelConfig, where: str) -> None:
+    def __init__(
+        self,
+        tensors: Iterable[StoredTensor],
+        config: ModelConfig,
+        where: str,
+        quantization: Quantization | None = None,
+    ) -> None:
         """Find every parameter of the model among a checkpoint's tensors.
 
         Args:
             tensors: all tensors of the checkpoint.
             config: the model.
             where: what errors about absent tensors call the checkpoint.
+            quantization: how it is stored; None: as it is.
 
         Raises:
             NemocError: a tensor is missing, surplus, there twice, or has the wrong shape or type.
         """
+        quantization = quantization or Quantization()
         found, self.notes = _by_parameter(tensors, config)
-        expected = {p.name: tuple(map(int, p.shape)) for p in build_step(config).params}
-        for name, shape in expected.items():
-            _check_present(where, name, shape, found.get(name, {}))
-        self._parameters = {n: _parameter(found[n], shape) for n, shape in expected.items()}
+        graph = build_step(config, formats=quantization.formats)
+        expected = {p.name: p.type for p in graph.params}
+        scales = _scales(expected, config, quantization)
+        self.scales = tuple(name for name in scales if name in found)
+        expected |= {name: scales[name] for name in self.scales}
+        for name, type_ in expected.items():
+            _check_present(where, name, type_, found.get(name, {}), quantization.formats.get(name))
+        self._parameters = {n: _parameter(n, found[n], type_) for n, type_ in expected.items()}
         for name, parts in found.items():
+            shape = expected[name].shape if name in expected else ()
             for index, part in parts.items():
-                if name not in expected or (index or 0) >= expected[name][0]:
+                if name not in expected or (index is not None and index >= int(shape[0])):
                     raise NemocError(
                         f"{part}: found {part.dtype} {list(part.shape)}, expected no such tensor"
                     )
 
     @classmethod
-    def open(cls, directory: str | Path, config: ModelConfig) -> Self:
+    def open(
+        cls, directory: str | Path, config: ModelConfig, quantization: Quantization | None = None
+    ) -> Self:
         """The checkpoint in a Hugging Face directory; only headers are read.
 
         Raises:
             NemocError: there is no safetensors checkpoint, or it is not this model's.
         """
         directory = Path(directory)
-        return cls(_tensors_of(directory), config, str(directory))
+        return cls(_tensors_of(directory), config, str(directory), quantization)
 
     @classmethod
     def of_state_dict(
-        cls, state: Mapping[str, torch.Tensor], config: ModelConfig, where: str
+        cls,
+        state: Mapping[str, torch.Tensor],
+        config: ModelConfig,
+        where: str,
+        quantization: Quantization | None = None,
     ) -> Self:
         """A checkpoint of tensors at hand, which are neither copied nor changed.
 
         Raises:
             NemocError: the tensors are not this model's.
         """
-        return cls((_HeldTensor(where, n, t) for n, t in state.items()), config, where)
+        tensors = (_HeldTensor(where, name, tensor) for name, tensor in state.items())
+        return cls(tensors, config, where, quantization)
 
     def type_of(self, name: str) -> TensorType:
         """The type of a parameter as stored.
@@ -149,18 +182,22 @@ class Checkpoint:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` of a parameter's first axis; of stacked experts only those asked for.
 
+        A scalar is read whole.
+
         Raises:
             NemocError: there is no such parameter, it cannot be read, or a value is not finite.
         """
         parameter = self._parameter(name)
-        rows, *rest = map(int, parameter.type.shape)
-        start, stop, _ = slice(start, stop).indices(rows)
-        out = torch.empty((max(stop - start, 0), *rest), dtype=parameter.type.dtype.torch)
+        shape = list(map(int, parameter.type.shape))
+        if shape:
+            start, stop, _ = slice(start, stop).indices(shape[0])
+            shape[0] = max(stop - start, 0)
+        out = torch.empty(shape, dtype=parameter.type.dtype.torch)
         if parameter.stacked:
             for expert, part in zip(out, parameter.parts[start:stop], strict=True):
                 part.read_into(expert)
                 _check_finite(part, expert)
-        elif len(out):
+        elif out.numel():
             (part,) = parameter.parts
             part.read_into(out, start)
             _check_finite(part, out)
@@ -186,7 +223,7 @@ def _by_parameter(
         if tensor.name.startswith("mtp."):
             heads += 1
             continue
-        name, expert = _canonical(tensor.name)
+        name, expert = parameter_of(tensor.name)
         if name == "lm_head.weight" and config.tie_word_embeddings:
             notes.append("lm_head.weight is ignored: config.json ties it to the embeddings")
             continue
@@ -200,52 +237,68 @@ def _by_parameter(
     return found, tuple(notes)
 
 
-def _canonical(name: str) -> tuple[str, int | None]:
-    """The parameter that a tensor belongs to, and which expert of it."""
-    name = re.sub(r"^(backbone|model)\.", "", name)
-    name = re.sub(r"^embedding\.", "embeddings.", name)
-    if match := re.fullmatch(r"(.*\.experts)\.([0-9]{1,9})\.(\w+)\.weight", name):
-        return f"{match[1]}.{match[3]}", int(match[2])
-    return name, None
+def _scales(
+    expected: Mapping[str, TensorType], config: ModelConfig, quantization: Quantization
+) -> dict[str, TensorType]:
+    """The scales of activations and caches that a checkpoint may have."""
+    shapes = {
+        f"{module_of(name)}.{stored.input_scale}": expected[name].shape[:-2]
+        for name, stored in quantization.formats.items()
+    }
+    if quantization.kv_cache is not None:
+        layers = [n for n, kind in enumerate(config.layers) if kind == "attention"]
+        shapes |= {f"layers.{n}.mixer.{x}_proj.{x}_scale": () for n in layers for x in "kv"}
+    return {name: TensorType(DType.F32, shape) for name, shape in shapes.items()}
 
 
-def _check_present(where: str, name: str, shape: tuple[int, ...], parts: Parts) -> None:
+def _check_present(
+    where: str, name: str, type_: TensorType, parts: Parts, stored: Format | None
+) -> None:
     if None in parts:
         return
-    disk = name if name.startswith("lm_head.") else f"backbone.{name}"
-    stem, _, projection = disk.rpartition(".")
-    if not stem.endswith(".experts"):
-        raise NemocError(f"{where}: tensor '{disk}': found nothing, expected shape {list(shape)}")
-    for index in range(shape[0]):
+    packed = isinstance(stored, Nvfp4) and stored.dialect == "compressed-tensors"
+    stacked, shape = is_stack(name), list(type_.shape)
+    for index in range(int(shape[0])) if stacked else (None,):
         if index not in parts:
             raise NemocError(
-                f"{where}: tensor '{stem}.{index}.{projection}.weight': found nothing, "
-                f"expected shape {list(shape[1:])}"
+                f"{where}: tensor '{tensor_of(name, index or 0, packed=packed)}': found nothing, "
+                f"expected shape {shape[1:] if stacked else shape}"
             )
 
 
-def _parameter(parts: Parts, shape: tuple[int, ...]) -> _Parameter:
+def _parameter(name: str, parts: Parts, type_: TensorType) -> _Parameter:
     stacked = None not in parts
+    shape = tuple(map(int, type_.shape))
     ordered = tuple(parts[i] for i in range(shape[0])) if stacked else (parts[None],)
-    first = ordered[0]
-    wanted = shape[1:] if stacked else shape
+    first, wanted = ordered[0], shape[1:] if stacked else shape
+    allowed = [_NAMES[dtype] for dtype in _allowed(name, type_)]
     for part in ordered:
-        if part.dtype not in _TYPES:
-            raise NemocError(f"{part}: found type {part.dtype}, expected {', '.join(_TYPES)}")
+        if part.dtype not in allowed:
+            raise NemocError(f"{part}: found type {part.dtype}, expected {', '.join(allowed)}")
         if part.dtype != first.dtype:
             raise NemocError(
                 f"{part}: found type {part.dtype}, expected {first.dtype} like {first.name!r}"
             )
-        if part.shape != wanted:
+        if part.shape != wanted and (wanted or part.shape != (1,)):  # a scalar may have an axis
             raise NemocError(f"{part}: found shape {list(part.shape)}, expected {list(wanted)}")
     return _Parameter(TensorType(_TYPES[first.dtype], shape), ordered, stacked)
 
 
+def _allowed(name: str, type_: TensorType) -> tuple[DType, ...]:
+    """The types in which a parameter may be stored: codes and block scales have one, and so has what scales those."""
+    if type_.dtype not in _NUMBERS or name.endswith(tuple(TENSOR_SCALES.values())):
+        return (type_.dtype,)
+    return _NUMBERS
+
+
 def _check_finite(part: StoredTensor, values: torch.Tensor) -> None:
-    """Refuse NaN and infinities: `aminmax` is one pass without temporaries, and NaN spreads through it."""
-    if values.numel() == 0:
+    """Refuse NaN and infinities, of which codes have none and E4M3 has NaN alone, as the largest magnitude."""
+    if values.numel() == 0 or values.dtype is torch.uint8:
         return
-    low, high = (float(bound) for bound in torch.aminmax(values))
+    if values.dtype is torch.float8_e4m3fn:
+        low, high = 0.0, math.nan if (values.view(torch.uint8) & 0x7F).max() == 0x7F else 0.0
+    else:  # one pass without temporaries, and NaN spreads through it
+        low, high = (float(bound) for bound in torch.aminmax(values))
     if not (math.isfinite(low) and math.isfinite(high)):
         kind = "NaN" if math.isnan(low) or math.isnan(high) else "an infinite value"
         raise NemocError(f"{part}: found {kind}, expected finite weights")

@@ -1,4 +1,4 @@
-"""Reading the fields of a `config.json` one by one, with errors that name file and field."""
+"""Reading the fields of JSON configurations one by one, with errors that name file and field."""
 
 import difflib
 import math
@@ -20,6 +20,7 @@ _ALIASES = {
     "use_conv_bias": ("mamba_conv_bias",),
     "chunk_size": ("mamba_chunk_size",),
     "time_step_limit": ("mamba_dt_limit",),
+    "exclude_modules": ("ignore",),
 }
 
 # Fields that change no logit, and so never count as a misspelling of one that does.
@@ -60,7 +61,7 @@ _TOLERATED = frozenset(
 
 
 class FieldReader:
-    """Typed access to a parsed `config.json`; remembers which fields it has been asked for.
+    """Typed access to a parsed JSON object; remembers which fields it has been asked for.
 
     Args:
         data: The JSON object.
@@ -169,6 +170,23 @@ class FieldReader:
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             self.fail(field, _show(value), "a list of strings")
         return tuple(value)
+
+    def section(self, field: str) -> "FieldReader | None":
+        """A nested object; null and an empty one count as absent."""
+        value = self._get(field, None)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.fail(field, _show(value), "an object")
+        return FieldReader(value, f"{self._source}: {field}", frozenset()) if value else None
+
+    def sections(self, field: str) -> "dict[str, FieldReader]":
+        """An object of objects, none of them empty, by name; absent or null gives an empty one."""
+        outer = self.section(field)
+        if outer is None:
+            return {}
+        found = {name: outer.section(name) for name in outer._data}
+        return {name: inner or outer.missing(name, "an object") for name, inner in found.items()}
 
     def _get(self, field: str, default: _T) -> Any | _T:
         self._asked.add(field)

@@ -2,13 +2,16 @@
 
 import torch
 
+from nemoc.ir.builder import Builder
 from nemoc.ir.errors import NemocError
+from nemoc.ir.interpreter import interpret
+from nemoc.ir.params import LazyArguments, ParameterSource
 from nemoc.models.reference import NemotronH
 from nemoc.models.source import Model
 
 
 def eager_reference(model: Model, dtype: torch.dtype = torch.float32) -> NemotronH:
-    """`NemotronH` holding the model's weights, for evaluation.
+    """`NemotronH` holding the model's weights, for evaluation; quantized ones as the numbers that they stand for.
 
     Args:
         model: with weights, all of which have to fit into memory in `dtype`.
@@ -23,11 +26,25 @@ def eager_reference(model: Model, dtype: torch.dtype = torch.float32) -> Nemotro
         module = NemotronH(model.config)
     tied = module.lm_head.weight is module.backbone.embeddings.weight
     weights = {
-        name: model.parameters.read(name.removeprefix("backbone.")).to(dtype)
-        for name in module.state_dict()
+        name: _read(model, model.parameters, name.removeprefix("backbone."), value.shape, dtype)
+        for name, value in module.state_dict().items()
         if not (tied and name == "lm_head.weight")
     }
     if tied:
         weights["lm_head.weight"] = weights["backbone.embeddings.weight"]
     module.load_state_dict(weights, assign=True)
     return module.eval()
+
+
+def _read(
+    model: Model, source: ParameterSource, name: str, shape: torch.Size, dtype: torch.dtype
+) -> torch.Tensor:
+    """A weight in `dtype`, de-quantized by the ops that the graph has for it."""
+    stored, types = model.quantization.formats.get(name), model.weight_types
+    if stored is None or types is None:
+        return source.read(name).to(dtype)
+    build = Builder("weight")
+    graph = build.finish([stored.append(build, name, tuple(shape), types)])
+    arguments = LazyArguments(graph, source, {})
+    (weight,) = interpret(graph, arguments, float64=dtype is torch.float64).outputs
+    return weight

@@ -3,7 +3,8 @@
 Parameters carry the names that checkpoints have on disk, without the prefix `backbone.`; routed
 experts are stacked. Their element types are those of the checkpoint, so a graph says what it
 converts: a weight that takes part in a matrix product is read as it is stored, every other one is
-widened to f32 by a `cast`.
+widened to f32 by a `cast`. A quantized weight is several parameters, and ops that make f32 of them
+(`nemoc.models.formats`).
 
 Between ops values have the compute type. Where that is narrower than f32, arithmetic happens in f32
 and is rounded by a `cast` where the published implementations round: the output of each projection,
@@ -11,8 +12,8 @@ norm, activation and residual sum. The Mamba recurrence, the convolution's input
 router stay in f32 throughout, and so do the logits. With f32 nothing is rounded.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from nemoc.ir import ops
@@ -24,18 +25,18 @@ from nemoc.ir.graph import Graph
 from nemoc.ir.op import Op
 from nemoc.ir.types import Value
 from nemoc.models.config import Activation, ModelConfig
+from nemoc.models.formats import Format, WeightTypes
 
 COMPUTE_TYPES = (DType.F32, DType.BF16, DType.F16)
 """Element types that activations and the KV cache may have."""
-
-WeightTypes = Callable[[str], DType]
-"""The stored element type of the parameter of a name."""
 
 _CONFIG_TYPES = {"float32": DType.F32, "bfloat16": DType.BF16, "float16": DType.F16}
 
 
 def default_weight_types(config: ModelConfig) -> WeightTypes:
     """What a checkpoint of this configuration usually stores: `config.dtype`, and f32 for the correction bias.
+
+    Scales of FP8 weights are f32 too.
 
     Raises:
         NemocError: `config.dtype` names no type that weights may have.
@@ -45,7 +46,8 @@ def default_weight_types(config: ModelConfig) -> WeightTypes:
             f"config: dtype: found '{config.dtype}', expected one of {', '.join(_CONFIG_TYPES)}"
         )
     usual = _CONFIG_TYPES[config.dtype]
-    return lambda name: DType.F32 if name.endswith("e_score_correction_bias") else usual
+    wide = ("e_score_correction_bias", ".weight_scale")
+    return lambda name: DType.F32 if name.endswith(wide) else usual
 
 
 def build_step(
@@ -54,6 +56,7 @@ def build_step(
     dtype: DType = DType.F32,
     logits: Literal["last", "all"] = "last",
     weight_types: WeightTypes | None = None,
+    formats: Mapping[str, Format] | None = None,
 ) -> Graph:
     """The graph of one step, for any batch `B`, number of new tokens `L` and cache capacity `C`.
 
@@ -69,9 +72,11 @@ def build_step(
         dtype: the compute type of activations and of the KV cache.
         logits: after which tokens to compute them.
         weight_types: the stored type of each parameter; None for `default_weight_types`.
+        formats: how each quantized matrix is stored, by its name; types of their parameters follow from that.
 
     Raises:
-        NemocError: the compute type is not one of `COMPUTE_TYPES`, or a parameter has no type.
+        NemocError: the compute type is not one of `COMPUTE_TYPES`, a parameter has no type, or a matrix does not fit
+            its format.
     """
     if dtype not in COMPUTE_TYPES:
         raise NemocError(
@@ -80,11 +85,12 @@ def build_step(
     builder = Builder("step")
     tokens = builder.input("tokens", DType.I64, (B, L), bound=config.vocab_size)
     valid = builder.input("valid", DType.I32, (B,), bound=L + 1)
-    whole = _Scope(builder, "", dtype, weight_types or default_weight_types(config))
+    types = weight_types or default_weight_types(config)
+    whole = _Scope(builder, "", dtype, types, formats or {})
     lengths = whole.state("lengths", DType.I32, (B,), bound=C - L + 1)
     whole.update(whole(ops.Add(lengths, valid), "lengths.next"))
 
-    table = whole.param("embeddings.weight", config.vocab_size, config.hidden_size)
+    table = whole.matrix("embeddings.weight", config.vocab_size, config.hidden_size)
     h = whole.cast(whole(ops.TakeRows(table, tokens), "embedded"), dtype)
     for index, kind in enumerate(config.layers):
         layer = _Layer(config, whole.inside(f"layers.{index}."), valid, lengths)
@@ -93,7 +99,7 @@ def build_step(
         h = whole(ops.TakeLast(h, valid), "last")
     h = whole.norm(h, "norm_f", config.layer_norm_epsilon)
     if not config.tie_word_embeddings:
-        table = whole.param("lm_head.weight", config.vocab_size, config.hidden_size)
+        table = whole.matrix("lm_head.weight", config.vocab_size, config.hidden_size)
     return builder.finish([whole.product(h, table, "logits")], whole.following)
 
 
@@ -110,14 +116,13 @@ class _Scope:
     prefix: str
     dtype: DType
     weight_types: WeightTypes
+    formats: Mapping[str, Format]
     following: list[Value] = field(default_factory=list)
     widened: dict[Value, Value] = field(default_factory=dict)
 
     def inside(self, prefix: str) -> "_Scope":
         """The same graph under a longer prefix."""
-        prefix = self.prefix + prefix
-        shared = self.following, self.widened
-        return _Scope(self.builder, prefix, self.dtype, self.weight_types, *shared)
+        return replace(self, prefix=self.prefix + prefix)
 
     def __call__(self, op: Op, hint: str) -> Value:
         """Append an op with one result."""
@@ -131,6 +136,13 @@ class _Scope:
         """A parameter as it is stored."""
         name = self.prefix + name
         return self.builder.param(name, self.weight_types(name), shape)
+
+    def matrix(self, name: str, *shape: int) -> Value:
+        """A weight [..., N, K] as products read it: as it is stored, or f32 where it is quantized."""
+        stored = self.formats.get(self.prefix + name)
+        if stored is None:
+            return self.param(name, *shape)
+        return stored.append(self.builder, self.prefix + name, shape, self.weight_types)
 
     def vector(self, name: str, *shape: Dim) -> Value:
         """A parameter that arithmetic reads: widened to f32."""
@@ -181,7 +193,7 @@ class _Scope:
     def linear(self, x: Value, name: str, rows: int, bias: bool = False) -> Value:
         """The projection whose tensors are `name`.weight and .bias, in the compute type."""
         hint = name.removeprefix("mixer.")
-        y = self.product(x, self.param(f"{name}.weight", rows, x.shape[-1]), hint)
+        y = self.product(x, self.matrix(f"{name}.weight", rows, int(x.shape[-1])), hint)
         if bias:
             y = self(ops.Add(y, self.vector(f"{name}.bias", rows)), f"{hint}.biased")
         return self.round(y)
@@ -323,7 +335,7 @@ class _Layer:
     def route(self, tokens: Value) -> tuple[Value, Value]:
         """Each token's experts i32 [B·L, k], chosen by biased scores, and their unbiased f32 weights."""
         c, s = self.config, self.s
-        gate = s.param("mixer.gate.weight", c.n_routed_experts, c.hidden_size)
+        gate = s.matrix("mixer.gate.weight", c.n_routed_experts, c.hidden_size)
         scores = s(ops.Sigmoid(s.product(s.wide(tokens), gate, "gate.logits")), "scores")
         bias = s.vector("mixer.gate.e_score_correction_bias", c.n_routed_experts)
         choice = s(ops.Add(scores, bias), "choice")
@@ -360,7 +372,7 @@ class _Layer:
     ) -> Value:
         """Rows sorted by expert times each expert's weight, in the compute type."""
         s = self.s
-        weight = s.param(f"mixer.experts.{name}", *shape)
+        weight = s.matrix(f"mixer.experts.{name}", *shape)
         if weight.dtype.bytes > rows.dtype.bytes:
             weight = s.cast(weight, rows.dtype)
         return s.round(s(ops.GroupedLinear(rows, weight, offsets), f"experts.{name}.out"))

@@ -15,7 +15,8 @@ from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 from nemoc.ir.types import TensorType
 from nemoc.models.config import ModelConfig
-from nemoc.models.graph import WeightTypes, build_step, default_weight_types
+from nemoc.models.formats import WeightTypes
+from nemoc.models.graph import build_step, default_weight_types
 
 _BLOCK = 1 << 16
 """Elements in a block, at most, unless one row has more."""

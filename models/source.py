@@ -3,7 +3,7 @@
 import difflib
 import json
 import os.path
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,10 @@ from nemoc.ir.params import ParameterSource
 from nemoc.models.checkpoint import PICKLES, Checkpoint, pickle_error
 from nemoc.models.config import ModelConfig
 from nemoc.models.config_fields import FieldReader
+from nemoc.models.formats import WeightTypes
 from nemoc.models.graph import build_step
 from nemoc.models.presets import PRESETS, preset
+from nemoc.models.quantization import Quantization, parse_quantization, read_quantization
 from nemoc.models.random_weights import RandomSource
 from nemoc.models.sample import CHECKPOINT as SAMPLE
 
@@ -50,6 +52,9 @@ class Model:
         tokenizer_dir: the directory that holds `tokenizer.json`, or None.
         chat_template: the Jinja text that turns a conversation into a prompt, or None.
         notes: what was tolerated in the checkpoint, one line each.
+        quantization: how its weights are stored.
+        scales: the names of scales of activations and caches which `parameters` has beyond those that the graph
+            reads (`Checkpoint.scales`).
     """
 
     name: str
@@ -59,14 +64,26 @@ class Model:
     tokenizer_dir: Path | None = None
     chat_template: str | None = None
     notes: tuple[str, ...] = ()
+    quantization: Quantization = field(default_factory=Quantization)
+    scales: tuple[str, ...] = ()
 
     def build_step(
         self, *, dtype: DType = DType.F32, logits: Literal["last", "all"] = "last"
     ) -> Graph:
-        """`nemoc.models.graph.build_step` with the types of this model's weights."""
+        """`nemoc.models.graph.build_step` with the types and formats of this model's weights."""
+        return build_step(
+            self.config,
+            dtype=dtype,
+            logits=logits,
+            weight_types=self.weight_types,
+            formats=self.quantization.formats,
+        )
+
+    @property
+    def weight_types(self) -> WeightTypes | None:
+        """The stored type of each parameter, None when only the configuration is known."""
         source = self.parameters
-        types = None if source is None else lambda name: source.type_of(name).dtype
-        return build_step(self.config, dtype=dtype, logits=logits, weight_types=types)
+        return None if source is None else lambda name: source.type_of(name).dtype
 
 
 def open_model(source: Any) -> Model:
@@ -113,7 +130,8 @@ def _accepted() -> str:
 
 def _of_directory(directory: Path, name: str) -> Model:
     config = ModelConfig.from_file(directory)
-    parameters = Checkpoint.open(directory, config)
+    quantization = read_quantization(directory / "config.json", config)
+    parameters = Checkpoint.open(directory, config, quantization)
     return Model(
         name=name,
         config=config,
@@ -122,6 +140,8 @@ def _of_directory(directory: Path, name: str) -> Model:
         tokenizer_dir=directory if (directory / "tokenizer.json").is_file() else None,
         chat_template=_chat_template(directory),
         notes=parameters.notes,
+        quantization=quantization,
+        scales=parameters.scales,
     )
 
 
@@ -131,7 +151,13 @@ def _of_file(path: Path) -> Model:
     if path.suffix != ".json":
         raise NemocError(f"{path}: found a file, expected {_accepted()}")
     config = ModelConfig.from_file(path)
-    return Model(path.resolve().parent.name, config, None, _generation(config))
+    return Model(
+        name=path.resolve().parent.name,
+        config=config,
+        parameters=None,
+        generation=_generation(config),
+        quantization=read_quantization(path, config),
+    )
 
 
 def _of_random(text: str) -> Model:
@@ -148,9 +174,19 @@ def _of_random(text: str) -> Model:
 
 def _of_module(module: Any) -> Model:
     where = f"{_IN_MEMORY} in memory"
-    config = ModelConfig.from_dict(json.loads(module.config.to_json_string(use_diff=False)), where)
-    parameters = Checkpoint.of_state_dict(module.state_dict(), config, where)
-    return Model(_IN_MEMORY, config, parameters, _generation(config), notes=parameters.notes)
+    data = json.loads(module.config.to_json_string(use_diff=False))
+    config = ModelConfig.from_dict(data, where)
+    quantization = parse_quantization(data, where, config)
+    parameters = Checkpoint.of_state_dict(module.state_dict(), config, where, quantization)
+    return Model(
+        name=_IN_MEMORY,
+        config=config,
+        parameters=parameters,
+        generation=_generation(config),
+        notes=parameters.notes,
+        quantization=quantization,
+        scales=parameters.scales,
+    )
 
 
 def _generation(config: ModelConfig, directory: Path | None = None) -> Generation:

@@ -5,19 +5,20 @@ the costs of its ops.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import sympy
 
-from nemoc.ir.cost import Cost
 from nemoc.ir.dims import B, Dim, L, T, dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.graph import Graph, Node
+from nemoc.ir.op import Op
 from nemoc.ir.ops import GroupBy, GroupedLinear
 from nemoc.ir.types import Value
 from nemoc.models.config import LayerKind, ModelConfig
-from nemoc.models.graph import WeightTypes, build_step
+from nemoc.models.formats import Format, WeightTypes
+from nemoc.models.graph import build_step
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ class Summary:
     Attributes:
         layers: how many layers of each kind.
         dtype: the type of activations and of the KV cache that the numbers hold for.
-        parameters: all of them, without multi-token prediction.
+        parameters: all of them, without multi-token prediction; of a quantized weight what it stands for.
         active_parameters: those that take part in one token: all but the experts it does not choose.
-        weight_bytes: the parameters in their stored types.
+        weight_bytes: the parameters in their stored types, scales included.
         ssm_bytes: recurrent state of one request.
         conv_bytes: convolution inputs kept for one request.
         kv_bytes_per_token: keys and values kept for each token of a request.
@@ -84,7 +85,10 @@ class Summary:
 
 
 def summarize(
-    config: ModelConfig, dtype: DType = DType.BF16, weight_types: WeightTypes | None = None
+    config: ModelConfig,
+    dtype: DType = DType.BF16,
+    weight_types: WeightTypes | None = None,
+    formats: Mapping[str, Format] | None = None,
 ) -> Summary:
     """The numbers of a model, from its configuration alone.
 
@@ -92,13 +96,15 @@ def summarize(
         config: the model.
         dtype: the compute type.
         weight_types: the stored type of each parameter; None for those that the configuration names.
+        formats: how each quantized weight is stored, by its name.
     """
-    graph = build_step(config, dtype=dtype, weight_types=weight_types)
+    graph = build_step(config, dtype=dtype, weight_types=weight_types, formats=formats)
+    plain = build_step(config) if formats else graph
     return Summary(
         layers=dict(Counter(config.layers)),
         dtype=dtype,
-        parameters=_integer(sum(p.type.elements for p in graph.params)),
-        active_parameters=_integer(sum(_active(graph, p) for p in graph.params)),
+        parameters=_integer(sum(p.type.elements for p in plain.params)),
+        active_parameters=_integer(sum(_active(plain, p) for p in plain.params)),
         weight_bytes=_integer(sum(p.type.bytes for p in graph.params)),
         ssm_bytes=_state_bytes(graph, (".ssm",)),
         conv_bytes=_state_bytes(graph, (".conv",)),
@@ -140,57 +146,81 @@ def _work(graph: Graph) -> Work:
     """The sum over all nodes; nodes of one kind and type are costed once."""
     kinds: Counter[object] = Counter()
     example: dict[object, Node] = {}
-    kept = frozenset(graph.params), frozenset(graph.states) | frozenset(graph.next_states)
+    places = _Places.of(graph)
     for node in graph.nodes:
+        if node.results[0] in places.weights:
+            continue  # whatever reads it reads what is stored
         key: object = (
             type(node.op),
             tuple(node.op.attributes().values()),
-            tuple((v.type, v in kept[0], v in kept[1]) for v in node.op.operands()),
+            tuple((v.type, places.weights.get(v), v in places.state) for v in node.op.operands()),
         )
         kinds[key] += 1
         example[key] = node
     total = [sympy.Integer(0)] * 4
     for key, count in kinds.items():
-        parts = _parts(graph, example[key], *kept)
+        parts = _parts(graph, example[key], places)
         total = [t + count * sympy.sympify(p) for t, p in zip(total, parts, strict=True)]
     return Work(*map(sympy.expand, total))
 
 
-def _parts(
-    graph: Graph, node: Node, params: frozenset[Value], cached: frozenset[Value]
-) -> tuple[Dim, Dim, Dim, Dim]:
+@dataclass(frozen=True)
+class _Places:
+    """Where values lie.
+
+    Attributes:
+        weights: parameters, and the values that are made of quantized ones alone, with the bytes that are stored of
+            them.
+        state: states and their next values.
+    """
+
+    weights: dict[Value, Dim]
+    state: frozenset[Value]
+
+    @classmethod
+    def of(cls, graph: Graph) -> "_Places":
+        """The places of a graph's values."""
+        weights = {param: param.type.bytes for param in graph.params}
+        constant = set(graph.params)
+        quantized = {param for param in graph.params if param.dtype in (DType.U8, DType.F8E4M3)}
+        for node in graph.nodes:
+            operands = node.op.operands()
+            if not operands or not constant.issuperset(operands):
+                continue
+            constant.update(node.results)
+            if not quantized.isdisjoint(operands):
+                quantized.update(node.results)
+                stored = sum(weights.get(v, 0) for v in operands)
+                weights |= dict.fromkeys(node.results, stored)
+        return cls(weights, frozenset(graph.states) | frozenset(graph.next_states))
+
+
+def _parts(graph: Graph, node: Node, places: _Places) -> tuple[Dim, Dim, Dim, Dim]:
     """Flops of a node, and its bytes by whether they are weights, state or neither."""
-    cost = _cost(graph, node)
-    operands, results = node.op.operands(), node.results
     weights = state = passed = sympy.Integer(0)
-    if cost.read != 0:
-        known = [v for v in operands if v in params or v in cached]
-        others = sum(v.type.bytes for v in operands if v not in known) if known else cost.read
-        passed += others
-        if any(v in cached for v in known):
-            weights += sum(v.type.bytes for v in known if v in params)
-            state += cost.read - others - weights
+    for value, amount in zip(node.op.operands(), _reads(graph, node.op), strict=True):
+        if value in places.weights:
+            weights += amount * sympy.Rational(places.weights[value], value.type.bytes)
+        elif value in places.state:
+            state += amount
         else:
-            weights += cost.read - others
-    if cost.written != 0:
-        fresh = [v for v in results if v not in cached]
-        others = sum(v.type.bytes for v in fresh) if len(fresh) < len(results) else cost.written
-        passed += others
-        state += cost.written - others
-    return cost.flops, weights, state, passed
+            passed += amount
+    for value, amount in zip(node.results, node.op.writes(), strict=True):
+        if value in places.state:
+            state += amount
+        else:
+            passed += amount
+    return node.op.flops(), weights, state, passed
 
 
-def _cost(graph: Graph, node: Node) -> Cost:
-    """The op's cost; experts are counted knowing that one token never chooses the same twice."""
-    op = node.op
+def _reads(graph: Graph, op: Op) -> tuple[Dim, ...]:
+    """Bytes read of each operand; of experts knowing that one token never chooses the same twice."""
     chosen = _chosen(graph, op) if isinstance(op, GroupedLinear) else None
     if not isinstance(op, GroupedLinear) or chosen is None:
-        return op.cost()
+        return op.reads()
     rows, each = chosen
     missed = sympy.Rational(op.w.shape[0] - each, op.w.shape[0])
-    weights = op.w.type.bytes * (1 - missed**rows)
-    moved = op.x.type.bytes + op.offsets.type.bytes
-    return Cost(op.flops(), moved + weights, op.cost().written)
+    return op.x.type.bytes, op.w.type.bytes * (1 - missed**rows), op.offsets.type.bytes
 
 
 def render_summary(summary: Summary, name: str) -> str:

@@ -9,7 +9,6 @@ import click
 from nemoc.compiler import functions, passes_of, plugin_classes
 from nemoc.graph_file import read_graph
 from nemoc.ir import DType, Graph, NemocError, print_graph
-from nemoc.ir.params import ParameterSource
 from nemoc.models import open_model
 from nemoc.models.summary import render_summary, summarize
 from nemoc.passes import Pass, PassContext, PassRun, Remark, run_pipeline
@@ -123,12 +122,7 @@ def _print_summary(source: str) -> None:
     if _is_text(source):
         raise NemocError(f"{source}: --summary needs a model, found a graph")
     model = open_model(source)
-    types = None if model.parameters is None else _stored_types(model.parameters)
-    found = summarize(model.config, DType.F32, types)
+    found = summarize(model.config, DType.F32, model.weight_types, model.quantization.formats)
     pattern = "\n".join(textwrap.wrap(model.config.pattern, 76))
     click.echo(render_summary(found, model.name), nl=False)
     click.echo(f"\nlayers in order\n{textwrap.indent(pattern, '  ')}")
-
-
-def _stored_types(parameters: ParameterSource) -> Callable[[str], DType]:
-    return lambda name: parameters.type_of(name).dtype
