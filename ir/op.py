@@ -80,6 +80,8 @@ class Op:
     is_elementwise: ClassVar[bool] = False
     """Whether an element of the one result depends on the elements of the operands at its place alone, operands
     broadcast as in numpy: what can be computed wherever its operands are at hand."""
+    is_unpacking: ClassVar[bool] = False
+    """Whether it makes a packed parameter larger: if its result were stored, what packing saved would be lost."""
     updates: ClassVar[Mapping[int, str]] = {}
     """Results that are the next value of an operand, by its field: meant to be written where that one lies."""
 

@@ -4,11 +4,16 @@ from nemoc.ir.graph import Graph, Node
 from nemoc.ir.types import Value
 
 
-def constant_values(graph: Graph) -> set[Value]:
-    """Parameters, and every value computed from parameters and constants whose shape has no symbols."""
+def constant_values(graph: Graph, packed: bool = False) -> set[Value]:
+    """Parameters, and every value computed from parameters and constants whose shape has no symbols.
+
+    Args:
+        graph: the graph.
+        packed: take what unpacks a parameter for a part of the step.
+    """
     constant = set(graph.params)
     for node in graph.nodes:
-        if is_constant(node, constant):
+        if is_constant(node, constant) and not (packed and node.op.is_unpacking):
             constant.update(node.results)
     return constant
 

@@ -20,7 +20,8 @@ class FoldConstants(Pass):
     Each value that escapes to the rest of the graph becomes one region with all that leads to it, up to
     the parameters, which stay parameters; a region inside a larger one is merged into it. What leads to
     several escaping values is in each of their regions: it is computed again when the artifact is built, and never in a
-    step. A `full` stays as it is, since kernels write its value as a literal.
+    step. A `full` stays as it is, since kernels write its value as a literal; and so does what unpacks a weight, if the
+    target's kernels do that as they read it.
 
     Before::
 
@@ -39,7 +40,7 @@ class FoldConstants(Pass):
     """
 
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
-        constant = constant_values(graph)
+        constant = constant_values(graph, ctx.target.packed_weights)
         computed = constant - set(graph.params)
         escaping = set(graph.results) & computed
         for node in graph.nodes:

@@ -106,7 +106,7 @@ class Facts:
     @classmethod
     def of(cls, graph: Graph) -> "Facts":
         """The facts about a graph, some of which may be in regions already."""
-        constant = constant_values(graph)
+        constant = constant_values(graph, packed=True)
         step = [node for node in graph.nodes if not constant.issuperset(node.results)]
         regions = [node.op.body.nodes for node in step if isinstance(node.op, Fused)]
         casts = [n.results[0] for n in chain(step, *regions) if is_narrowing(n)]
@@ -199,6 +199,12 @@ class Growth:
             return
         for operand in node.op.operands():
             self.absorb_producers(operand, wanted, shared, copies)
+
+    def absorb_unpacking(self) -> None:
+        """Take in what unpacks the weights of products: unpacked they are never to be stored."""
+        for node in list(self.members):
+            if isinstance(node.op, PRODUCTS):
+                self.absorb_producers(node.op.w, lambda n: n.op.is_unpacking or is_narrowing(n))
 
     def _inner_views(self, value: Value) -> Iterator[Node]:
         """The views of a value that only the region reads."""
@@ -334,6 +340,7 @@ def make_region(growth: Growth, ctx: PassContext, pass_name: str, kind: str) -> 
 
     Notes what was fused, with what that saves, and what was refused.
     """
+    growth.absorb_unpacking()
     graph, growth = growth.graph, growth.trimmed()
     for node, reason in growth.refused.items():
         if node not in growth:

@@ -14,7 +14,7 @@ arithmetic, so in float64 evaluation they give the same codes and scales.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 
@@ -154,6 +154,8 @@ class DequantizeNvfp4(Op):
     (`weight_global_scale` of compressed-tensors). The scales are combined first, in f32. Separable along the first
     axis.
     """
+
+    is_unpacking: ClassVar[bool] = True
 
     packed: Value
     scales: Value

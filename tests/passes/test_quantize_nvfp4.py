@@ -1,0 +1,120 @@
+"""The pass that stores weights in NVFP4."""
+
+import pytest
+import torch
+
+from nemoc.ir import DType, Graph, NemocError, parse
+from nemoc.ir.interpreter import interpret
+from nemoc.ir.nvfp4 import BLOCK
+from nemoc.ir.ops import DequantizeNvfp4, Folded, Fused
+from nemoc.ir.sample_inputs import sample_arguments
+from nemoc.models.graph import build_step
+from nemoc.passes import PassContext, TargetInfo, parse_pipeline, run_pipeline
+from nemoc.passes.check import NumericCheck
+from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
+from support.models import SMALL
+
+STEP = parse("""
+graph @step {
+  input %x: f32[B, 64]
+  param %layers.0.mixer.up_proj.weight: bf16[32, 64]
+  param %layers.0.mixer.gate.weight: bf16[8, 64]
+  param %layers.0.mixer.down_proj.weight: bf16[64, 32]
+  param %lm_head.weight: bf16[48, 64]
+  param %odd.weight: bf16[4, 64]
+
+  %s = linear(%x, %layers.0.mixer.gate.weight) : f32[B, 8]
+  %u = linear(%x, %layers.0.mixer.up_proj.weight) : f32[B, 32]
+  %r = relu(%u) : f32[B, 32]
+  %d = linear(%r, %layers.0.mixer.down_proj.weight) : f32[B, 64]
+  %y = linear(%d, %lm_head.weight) : f32[B, 48]
+  return %y, %s
+}
+""")
+
+
+def run(graph: Graph, text: str, packed: bool = True) -> tuple[Graph, PassContext]:
+    ctx = PassContext(TargetInfo(packed_weights=packed))
+    return run_pipeline(graph, parse_pipeline(text), ctx, check=NumericCheck()), ctx
+
+
+def decoded(graph: Graph) -> list[str]:
+    """The parameters whose codes are decoded somewhere in the step."""
+    found = []
+    for node in graph.nodes:
+        inner = node.op.body.nodes if isinstance(node.op, Fused) else (node,)
+        found += [n.op.packed.name for n in inner if isinstance(n.op, DequantizeNvfp4)]
+    return found
+
+
+def test_projections_are_quantized_but_not_the_router_and_the_head() -> None:
+    graph, ctx = run(STEP, "quantize-nvfp4")
+    assert [r.message for r in ctx.remarks if not r.refused] == [
+        "layers.0.mixer.up_proj.weight in NVFP4",
+        "layers.0.mixer.down_proj.weight in NVFP4",
+    ]
+    assert len(decoded(graph)) == 2
+
+
+@pytest.mark.parametrize(
+    ("scope", "count"), [("all", 2), ("experts", 0), ("lm_head", 1), (r"layers\..*(up|gate)", 2)]
+)
+def test_a_scope_is_a_word_or_a_pattern(scope: str, count: int) -> None:
+    graph = QuantizeNvfp4(scope=scope).run(STEP, PassContext())
+    assert len(decoded(graph)) == count
+
+
+def test_codes_are_stored_and_decoded_in_the_region_that_reads_them() -> None:
+    graph, _ = run(STEP, "quantize-nvfp4,fold-constants,dce,fuse-epilogues")
+    stored = {v.type for n in graph.nodes if isinstance(n.op, Folded) for v in n.results}
+    assert {t.dtype for t in stored} == {DType.U8, DType.F8E4M3, DType.F32}
+    assert not any(isinstance(node.op, DequantizeNvfp4) for node in graph.nodes)
+    assert len(decoded(graph)) == 2
+
+
+def test_a_target_without_such_kernels_stores_what_codes_decode_to() -> None:
+    graph, _ = run(STEP, "quantize-nvfp4,fold-constants,dce,fuse-epilogues", packed=False)
+    assert decoded(graph) == []
+
+
+def test_results_stay_near() -> None:
+    graph, _ = run(STEP, "quantize-nvfp4")
+    arguments = sample_arguments(STEP, {"B": 5})
+    found, expected = (interpret(g, arguments).outputs for g in (graph, STEP))
+    assert torch.equal(found[1], expected[1])
+    error = float((found[0] - expected[0]).norm() / expected[0].norm())
+    assert 0.01 < error < 0.2
+
+
+def test_a_weight_beside_narrow_activations_is_rounded_to_their_type() -> None:
+    graph = build_step(SMALL, dtype=DType.BF16)
+    found = QuantizeNvfp4(scope=".*").run(graph, PassContext())
+    wide = [n for n in found.nodes if isinstance(n.op, DequantizeNvfp4)]
+    for node in wide:
+        (user,) = found.uses[node.results[0]]
+        assert user.results[0].dtype == DType.BF16
+
+
+def test_rows_that_are_no_whole_blocks_stay_and_are_named() -> None:
+    graph = build_step(SMALL)
+    ctx = PassContext()
+    found = QuantizeNvfp4().run(graph, ctx)
+    assert all(
+        int(n.op.packed.shape[-1]) * 2 % BLOCK == 0
+        for n in found.nodes
+        if isinstance(n.op, DequantizeNvfp4)
+    )
+    assert any("no whole blocks of 16" in r.message for r in ctx.remarks if r.refused)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("quantize-nvfp4{dialect=mine}", "option dialect is 'mine'"),
+        ('quantize-nvfp4{scope="("}', "option scope is '('"),
+    ],
+)
+def test_bad_options_are_named(text: str, says: str) -> None:
+    with pytest.raises(NemocError) as raised:
+        parse_pipeline(text)
+    assert says in str(raised.value)
