@@ -16,12 +16,13 @@ STAMP := $(VENV)/nemoc-$(shell { pwd; cat pyproject.toml constraints.txt; } | ck
 JOBS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TVM_NUM_THREADS=1
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow test-targets lint format bench clean
 
 help:
 	@echo "make demo       compile the sample model, verify it, generate text, compare speed"
 	@echo "make test       linters, type check, tests, wheel; what CI runs"
 	@echo "make test-slow  tests that need minutes or gigabytes"
+	@echo "make test-targets  sample, nano and super compiled for every GPU"
 	@echo "make bench      benchmarks next to transformers and torch.compile"
 	@echo "make lint       linters and type check only"
 	@echo "make format     format the sources"
@@ -37,10 +38,13 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow" --benchmark-disable
+	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow and not targets" --benchmark-disable
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow --benchmark-disable
+
+test-targets: $(STAMP)
+	$(BIN)/pytest -m targets --benchmark-disable --durations 0
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks --timeout 3600
@@ -66,7 +70,7 @@ $(STAMP):
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "Installing pinned dependencies into $(VENV) (the first time takes minutes)"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
-	@$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[cpu,test]'
+	@$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[cpu,gpu,test]'
 	@rm -f $(VENV)/nemoc-*
 	@touch $@
 

@@ -35,6 +35,9 @@ class Sink(Protocol):
 _PIECE = 16 << 20
 """Bytes of a plain parameter that are read at a time."""
 
+_PADDING = "padding."
+"""What the names of tensors that only fill a gap begin with."""
+
 _SPELLING = {
     DType.F64: "F64",
     DType.F32: "F32",
@@ -133,7 +136,7 @@ def _header(layout: Layout) -> bytes:
         }
         if stop > end:
             pad = {"dtype": "U8", "shape": [stop - end], "data_offsets": [end, stop]}
-            entries[f"padding.{end}"] = pad
+            entries[f"{_PADDING}{end}"] = pad
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
@@ -210,6 +213,12 @@ class PackedWeights:
     def size(self) -> int:
         """Bytes of the file."""
         return self._file.numel()
+
+    @property
+    def layout(self) -> Layout:
+        """Where each weight lies in the data."""
+        slots = (s for s in self._slots.values() if not s.name.startswith(_PADDING))
+        return Layout(tuple(sorted(slots, key=lambda s: s.offset)), self.data.numel())
 
     def type_of(self, name: str) -> TensorType:
         return self._slot(name).type

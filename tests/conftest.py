@@ -1,6 +1,7 @@
 """What every test shares: the `--bless` switch, hypothesis made repeatable, sources for child processes."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,15 @@ def pytest_configure() -> None:
     """Child processes import nemoc from the checkout, as this one does."""
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled kernels are kept for one run, by all its workers, and the user's own are left alone."""
+    folder = tmp_path_factory.getbasetemp().parent / "nemoc-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEMOC_CACHE", str(folder))
+        yield
 
 
 @pytest.fixture

@@ -69,6 +69,16 @@ _plugin = click.option(
     callback=_find_plugins_here,
     help="A module with passes of your own (its list NEMOC_PASSES). Repeatable.",
 )
+_dtype = click.option(
+    "--dtype",
+    metavar="TYPE",
+    help="Compute type of activations, f32 or bf16. Default: what keeps the checkpoint's precision.",
+)
+_quantize = click.option(
+    "--quantize",
+    metavar="FORMAT",
+    help="Store weights in fewer bits: nvfp4. Default: as the checkpoint stores them.",
+)
 _verify_each = click.option(
     "--verify-each",
     is_flag=True,
@@ -146,7 +156,7 @@ def nemoc() -> None:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="The artifact."
 )
-@_options(_target, _pipeline, _plugin)
+@_options(_target, _quantize, _dtype, _pipeline, _plugin)
 @click.option("--max-batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option(
     "--max-context",
@@ -193,7 +203,7 @@ def run(artifact: Path, prompt: str, **options: Any) -> None:
 
 @nemoc.command(short_help="Check passes, kernels and model; a table.")
 @click.argument("source")
-@_options(_target, _pipeline, _plugin, _quiet, _debug)
+@_options(_target, _dtype, _pipeline, _plugin, _quiet, _debug)
 def verify(source: str, quiet: bool, **options: Any) -> int:
     """Check each pass, each kernel and the whole model against eager PyTorch; exit 1 on a miss.
 
@@ -240,6 +250,20 @@ def bench(artifact: Path, **options: Any) -> None:
     from nemoc.commands import bench
 
     bench.run(artifact, **options)
+
+
+@nemoc.command(short_help="List the kernels of an artifact for a GPU.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@_options(_debug)
+def report(artifact: Path) -> None:
+    """List what compiling said of each kernel of an artifact for a GPU.
+
+    Registers and spilled bytes of a thread, shared memory of a program, programs that a
+    multiprocessor holds and what there is too little of for more, and matrix instructions.
+    """
+    from nemoc.commands import report
+
+    report.run(artifact)
 
 
 @nemoc.command(short_help="Print SOURCE's graph, or what it costs.")

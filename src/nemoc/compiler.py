@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from nemoc.codegen.lower import corner_sizes, describe
-from nemoc.codegen.storage import Weight, bind_weights, weight_layout
+from nemoc.codegen.storage import Layout, Weight, bind_weights, weight_layout
+from nemoc.codegen.triton.kernel_store import KernelStore
+from nemoc.codegen.triton.target import GPUS, INTERPRETER
+from nemoc.gpu import BACKENDS, compiled_files, gpu_source, lower_gpu
 from nemoc.ir import DType, Graph, NemocError
 from nemoc.models import Model, open_model
 from nemoc.options import read_options
@@ -28,6 +31,7 @@ from nemoc.passes import (
     run_pipeline,
 )
 from nemoc.passes.check import NumericCheck
+from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
 from nemoc.passes.specialize_decode import SpecializeDecode
 from nemoc.progress import Progress
 from nemoc.runtime import Bounds, Contents, Executable, Generation, Machine, build
@@ -36,13 +40,16 @@ from nemoc.runtime.cpu import LIBRARY, kernel_record
 from nemoc.runtime.machine import thread_count
 from nemoc.runtime.scalars import check_count
 from nemoc.runtime.weights import weight_pieces
-from nemoc.targets import resolve_target, target_info
+from nemoc.targets import compute_type, resolve_target, target_info
 
 FUNCTIONS = ("prefill", "prefill_all", "decode")
 """What an executable can do: logits of the last of L new tokens, of all of them, of the only one."""
 
 STEP_TOKENS = 512
-"""Tokens of all rows that one prefill step takes at most; longer prompts are split."""
+"""Tokens of all rows that one prefill step takes at most on a CPU; longer prompts are split."""
+
+GPU_STEP_TOKENS = 8192
+"""The same on a GPU, which has more to fill."""
 
 Pipeline = str | Sequence[Pass] | None
 """Text, passes, or none for the target's preset."""
@@ -55,12 +62,14 @@ class Functions:
     Attributes:
         model: where they come from.
         target: the resolved target.
+        dtype: the compute type of activations.
         graphs: by function name.
         remarks: what passes did and refused, site by site.
     """
 
     model: Model
     target: str
+    dtype: DType
     graphs: Mapping[str, Graph]
     remarks: tuple[Remark, ...]
 
@@ -86,11 +95,12 @@ def compile(
         source: what `nemoc.models.open_model` takes: a Hugging Face directory, "sample", "random:PRESET",
             a transformers NemotronHForCausalLM in memory.
         target: what to compile for; None for the best target of this machine.
-        quantize: None keeps weights as the checkpoint stores them, which is all that this version does.
+        quantize: None keeps weights as the checkpoint stores them; "nvfp4" puts the pass `quantize-nvfp4` with its
+            defaults before all others.
         pipeline: passes or their text, for the general step (decode prepends `specialize-decode`);
             None for the target's preset.
-        dtype: compute type of activations and the KV cache by its IR name; None for the target's best that keeps
-            the checkpoint's precision, f32 on every target of this version.
+        dtype: compute type of activations and the KV cache, "f32" or "bf16"; None for the target's best that keeps
+            the checkpoint's precision: bf16 on GPUs if the checkpoint is in bf16, else f32. The CPU computes in f32.
         max_batch: most rows of a batch.
         max_context: most tokens of a row, prompt and generated ones together.
         plugins: passes of the user's own that the pipeline's text may name: modules or classes.
@@ -102,21 +112,20 @@ def compile(
     Raises:
         NemocError: the source, an option or the machine does not allow it; one line.
     """
-    if quantize is not None:
-        raise NemocError(
-            f"quantize={quantize!r}: this version keeps weights as stored, expected None"
-        )
-    bounds = Bounds(max_batch, max_context, max(STEP_TOKENS, check_count("max_batch", max_batch)))
     threads = thread_count(threads if threads is not None else read_options().threads)
     found = functions(
         source,
         target,
         pipeline,
         dtype,
+        quantize,
         plugins=plugins,
         check=NumericCheck() if verify_each else None,
         progress=progress,
     )
+    on_gpu = found.target.partition(":")[0] in ("cuda", "hip")
+    step = GPU_STEP_TOKENS if on_gpu else STEP_TOKENS
+    bounds = Bounds(max_batch, max_context, max(step, check_count("max_batch", max_batch)))
     model = found.model
     if model.parameters is None:
         raise NemocError(
@@ -141,7 +150,9 @@ def compile(
         files={**compiled.files, **_tokenizer_files(model)},
         tools=_tools(found.target),
     )
-    return build(contents, destination, threads=threads, progress=progress or _quiet)
+    return build(
+        contents, destination, threads=threads, progress=progress or _quiet, backends=BACKENDS
+    )
 
 
 def load(
@@ -162,7 +173,9 @@ def load(
         NemocError: a file is missing or altered, or the artifact is for another machine or version.
     """
     threads = threads if threads is not None else read_options().threads
-    return load_artifact(path, resident=resident, threads=threads, progress=progress or _quiet)
+    return load_artifact(
+        path, resident=resident, threads=threads, progress=progress or _quiet, backends=BACKENDS
+    )
 
 
 def functions(
@@ -170,6 +183,7 @@ def functions(
     target: str | None = None,
     pipeline: Pipeline = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     *,
     plugins: Iterable[str | type[Pass]] = (),
     which: Sequence[str] = FUNCTIONS,
@@ -180,14 +194,14 @@ def functions(
     """A model's graphs after the passes.
 
     Args:
-        source, target, pipeline, dtype, plugins, progress: as for `compile`.
+        source, target, pipeline, dtype, quantize, plugins, progress: as for `compile`.
         which: the functions wanted.
         check: held against every pass that changed a graph (`nemoc.passes.check`).
         on_pass: called with the function's name after each pass.
     """
     name = resolve_target(target)
     model = source if isinstance(source, Model) else open_model(source)
-    compute = _compute_type(dtype)
+    compute = _compute_type(dtype, name, model)
     ctx = PassContext(target_info(name, read_options().threads or 1), model.parameters)
     classes = plugin_classes(plugins)
     graphs = {}
@@ -199,12 +213,12 @@ def functions(
         )
         graphs[function] = run_pipeline(
             graph,
-            passes_of(function, name, pipeline, classes),
+            passes_of(function, name, pipeline, classes, quantize),
             ctx,
             check=check,
             on_pass=None if on_pass is None else functools.partial(on_pass, function),
         )
-    return Functions(model, name, graphs, tuple(ctx.remarks))
+    return Functions(model, name, compute, graphs, tuple(ctx.remarks))
 
 
 def plugin_classes(plugins: Iterable[str | type[Pass]]) -> tuple[type[Pass], ...]:
@@ -216,9 +230,35 @@ def plugin_classes(plugins: Iterable[str | type[Pass]]) -> tuple[type[Pass], ...
 
 
 def passes_of(
-    function: str, target: str, pipeline: Pipeline, classes: tuple[type[Pass], ...] = ()
+    function: str,
+    target: str,
+    pipeline: Pipeline,
+    classes: tuple[type[Pass], ...] = (),
+    quantize: str | None = None,
 ) -> tuple[Pass, ...]:
-    """The passes that make one of `FUNCTIONS` from the general step."""
+    """The passes that make one of `FUNCTIONS` from the general step.
+
+    Raises:
+        NemocError: the pipeline cannot be read, or there is no such quantization.
+    """
+    passes = _general_passes(function, target, pipeline, classes)
+    if quantize is None:
+        return passes
+    if quantize not in QUANTIZATIONS:
+        known = ", ".join(QUANTIZATIONS)
+        raise NemocError(f"quantize is {quantize!r}, expected one of {known}, or None")
+    first = tuple(p for p in passes[:1] if isinstance(p, SpecializeDecode))
+    return (*first, QUANTIZATIONS[quantize], *passes[len(first) :])
+
+
+QUANTIZATIONS: Mapping[str, Pass] = {"nvfp4": QuantizeNvfp4()}
+"""What `quantize` may name, and the pass that it stands for."""
+
+
+def _general_passes(
+    function: str, target: str, pipeline: Pipeline, classes: tuple[type[Pass], ...]
+) -> tuple[Pass, ...]:
+    """The passes without those that quantize."""
     decode = function == "decode"
     if pipeline is None:
         return preset(target.partition(":")[0], "decode" if decode else "prefill")
@@ -249,10 +289,23 @@ def _quiet(stage: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
-def _compute_type(dtype: str | None) -> DType:
-    if dtype in (None, "f32", "float32"):
-        return DType.F32
-    raise NemocError(f"dtype {dtype!r}: the targets of this version compute in f32")
+_COMPUTE_TYPES = {
+    "f32": DType.F32,
+    "float32": DType.F32,
+    "bf16": DType.BF16,
+    "bfloat16": DType.BF16,
+}
+
+
+def _compute_type(dtype: str | None, target: str, model: Model) -> DType:
+    if dtype is None:
+        return compute_type(target, model.config.dtype)
+    if dtype not in _COMPUTE_TYPES:
+        raise NemocError(f"dtype {dtype!r}, expected one of {', '.join(_COMPUTE_TYPES)}")
+    found = _COMPUTE_TYPES[dtype]
+    if found != DType.F32 and target.partition(":")[0] == "cpu":
+        raise NemocError(f"dtype {dtype!r}: the cpu target computes in f32")
+    return found
 
 
 @dataclass(frozen=True)
@@ -274,14 +327,17 @@ def _generate(
     """The code of a target; none for the interpreter."""
     if target == "reference":
         return _Compiled()
+    if progress is not None:
+        progress("generate kernels", 0, 0)
+    layout = weight_layout(weights)
+    corners = corner_sizes(bounds.max_batch, bounds.max_tokens, bounds.max_context)
+    if target in GPUS:
+        return _generate_gpu(target, graphs, layout, corners, progress)
     from nemoc.codegen.tvm.compile import compile_program  # noqa: PLC0415  (loads tvm)
     from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
 
-    if progress is not None:
-        progress("generate and compile kernels", 0, 0)
     cpu = cpu_target(target)
-    corners = corner_sizes(bounds.max_batch, bounds.max_tokens, bounds.max_context)
-    compiled = compile_program(graphs, weight_layout(weights), corners, cpu)
+    compiled = compile_program(graphs, layout, corners, cpu)
     machine = Machine.host() if target == "cpu" else Machine.of(cpu.architecture, cpu.features)
     return _Compiled(
         machine,
@@ -292,6 +348,25 @@ def _generate(
             "kernels/launches.txt": describe(compiled.program.functions),
         },
     )
+
+
+def _generate_gpu(
+    target: str,
+    graphs: Mapping[str, Graph],
+    layout: Layout,
+    corners: Sequence[Mapping[str, int]],
+    progress: Progress | None,
+) -> _Compiled:
+    """The code of a GPU, which need not be there; of the interpreter of GPU kernels their text."""
+    program = lower_gpu(graphs, layout, corners, target)
+    files: dict[str, bytes | str] = {
+        "kernels/step.py": gpu_source(program, target),
+        "kernels/launches.txt": describe(program.functions),
+    }
+    if target != INTERPRETER:
+        store = KernelStore(read_options().cache / "kernels")
+        files |= compiled_files(program, target, store, progress)
+    return _Compiled(files=files)
 
 
 def _tokenizer_files(model: Model) -> dict[str, Path | str]:
@@ -309,7 +384,9 @@ def _tokenizer_files(model: Model) -> dict[str, Path | str]:
 
 def _tools(target: str) -> dict[str, str]:
     """Versions of what had a part in the artifact."""
-    packages = ["nemoc", "torch"] + (["apache-tvm"] if target != "reference" else [])
+    compiler = {"cpu": "apache-tvm", "cuda": "triton", "hip": "triton", INTERPRETER: "triton"}
+    kind = target.partition(":")[0]
+    packages = ["nemoc", "torch"] + ([compiler[kind]] if kind in compiler else [])
     return {p: importlib.metadata.version(p) for p in packages} | {
         "python": platform.python_version()
     }

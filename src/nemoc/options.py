@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from nemoc.ir.errors import NemocError
 
@@ -18,11 +19,14 @@ class Options:
             each core that the process may use.
         plugins: `NEMOC_PLUGINS`, modules with passes of the user's own, separated by commas.
         debug: `NEMOC_DEBUG`, whether errors show their traceback.
+        cache: `NEMOC_CACHE`, the folder of compiled GPU kernels and the like, which may be deleted at any time; by
+            default `nemoc` in the user's cache folder.
     """
 
     threads: int | None = None
     plugins: tuple[str, ...] = ()
     debug: bool = False
+    cache: Path = field(default_factory=lambda: _cache_folder(os.environ))
 
 
 def read_options(environment: Mapping[str, str] | None = None) -> Options:
@@ -41,7 +45,16 @@ def read_options(environment: Mapping[str, str] | None = None) -> Options:
         threads=_threads(found.get("NEMOC_THREADS", "")),
         plugins=tuple(name.strip() for name in plugins.split(",") if name.strip()),
         debug=_flag("NEMOC_DEBUG", found.get("NEMOC_DEBUG", "")),
+        cache=_cache_folder(found),
     )
+
+
+def _cache_folder(environment: Mapping[str, str]) -> Path:
+    """As the XDG base directory specification has it."""
+    if own := environment.get("NEMOC_CACHE"):
+        return Path(own)
+    general = environment.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(general) / "nemoc"
 
 
 def _threads(text: str) -> int | None:

@@ -5,6 +5,8 @@ import importlib.util
 import shutil
 from dataclasses import dataclass
 
+from nemoc.codegen.triton.target import GPUS
+from nemoc.ir import DType
 from nemoc.ir.errors import NemocError
 from nemoc.passes import TargetInfo
 
@@ -31,6 +33,7 @@ TARGETS = (
     Target("reference", True, "the interpreter in eager PyTorch; the oracle of all other targets"),
     Target("cpu", True, "the CPU at hand, through TVM and LLVM"),
     Target("cpu:NAME", True, "another CPU by LLVM's name (cpu:znver3); builds where it runs"),
+    *(Target(gpu.name, not gpu.is_interpreter, gpu.description) for gpu in GPUS.values()),
 )
 """What this version compiles for."""
 
@@ -45,7 +48,7 @@ def resolve_target(name: str | None) -> str:
     """The target of a name; the best of this machine when there is none.
 
     Raises:
-        NemocError: nothing is called that.
+        NemocError: nothing is called that, or what it needs is not installed.
     """
     if name is None:
         return default_target()
@@ -55,19 +58,45 @@ def resolve_target(name: str | None) -> str:
     if kind == "reference" and not variant:
         return name
     if kind == "cpu" and (variant or name == "cpu"):
-        if importlib.util.find_spec("tvm") is None:
-            raise NemocError(
-                f"target {name!r} needs the package apache-tvm; install nemoc with its extra 'cpu'"
-            )
-        return name
+        return _with_package(name, "tvm", "apache-tvm", "cpu")
+    if name in GPUS:
+        return _with_package(name, "triton", "triton", "gpu")
     known = [t.name for t in TARGETS]
-    near = difflib.get_close_matches(name, ["reference", "cpu"], n=1)
+    near = difflib.get_close_matches(name, ["reference", "cpu", *GPUS], n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise NemocError(f"unknown target {name!r}{hint}, expected one of {', '.join(known)}")
+
+
+def _with_package(target: str, module: str, package: str, extra: str) -> str:
+    if importlib.util.find_spec(module) is None:
+        raise NemocError(
+            f"target {target!r} needs the package {package}; install nemoc with its extra {extra!r}"
+        )
+    return target
+
+
+def compute_type(target: str, stored: str) -> DType:
+    """The type of activations that keeps a checkpoint's precision best for its price.
+
+    Args:
+        target: a resolved target.
+        stored: the checkpoint's type as its configuration calls it.
+    """
+    gpu = target.partition(":")[0] in ("cuda", "hip")
+    return DType.BF16 if gpu and stored == "bfloat16" else DType.F32
 
 
 def target_info(name: str, threads: int) -> TargetInfo:
     """What passes may know of a resolved target."""
     if name.partition(":")[0] == "cpu":
         return TargetInfo(name=name, linear_interleave=CPU_INTERLEAVE, threads=threads)
+    if name in GPUS:
+        gpu = GPUS[name]
+        return TargetInfo(
+            name=name,
+            packed_weights=True,
+            memory_bandwidth=gpu.bandwidth,
+            on_chip_memory=min(gpu.shared, 1 << 20),
+            threads=gpu.multiprocessors,
+        )
     return TargetInfo(name=name, threads=threads)

@@ -1,5 +1,6 @@
 """Proof on the user's own model: each pass, each kernel, and the whole against eager PyTorch."""
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -9,10 +10,13 @@ from pathlib import Path
 import torch
 
 from nemoc import compiler
+from nemoc.codegen.check import KernelCheck
 from nemoc.codegen.storage import Weight, bind_weights, weight_layout
+from nemoc.codegen.triton.target import GPUS
 from nemoc.compiler import Functions, Pipeline
+from nemoc.gpu import runnable
 from nemoc.graph_file import read_graph
-from nemoc.ir import NemocError, Op, TensorType
+from nemoc.ir import DType, NemocError, Op, TensorType
 from nemoc.ir.params import LazyArguments, ParameterSource
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models import Model, eager_reference, open_model
@@ -27,10 +31,13 @@ from nemoc.runtime.store import open_weights
 from nemoc.runtime.weights import weight_pieces
 
 MODEL_BOUND = 1e-4
-"""‖executable − eager‖ / ‖eager‖ of the logits in float32."""
+"""‖executable − eager‖ / ‖eager‖ of the logits, both in float32."""
 
 KERNEL_BOUND = 1e-5
 """‖kernel − op‖ / ‖op‖ of each result, the op evaluated in float64."""
+
+NARROW_BOUND = 1e-2
+"""Both, where activations are rounded to bf16: what lies near the middle between two numbers rounds either way."""
 
 _SHORTEST = 10
 """Tokens that the ways of running a model need."""
@@ -81,6 +88,7 @@ def verify_model(
     source: object,
     target: str | None = None,
     pipeline: Pipeline = None,
+    dtype: str | None = None,
     *,
     plugins: Iterable[str | type[Pass]] = (),
     executable: Executable | None = None,
@@ -88,8 +96,10 @@ def verify_model(
 ) -> VerifyReport:
     """Check every pass, every distinct kernel and the whole executable of a model.
 
+    For a GPU that is not at hand, Triton's interpreter runs the kernels that were generated for it.
+
     Args:
-        source, target, pipeline, plugins, progress: as for `nemoc.compile`. The source needs weights.
+        source, target, pipeline, dtype, plugins, progress: as for `nemoc.compile`. The source needs weights.
         executable: compiled from them already, for two rows; None: compile one.
 
     Returns:
@@ -107,24 +117,33 @@ def verify_model(
     recorder = PassRecorder()
     # The passes of prefill_all are those of prefill; its kernels are not all the same.
     compiler.functions(
-        model, target, pipeline, plugins=plugins, which=("prefill", "decode"), check=recorder
+        model, target, pipeline, dtype, plugins=plugins, which=("prefill", "decode"), check=recorder
     )
     rows.extend(recorder.rows)
     tell("check kernels", 0, 0)
-    rows.extend(kernel_rows(compiler.functions(model, target, pipeline, plugins=plugins)))
+    found = compiler.functions(model, target, pipeline, dtype, plugins=plugins)
+    rows.extend(kernel_rows(found))
     if executable is None:
         executable = compiler.compile(
             model,
             target,
             pipeline=pipeline,
+            dtype=dtype,
             plugins=plugins,
             max_batch=2,
             max_context=64,
             progress=progress,
         )
+        executable = runnable(executable)
     tell("check the model against eager PyTorch", 0, 0)
-    rows.extend(model_rows(executable, model))
+    bound = NARROW_BOUND if _rounds(found) else MODEL_BOUND
+    rows.extend(model_rows(executable, model, bound))
     return VerifyReport(tuple(rows))
+
+
+def _rounds(found: Functions) -> bool:
+    """Whether activations are rounded to less than float32."""
+    return found.dtype != DType.F32
 
 
 @dataclass
@@ -154,27 +173,36 @@ def kernel_rows(found: Functions) -> Iterator[VerifyRow]:
     """Each distinct kernel of compiled functions, alone; none for the interpreter."""
     if found.target == "reference" or found.model.parameters is None:
         return
-    from nemoc.codegen.tvm.check import check_kernels  # noqa: PLC0415  (loads tvm)
-    from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
-
     graphs, weights = bind_weights(found.graphs)
     packed = _Packed(found.model.parameters, weights)
-    checks = check_kernels(
+    checks = _check_kernels(found.target)(
         graphs,
         weight_layout(weights),
         lambda graph: LazyArguments(
             graph, packed, sample_arguments(graph, CHECK_SIZES, params=False)
         ),
         CHECK_SIZES,
-        cpu_target(found.target),
-        relative_error,
+        error=relative_error,
     )
+    bound = NARROW_BOUND if _rounds(found) else KERNEL_BOUND
     started = time.perf_counter()
     for check in checks:
         now = time.perf_counter()
         name = " + ".join(check.kernels)
-        yield VerifyRow("kernel", name, check.op, check.error, KERNEL_BOUND, now - started)
+        yield VerifyRow("kernel", name, check.op, check.error, bound, now - started)
         started = now
+
+
+def _check_kernels(target: str) -> Callable[..., Iterator[KernelCheck]]:
+    """A backend's check of every kernel, for a target that it generates code for."""
+    if target in GPUS:
+        from nemoc.codegen.triton.check import check_kernels as check_gpu  # noqa: PLC0415  (triton)
+
+        return functools.partial(check_gpu, target=GPUS[target])
+    from nemoc.codegen.tvm.check import check_kernels  # noqa: PLC0415  (loads tvm)
+    from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
+
+    return functools.partial(check_kernels, target=cpu_target(target))
 
 
 class _Packed:
@@ -192,7 +220,9 @@ class _Packed:
         return pieces[0] if pieces[0].dim() == 0 else torch.cat(pieces)[start:stop]
 
 
-def model_rows(executable: Executable, model: Model) -> Iterator[VerifyRow]:
+def model_rows(
+    executable: Executable, model: Model, bound: float = MODEL_BOUND
+) -> Iterator[VerifyRow]:
     """The ways of running a model, each against the eager reference in float32."""
     reference = eager_reference(model)
 
@@ -201,7 +231,7 @@ def model_rows(executable: Executable, model: Model) -> Iterator[VerifyRow]:
         logits: torch.Tensor = reference(rows)
         return logits
 
-    return _way_rows("model", executable, eager)
+    return _way_rows("model", executable, eager, bound)
 
 
 def verify_artifact(folder: Path, progress: Progress | None = None) -> VerifyReport:
@@ -237,6 +267,7 @@ def _way_rows(
     kind: str,
     executable: Executable,
     expected: Callable[[torch.Tensor], torch.Tensor],
+    bound: float = MODEL_BOUND,
     seed: int = 0,
 ) -> Iterator[VerifyRow]:
     """The ways of running an executable, as far as its bounds allow them.
@@ -247,6 +278,7 @@ def _way_rows(
         kind: of the rows.
         executable: what is checked.
         expected: int64 [B, L] to the logits of every token, f32 [B, L, V].
+        bound: of the relative error.
         seed: of the tokens.
     """
     bounds = executable.program.bounds
@@ -301,7 +333,7 @@ def _way_rows(
     for name, (detail, run) in ways.items():
         started = time.perf_counter()
         error = relative_error(*run())
-        yield VerifyRow(kind, name, detail, error, MODEL_BOUND, time.perf_counter() - started)
+        yield VerifyRow(kind, name, detail, error, bound, time.perf_counter() - started)
 
 
 def replay_reproducer(

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from nemoc import __version__
+from nemoc.codegen.triton.target import GPUS
 from nemoc.ir import NemocError
 from nemoc.options import read_options
 from nemoc.terminal import print_table, report, short, verdict
@@ -59,6 +60,7 @@ def _examine() -> Iterator[Finding]:
     yield _package(
         "apache-tvm", (0, 27), (0, 28), "pip install 'nemoc[cpu]'; the cpu target needs it"
     )
+    yield _package("triton", (3, 6), (3, 10), "pip install 'nemoc[gpu]'; GPU targets need it")
     yield _linker()
     yield _processor()
     yield _gpu()
@@ -106,8 +108,12 @@ def _processor() -> Finding:
 
 def _gpu() -> Finding:
     if not torch.cuda.is_available():
-        return Finding("gpu", "none (this version runs on CPUs)")
-    return Finding("gpu", f"{torch.cuda.get_device_name(0)} (this version does not use it)")
+        return Finding("gpu", "none (code for GPUs compiles all the same)")
+    major, minor = torch.cuda.get_device_capability(0)
+    target = f"cuda:sm_{major}{minor}"
+    name = torch.cuda.get_device_name(0)
+    known = "" if target in GPUS else f"no target for it; {', '.join(GPUS)} are known"
+    return Finding("gpu", f"{name}, {target}", known)
 
 
 def _environment() -> Finding:

@@ -15,9 +15,9 @@ def run() -> None:
         problem = _problem(target.name)
         rows.append((target.name, verdict(not problem, "yes", "no"), problem or target.description))
     heading(console, "Targets of this version")
-    print_table(console, ("target", "works here", "what it is"), rows, wrap="what it is")
+    print_table(console, ("target", "compiles here", "what it is"), rows, wrap="what it is")
     console.print(f"\nDefault on this machine: {default_target()}")
-    console.print("There is no code generation for GPUs in this version.")
+    console.print("Code for GPUs is compiled on any machine; cuda targets run where such a GPU is.")
 
 
 def _problem(name: str) -> str:

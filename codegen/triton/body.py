@@ -1,0 +1,228 @@
+"""A region's body, evaluated a tile at a time wherever a kernel needs it.
+
+`Body.tile` writes the elements of a value at a place, walking back from the value to what is at hand: operands of the
+region in memory, or tiles that the kernel has bound (the sums of a product). So an op that is element-wise needs no
+code here or in any kernel to be fused, only a formula, or an expansion into ops that have one;
+`nemoc.codegen.triton.row_ops` lists what else can be walked through.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from nemoc.codegen.plan import Arg, RegionError, Site, View
+from nemoc.codegen.regions import body_of
+from nemoc.codegen.triton.row_ops import row_op
+from nemoc.codegen.triton.seen import Place, Seen, Shape, map_index, offset, split_view, wide
+from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
+from nemoc.ir.dims import product
+from nemoc.ir.dtypes import DType
+from nemoc.ir.graph import Graph
+from nemoc.ir.ops import CacheWrite, Cast
+from nemoc.ir.types import Value
+
+LARGEST = 1 << 14
+"""Elements of a tile of whole rows at most; longer rows are read in parts."""
+
+
+class Body:
+    """Writes values of a region's body into a kernel.
+
+    Args:
+        writer: the kernel.
+        site: the region and the views of its operands and results.
+
+    Attributes:
+        graph: the body.
+        writer, site: as given.
+    """
+
+    def __init__(self, writer: KernelWriter, site: Site) -> None:
+        self.graph = body_of(site)
+        self.writer = writer
+        self.site = site
+        self._args = {value: Arg("operand", i) for i, value in enumerate(self.graph.inputs)}
+        self._bound: dict[Value, Callable[[Seen, Place], str]] = {}
+
+    def is_operand(self, value: Value) -> bool:
+        """Whether a value comes from outside the region."""
+        return value in self._args
+
+    def arg(self, value: Value) -> Arg:
+        """Which operand of the region a value is."""
+        return self._args[value]
+
+    def view(self, value: Value) -> View:
+        """How an operand of the region lies in memory."""
+        return self.site.operands[self._args[value].index]
+
+    def bind(self, seen: Seen, place: Place, tile: str) -> None:
+        """Say that a value's elements at a place are in a variable; nobody can ask for others."""
+
+        def find(asked: Seen, at: Place) -> str:
+            if asked.width != seen.width or (at.row, at.column) != (place.row, place.column):
+                raise RegionError(f"%{seen.value.name} is needed elsewhere than where it is made")
+            return tile
+
+        self._bound[seen.value] = find
+
+    def hold(self, value: Value, source: Callable[[Seen, Place], str]) -> None:
+        """Say how a value's elements at any place are written."""
+        self._bound[value] = source
+
+    def tile(self, seen: Seen, place: Place) -> str:
+        """The name of a tile of a value: of the value's own type, at most as large as the place.
+
+        Raises:
+            RegionError: the value is not computed row by row, or needs what is not at hand.
+        """
+        if seen.value in self._bound:
+            return self._bound[seen.value](seen, place)
+        if seen.value in self._args:
+            return self._loaded(seen, place)
+        op = self.graph.producers[seen.value].op
+
+        def make() -> str:
+            return self.writer.let(op.mnemonic(), row_op(op).tile(self, op, seen, place))
+
+        return self.writer.once(f"%{seen.value.name}/{seen.width}@{place.row},{place.column}", make)
+
+    def prepare(self, seen: Seen, place: Place) -> None:
+        """Write what a value needs of whole rows, of the rows of a place: before a loop over columns."""
+        if seen.value in self._bound or seen.value in self._args:
+            return
+        op = self.graph.producers[seen.value].op
+        probe = replace(place, column="0", columns=1, mask="")
+        for source, at in row_op(op).sources(self, op, seen, probe):
+            self.prepare(source, at)
+        row_op(op).prepare(self, op, seen, probe)
+
+    def whole(self, width: int, place: Place) -> Place:
+        """The tile of whole rows of that width, for the rows of a place.
+
+        Raises:
+            RegionError: rows are too long for a tile.
+        """
+        columns = power_of_two(width)
+        if place.rows * columns > LARGEST:
+            raise RegionError(f"{place.rows} rows of {width} elements are too many for one tile")
+        return self.span("0", columns, width, place)
+
+    def span(self, start: str, columns: int, width: int, place: Place) -> Place:
+        """The tile of some columns from `start` on, in rows of a width, for the rows of a place.
+
+        A start other than 0 is a multiple of `columns`.
+        """
+        base = f"tl.arange(0, {columns})[None, :]"
+        column = self.writer.let("column", base if start == "0" else f"{start} + {base}")
+        whole = width == columns if start == "0" else width % columns == 0
+        mask = "" if whole else self.writer.let("inside", f"{column} < {width}")
+        return replace(place, column=column, columns=columns, mask=mask)
+
+    def operand_place(self, seen: Seen, operand: Value, place: Place) -> tuple[Seen, Place]:
+        """Where elements of a value that is broadcast to another one are.
+
+        Args:
+            seen: the value that an element-wise op makes.
+            operand: the op's operand.
+            place: of the op's result.
+        """
+        full_lead, full_row = seen.axes
+        own = (1,) * (len(seen.value.shape) - operand.type.rank) + operand.shape
+        if own == seen.value.shape:
+            return Seen(operand, seen.width), place
+        lead, row = _cut_alike(own, seen)
+        to_row = map_index(self.writer, place.row, full_lead, lead)
+        column = map_index(self.writer, place.column, full_row, row)
+        width = product(row)
+        assert isinstance(width, int)  # of the axes of a row of fixed width
+        there = Place(
+            to_row,
+            column,
+            1 if to_row == "0" else place.rows,
+            1 if column == "0" else place.columns,
+            "" if column == "0" else place.mask,
+            place.exists,
+        )
+        return Seen(operand, width), there
+
+    def store(self, result: int, seen: Seen, place: Place) -> None:
+        """Write the tile of a result of the region to memory, where its place exists."""
+        tile = self.tile(seen, place)
+        pointer = self._pointer(Arg("result", result), self.site.results[result], seen, place)
+        self._store(pointer, tile, place.exists, place.mask)
+
+    def store_rows(self, result: int, op: CacheWrite, place: Place, width: int) -> None:
+        """Write rows of a cache: the tile of `op.rows` at a place, behind what each sequence has cached."""
+        cache = self.site.operands[self.arg(op.cache).index]
+        length = op.rows.shape[1]
+        seen = Seen(op.rows, width)
+        tile = self.tile(seen, place)
+        writer = self.writer
+        across_all = product(op.rows.shape[2:])
+        assert isinstance(across_all, int)  # heads and their width
+        parts = across_all // width
+        token = place.row if parts == 1 else writer.let("token", f"{place.row} // {parts}")
+        sequence = writer.let("sequence", f"{token} // {size_text(length)}")
+        lengths = self.tile(Seen(op.lengths, 1), replace(place, row=sequence, column="0", mask=""))
+        to = writer.let("to", f"{lengths} + {token} % {size_text(length)}")
+        column = place.column
+        if parts != 1:
+            column = writer.let("column", f"{place.row} % {parts} * {width} + {place.column}")
+        _, across = split_view(cache, across_all)
+        terms = [
+            f"{wide(sequence, cache.strides[0])} * {size_text(cache.strides[0])}",
+            f"{wide(to, cache.strides[1])} * {size_text(cache.strides[1])}",
+            offset(writer, column, across),
+        ]
+        base = writer.pointer(self.arg(op.cache), cache.dtype)
+        pointer = writer.let("to_cache", f"{base} + ({' + '.join(terms)})")
+        room = writer.let("room", f"{to} < {size_text(op.cache.shape[1])}")
+        exists = f"{place.exists} & {room}" if place.exists else room
+        self._store(pointer, tile, exists, place.mask)
+
+    def _store(self, pointer: str, tile: str, exists: str, mask: str) -> None:
+        masks = " & ".join(m for m in (exists, mask) if m)
+        self.writer.line(f"tl.store({pointer}, {tile}{f', mask={masks}' if masks else ''})")
+
+    def _loaded(self, seen: Seen, place: Place) -> str:
+        view = self.view(seen.value)
+        pointer = self._pointer(self.arg(seen.value), view, seen, place)
+        mask = f", mask={place.mask}, other={_zero(view.dtype)}" if place.mask else ""
+        return self.writer.let("x", f"tl.load({pointer}{mask})")
+
+    def _pointer(self, arg: Arg, view: View, seen: Seen, place: Place) -> str:
+        lead, row = split_view(view, seen.width)
+        base = self.writer.pointer(arg, view.dtype)
+        terms = [offset(self.writer, place.row, lead), offset(self.writer, place.column, row)]
+        text = " + ".join([base, *(t for t in terms if t != "0")])
+        # A tile of pointers even where the elements are one row's or one column's.
+        return self.writer.let("at", text) if text != base else base
+
+
+def _cut_alike(own: Shape, seen: Seen) -> tuple[Shape, Shape]:
+    """A broadcast shape cut where that of the result is cut into rows."""
+    lead, row = seen.axes
+    if len(lead) + len(row) == len(own):
+        return own[: len(lead)], own[len(lead) :]
+    at = len(lead) - 1  # the axis that is cut in two
+    if own[at] == 1:
+        return own[: at + 1], (1, *own[at + 1 :])
+    return (*own[:at], lead[-1]), (row[0], *own[at + 1 :])
+
+
+def narrowest(graph: Graph, value: Value) -> Value:
+    """A value before a cast that keeps every bit: products of narrower types are as exact, and cheaper."""
+    while value in graph.producers:
+        op = graph.producers[value].op
+        if not isinstance(op, Cast) or not _widens(op.x.dtype, value.dtype):
+            break
+        value = op.x
+    return value
+
+
+def _widens(narrow: DType, wide: DType) -> bool:
+    return narrow in (DType.BF16, DType.F16) and wide == DType.F32
+
+
+def _zero(dtype: DType) -> str:
+    return "0.0" if dtype.is_float else "0"

@@ -1,0 +1,298 @@
+"""Child processes that compile kernels: several at once, each kernel within limits of time and memory.
+
+The compiler is C++ that may crash, hang or fill the memory; then its process is given up and another one started for
+the kernels that are left. Children see none of the variables by which a user's shell may change what Triton does, and
+write to a folder of their own only.
+"""
+
+import json
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemoc.ir.errors import NemocError
+
+_WORKER = str(Path(__file__).with_name("worker.py"))
+
+
+@dataclass(frozen=True)
+class Children:
+    """How kernels are compiled.
+
+    Attributes:
+        jobs: processes at a time; none: one for each core that this process may use.
+        seconds: for each kernel, and for a process to start.
+        bytes: of data that each process may have, and each assembler that it starts.
+        command: what a process runs; the descriptor that it answers on is added.
+    """
+
+    jobs: int | None = None
+    seconds: float = 300.0
+    bytes: int = 4 << 30
+    command: tuple[str, ...] = (sys.executable, "-P", _WORKER)
+
+    @property
+    def processes(self) -> int:
+        """The number of jobs."""
+        if self.jobs is not None:
+            return self.jobs
+        if hasattr(os, "sched_getaffinity"):
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count() or 1
+
+
+DEFAULT_CHILDREN = Children()
+"""What is meant where nobody says."""
+
+
+def answers(
+    requests: Sequence[Mapping[str, Any]],
+    setup: Mapping[str, Any],
+    children: Children,
+    folder: Path,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The answers to requests as they come, each with the request's number; what they hold, `worker` says.
+
+    Where a process crashes or takes too long, the answer is its `error`; each `error` is one line.
+
+    Args:
+        requests: what to compile.
+        setup: what each process is told first, besides `bytes`.
+        children: how many processes, and their limits.
+        folder: an empty folder for what they write.
+
+    Raises:
+        NemocError: a process does not start.
+    """
+    pool = _Pool(requests, {**setup, "bytes": children.bytes}, children, folder)
+    try:
+        yield from pool.run()
+    finally:
+        pool.close()
+
+
+class _Child:
+    """A process, and the request that it works on.
+
+    Attributes:
+        request: its number; none while the process starts.
+        deadline: when it has to have answered.
+    """
+
+    def __init__(
+        self, children: Children, setup: Mapping[str, Any], folder: Path, number: int
+    ) -> None:
+        self.request: int | None = None
+        self.deadline = 0.0
+        self._limits = children
+        self._written = folder / f"{number}.txt"
+        self._told = 0
+        self._received = bytearray()
+        self._answers, far_end = os.pipe()
+        try:
+            with self._written.open("wb") as written:
+                self._process = subprocess.Popen(
+                    (*children.command, str(far_end)),
+                    stdin=subprocess.PIPE,
+                    stdout=written,
+                    stderr=written,
+                    env=_environment(folder),
+                    pass_fds=(far_end,),
+                    start_new_session=True,  # so that its assembler can be ended with it
+                )
+        except OSError as error:
+            os.close(self._answers)
+            raise NemocError(
+                f"the compiler of GPU kernels cannot be started: {error.strerror or error}"
+            ) from None
+        finally:
+            os.close(far_end)
+        self._send(setup)
+
+    def fileno(self) -> int:
+        """Where answers arrive."""
+        return self._answers
+
+    def ask(self, number: int, request: Mapping[str, Any]) -> None:
+        """Hand in the next request."""
+        self.request = number
+        self._told = self._written.stat().st_size
+        self._send(request)
+
+    def receive(self) -> dict[str, Any] | None:
+        """The answer; none while it is incomplete.
+
+        Raises:
+            EOFError: there will be none.
+        """
+        part = os.read(self._answers, 1 << 20)
+        if not part:
+            raise EOFError
+        self._received += part
+        if not part.endswith(b"\n"):
+            return None
+        answer: dict[str, Any] = json.loads(self._received)
+        self._received.clear()
+        if "error" in answer:
+            message = _lines(
+                answer["error"]
+            )  # of which the first line is Python's, often but a title
+            telling = _about_error(self._complaint()) or _about_error(message[1:]) or message[-1]
+            answer["error"] = self._explained(telling)
+        return answer
+
+    def end(self) -> str:
+        """What became of a process that answers no more."""
+        try:
+            status = self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            return "closed its answers and went on"
+        complaint = self._complaint() or ["it left no message"]
+        how = signal.Signals(-status).name if status < 0 else f"status {status}"
+        return self._explained(f"ended with {how}: {_about_error(complaint) or complaint[-1]}")
+
+    def close(self) -> None:
+        """End the process and those that it started."""
+        with suppress(ProcessLookupError):  # all have ended
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it never read its last request
+            self._process.stdin.close()
+        os.close(self._answers)
+
+    def _send(self, content: Mapping[str, Any]) -> None:
+        self.deadline = time.monotonic() + self._limits.seconds
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended: so have its answers, which `receive` finds
+            self._process.stdin.write(json.dumps(content).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def _complaint(self) -> list[str]:
+        """What it wrote since the last request."""
+        return _lines(self._written.read_bytes()[self._told :].decode(errors="replace"))
+
+    def _explained(self, message: str, most: int = 300) -> str:
+        """A message of moderate length, and the limit that was met."""
+        if len(message) > most:
+            message = message[: most - 3] + "..."
+        if _MEMORY.search(message):
+            message += f" (the limit is {self._limits.bytes >> 20} MiB)"
+        return message
+
+
+class _Pool:
+    """Processes that share out requests."""
+
+    def __init__(
+        self,
+        requests: Sequence[Mapping[str, Any]],
+        setup: Mapping[str, Any],
+        children: Children,
+        folder: Path,
+    ) -> None:
+        self._requests = requests
+        self._setup = setup
+        self._children = children
+        self._folder = folder
+        self._waiting = deque(range(len(requests)))
+        self._running: set[_Child] = set()
+        self._started = 0
+        self._selector = selectors.DefaultSelector()
+
+    def run(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        while self._waiting or self._running:
+            self._start()
+            earliest = min(child.deadline for child in self._running)
+            for key, _ in self._selector.select(max(0.0, earliest - time.monotonic())):
+                yield from self._advance(key.fileobj)  # type: ignore[arg-type]
+            now = time.monotonic()
+            for child in [c for c in self._running if c.deadline <= now]:
+                yield self._lost(child, f"did not answer within {self._children.seconds:g} s")
+
+    def close(self) -> None:
+        """End all processes."""
+        for child in list(self._running):
+            self._drop(child)
+        self._selector.close()
+
+    def _start(self) -> None:
+        """Start processes, as many as there is work for."""
+        starting = sum(child.request is None for child in self._running)
+        room = self._children.processes - len(self._running)
+        for _ in range(min(room, len(self._waiting) - starting)):
+            child = _Child(self._children, self._setup, self._folder, self._started)
+            self._started += 1
+            self._running.add(child)
+            self._selector.register(child, selectors.EVENT_READ)
+
+    def _advance(self, child: _Child) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Take what a process has to say, and give it its next request."""
+        try:
+            answer = child.receive()
+        except EOFError:
+            yield self._lost(child, child.end())
+            return
+        if answer is None:
+            return
+        done = child.request
+        if self._waiting:
+            number = self._waiting.popleft()
+            child.ask(number, self._requests[number])
+        else:
+            self._drop(child)
+        if done is not None:
+            yield done, answer
+
+    def _lost(self, child: _Child, why: str) -> tuple[int, dict[str, Any]]:
+        """Give up a process; the answer to its request."""
+        self._drop(child)
+        if child.request is None:
+            raise NemocError(f"the compiler of GPU kernels does not start: it {why}")
+        return child.request, {"error": f"the compiler {why}"}
+
+    def _drop(self, child: _Child) -> None:
+        self._selector.unregister(child)
+        self._running.remove(child)
+        child.close()
+
+
+_KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH")
+"""Variables that a process is given; none that changes what it compiles."""
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name in _KEPT}
+    return kept | {
+        "TMPDIR": str(folder),
+        "TRITON_HOME": str(folder),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TRITON_DISABLE_LINE_INFO": "1",  # or binaries would name the folder
+        "TRITON_DUMP_PTXAS_LOG": "1",
+    }
+
+
+_TELLING = re.compile(r"error\s*:|what\(\)\s*:|assert", re.IGNORECASE)
+
+_MEMORY = re.compile(r"MemoryError|bad_alloc|out of memory|memory exhausted", re.IGNORECASE)
+
+
+def _lines(text: str) -> list[str]:
+    """The lines of a message; what Triton gives to repeat a failure with is no part of it."""
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("Repro command:")]
+
+
+def _about_error(lines: Sequence[str]) -> str:
+    """The first line that is about an error, which others follow from; empty where none is."""
+    return next((line for line in lines if _TELLING.search(line)), "")

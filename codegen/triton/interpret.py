@@ -1,0 +1,198 @@
+"""Kernels in Triton's interpreter: on the CPU, a program after the other. What is wrong with it is put right here.
+
+- Functions of Triton's own library are compiled or interpreted by an environment variable that is read when Triton is
+  imported. They are exchanged while kernels run, so that one process can do both.
+- Casts to bf16 cut bits off instead of rounding, and products of bf16 and FP8 are wrong. Both are done by torch.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.jit import JITFunction
+
+from nemoc.codegen.guarded import Buffer, run_guarded
+from nemoc.codegen.plan import Arg, Kernel, Plan, Site, StepFunction
+from nemoc.codegen.triton.module import load_module, module_source, written
+from nemoc.codegen.triton.target import INTERPRETER, gpu_target
+from nemoc.codegen.triton.writer import pointer_types
+from nemoc.ir.dims import evaluate_dim
+from nemoc.ir.dtypes import DType
+
+
+class Interpreter:
+    """Runs kernels by name.
+
+    Args:
+        kernels: all of them.
+    """
+
+    def __init__(self, kernels: Iterable[Kernel]) -> None:
+        self._kernels = {kernel.name: kernel for kernel in kernels}
+        source = module_source(self._kernels.values(), gpu_target(INTERPRETER).products, True)
+        with written(source) as path, _interpreting():
+            module = load_module(path)
+            self._functions = {name: getattr(module, name) for name in self._kernels}
+            for value in list(vars(module).values()):
+                if isinstance(value, InterpretedFunction):
+                    value.rewrite()  # reads the file, which is about to go
+
+    def launch(self, name: str, pointers: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> None:
+        """One launch.
+
+        Args:
+            name: of the kernel.
+            pointers: for each pointer parameter, a tensor of its element type that starts there.
+            sizes: B, L and C.
+        """
+        tasks = evaluate_dim(self._kernels[name].tasks, sizes)
+        if not tasks:
+            return
+        arguments = (*pointers, sizes["B"], sizes["L"], sizes["C"])
+        # What a GPU computes without a word: infinities that are chosen away, casts of what is masked.
+        with _interpreting(), np.errstate(all="ignore"):
+            self._functions[name][(tasks,)](*arguments)
+
+
+def run_site(
+    site: Site,
+    plan: Plan,
+    sizes: Mapping[str, int],
+    operands: Sequence[torch.Tensor],
+    in_place: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """The results of a plan on guarded memory (`nemoc.codegen.guarded`).
+
+    Raises:
+        KernelFault: the kernels wrote where they must not.
+    """
+    interpreter = Interpreter(stage.kernel for stage in plan.stages)
+    sizes = {"B": 1, "L": 1, "C": 1} | dict(sizes)
+
+    def call(buffers: Mapping[Arg, Buffer]) -> None:
+        for stage in plan.stages:
+            pointers = [
+                buffers[arg].start.view(dtype.torch)
+                for arg, dtype in zip(stage.args, pointer_types(stage.kernel), strict=True)
+            ]
+            interpreter.launch(stage.kernel.name, pointers, sizes)
+
+    return run_guarded(site, plan, sizes, operands, call, in_place)
+
+
+_BITS = {tl.bfloat16: (np.int16, torch.bfloat16), tl.float8e4nv: (np.uint8, torch.float8_e4m3fn)}
+"""Types that numpy lacks: what the interpreter holds their bits in, and torch's name."""
+
+_NUMPY = {
+    tl.float16: np.float16,
+    tl.float32: np.float32,
+    tl.float64: np.float64,
+}
+
+
+def _tensor(handle: Any) -> torch.Tensor:
+    """What a handle of the interpreter holds."""
+    data = np.ascontiguousarray(handle.data)
+    if handle.dtype.scalar in _BITS:
+        bits, dtype = _BITS[handle.dtype.scalar]
+        return torch.from_numpy(data.view(bits)).view(dtype)
+    return torch.from_numpy(data)
+
+
+def _cast(self: Any, source: Any, target: Any, *_: Any) -> Any:
+    """A cast to or from a narrow type, rounded to nearest even; the interpreter's own of others."""
+    kind = target.scalar
+    if kind in _BITS:
+        bits, dtype = _BITS[kind]
+        rounded = _tensor(source).to(dtype).view(torch.int16 if bits is np.int16 else torch.uint8)
+        return TensorHandle(
+            rounded.numpy().view(np.dtype(f"u{kind.primitive_bitwidth // 8}")), kind
+        )
+    if source.dtype.scalar in _BITS:
+        return TensorHandle(_tensor(source).float().numpy().astype(_NUMPY[kind]), kind)
+    return _OWN_CAST(self, source, target)
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+    """a · b + d in the type of d."""
+    wide = torch.from_numpy(np.ascontiguousarray(d.data))
+    product = _tensor(a).to(wide.dtype) @ _tensor(b).to(wide.dtype)
+    return TensorHandle((product + wide).numpy(), d.dtype.scalar)
+
+
+_OWN_CAST = InterpreterBuilder.cast_impl
+_REPAIRED = {"cast_impl": _cast, "create_fp_to_fp": _cast, "create_dot": _dot}
+
+_lock = threading.RLock()
+_library: dict[int, Any] = {}
+
+
+@contextmanager
+def _interpreting() -> Iterator[None]:
+    """Let Triton's own functions be interpreted ones."""
+    changed: list[tuple[Any, str, Any]] = []
+    with _lock:
+        before = triton.knobs.runtime.interpret
+        try:
+            triton.knobs.runtime.interpret = True
+            for name, function in _REPAIRED.items():
+                changed.append((InterpreterBuilder, name, getattr(InterpreterBuilder, name)))
+                setattr(InterpreterBuilder, name, function)
+            for module in (tl.standard, tl):
+                for name, value in list(vars(module).items()):
+                    if isinstance(value, JITFunction):
+                        made = _library.get(id(value)) or InterpretedFunction(value.fn)
+                        _library[id(value)] = made
+                        changed.append((module, name, value))
+                        setattr(module, name, made)
+            yield
+        finally:
+            for module, name, value in changed:
+                setattr(module, name, value)
+            triton.knobs.runtime.interpret = before
+
+
+class InterpretedProgram:
+    """Step functions whose kernels are interpreted.
+
+    Args:
+        functions: the step functions.
+    """
+
+    def __init__(self, functions: Iterable[StepFunction]) -> None:
+        self._functions = {function.name: function for function in functions}
+        launches = (n for f in self._functions.values() for n in f.launches)
+        self._interpreter = Interpreter(n.kernel for n in launches)
+
+    def run(self, name: str, arenas: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> None:
+        """One step.
+
+        Args:
+            name: of the function.
+            arenas: for each of the function's arenas its memory, contiguous, on the CPU.
+            sizes: B, L and C.
+        """
+        function = self._functions[name]
+        memory = {
+            arena: tensor.reshape(-1).view(torch.uint8)
+            for arena, tensor in zip(function.arenas, arenas, strict=True)
+        }
+        with _interpreting():
+            for launch in function.launches:
+                pointers = [
+                    _elements(memory[a.arena], evaluate_dim(a.offset, sizes), dtype)
+                    for a, dtype in zip(launch.buffers, pointer_types(launch.kernel), strict=True)
+                ]
+                self._interpreter.launch(launch.kernel.name, pointers, sizes)
+
+
+def _elements(memory: torch.Tensor, offset: int, dtype: DType) -> torch.Tensor:
+    """Memory from a byte on, as elements."""
+    end = memory.numel() - (memory.numel() - offset) % dtype.bytes
+    return memory[offset:end].view(dtype.torch)

@@ -1,0 +1,290 @@
+"""Regions around matrix products, dense or grouped: one launch.
+
+A program makes a tile of rows by features. What comes before a product is computed for a tile of rows by a part of the
+reduction, as is what comes before a weight; what comes behind, for the tile of sums. Several dense products of one
+size may be added to each other.
+
+Rows of a grouped product lie in order of their groups. Its tiles do not cross groups: how many tiles each group has
+is known when the kernel runs, so each program finds its own from the groups' offsets, and programs beyond the last tile
+have nothing to do.
+"""
+
+from dataclasses import dataclass, replace
+
+import sympy
+
+from nemoc.codegen.plan import Plan, RegionError, Site
+from nemoc.codegen.regions import as_region, body_of
+from nemoc.codegen.triton.body import Body, narrowest
+from nemoc.codegen.triton.rows import cache_updates, row_place, stored_results, write_stores
+from nemoc.codegen.triton.seen import Place, Seen
+from nemoc.codegen.triton.target import GpuTarget
+from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
+from nemoc.ir.dims import Dim, ceil_div, dim, product, symbols_of
+from nemoc.ir.dtypes import DType
+from nemoc.ir.graph import Graph
+from nemoc.ir.ops import GroupedLinear, Linear, Sum
+from nemoc.ir.types import Value
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a product is cut into programs.
+
+    Attributes:
+        rows, columns, depth: the tile of a program, and how much of the reduction it takes at a time.
+        warps, stages: as in `nemoc.codegen.triton.writer.GpuKernel`.
+        neighbours: row blocks whose programs run side by side, so that they share weights in the cache.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    neighbours: int = 8
+
+
+def emit_products(site: Site, target: GpuTarget) -> Plan:
+    """The plan of a region whose anchors are dense products of one size, or one grouped product.
+
+    Raises:
+        RegionError: the region has more in it than such a kernel can do.
+    """
+    site = as_region(site)
+    graph = body_of(site)
+    products = _products(graph)
+    schedule = default_schedule(graph, products, target)
+    writer = KernelWriter("product" if products[0].offsets is None else "grouped")
+    body = Body(writer, site)
+    stores = stored_results(graph, products[0].count)
+    for store in stores:
+        if store.seen.width != products[0].features:
+            raise RegionError(f"rows of %{store.seen.value.name} are not those of the product")
+    group = ""
+    if products[0].offsets is None:
+        place = _dense_tile(writer, products[0], schedule)
+        tasks = ceil_div(products[0].count, schedule.rows)
+    else:
+        place, group = _grouped_tile(body, products[0], schedule)
+        tasks = _most_tiles(products[0], schedule.rows)
+    for made in products:
+        sums = _write_product(body, made, schedule, place, group)
+        body.bind(Seen(made.result, made.features), place, sums)
+    write_stores(body, stores, place)
+    blocks = -(-products[0].features // schedule.columns)
+    stage = writer.finish(dim(tasks * blocks), schedule.warps, schedule.stages)
+    return Plan((stage,), updates=cache_updates(site, stores))
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of a region.
+
+    Attributes:
+        op, result: the op and what it makes.
+        x, w: its operands, seen through casts that only widen.
+        count: rows of x.
+        width: K.
+        features: N.
+        groups: weights; 1 for a dense product.
+        offsets: where each group's rows start; none for a dense product.
+    """
+
+    op: Linear | GroupedLinear
+    result: Value
+    x: Value
+    w: Value
+    count: Dim
+    width: int
+    features: int
+    groups: int
+    offsets: Value | None
+
+    @property
+    def is_few(self) -> bool:
+        """Whether rows are the sequences of a batch in a step of one token, or a few."""
+        if isinstance(self.count, int):
+            return self.count <= 64
+        return symbols_of(self.count) <= {"B"}
+
+
+def _products(graph: Graph) -> list[Product]:
+    found = [
+        _product(graph, node.op, node.results[0])
+        for node in graph.nodes
+        if isinstance(node.op, Linear | GroupedLinear)
+    ]
+    if not found:
+        raise RegionError("there is no product")
+    sizes = {(p.count, p.features) for p in found}
+    grouped = any(p.offsets is not None for p in found)
+    if len(sizes) > 1 or (grouped and len(found) > 1):
+        raise RegionError("its products differ in size")
+    return found
+
+
+def _product(graph: Graph, op: Linear | GroupedLinear, result: Value) -> Product:
+    width, features = op.x.shape[-1], op.width
+    groups = op.w.shape[0] if isinstance(op, GroupedLinear) else 1
+    if not (isinstance(width, int) and isinstance(features, int) and isinstance(groups, int)):
+        raise RegionError(f"%{result.name} has no fixed width")
+    if op.interleave > 1 or op.acc != DType.F32:
+        raise RegionError(f"%{result.name}: weights in another layout, or sums in {op.acc}")
+    return Product(
+        op,
+        result,
+        narrowest(graph, op.x),
+        narrowest(graph, op.w),
+        product(op.x.shape[:-1]),
+        width,
+        features,
+        groups,
+        op.offsets if isinstance(op, GroupedLinear) else None,
+    )
+
+
+def default_schedule(graph: Graph, products: list[Product], target: GpuTarget) -> Schedule:
+    """The schedule that is taken where nothing was tuned.
+
+    Few rows: the weights are read once, so tiles are as flat as matrix units allow, and narrow, for many programs. Many
+    rows: tiles as large as registers allow. AMD's GPUs have shared memory for two stages.
+    """
+    schedule = _schedule(graph, products, target)
+    return (
+        replace(schedule, stages=min(schedule.stages, 2)) if target.backend == "hip" else schedule
+    )
+
+
+def _schedule(graph: Graph, products: list[Product], target: GpuTarget) -> Schedule:
+    first = products[0]
+    wide = any(p.x.dtype == DType.F32 for p in products)
+    narrow = min(128, power_of_two(first.features))
+    depth = min(64 if wide else 128, max(32, power_of_two(min(p.width for p in products))))
+    if target.is_interpreter:
+        return Schedule(16 if first.is_few else 64, max(16, min(256, narrow * 2)), 256, 4, 1)
+    if first.is_few:
+        columns = 32 if first.features * first.groups >= 32 * target.multiprocessors else 16
+        return Schedule(16, max(16, min(columns, narrow)), depth, 4, 3 if wide else 4, 1)
+    if first.offsets is not None or wide:
+        # Sums of gathered rows need a second tile of registers beside the product's, as unpacked weights do.
+        crowded = len(products) > 1 or any(
+            isinstance(node.op, Sum) or node.op.is_unpacking for node in graph.nodes
+        )
+        return Schedule(64, max(16, narrow), 32 if wide else 64, 8 if crowded else 4, 3)
+    return Schedule(128, max(16, narrow), 64, 8, 3)
+
+
+def _dense_tile(writer: KernelWriter, made: Product, schedule: Schedule) -> Place:
+    """Which tile of the result a program makes."""
+    pid = writer.let("pid", "tl.program_id(0)")
+    blocks = -(-made.features // schedule.columns)
+    if schedule.neighbours == 1:
+        row_block = writer.let("row_block", f"{pid} // {blocks}")
+        column_block = writer.let("column_block", f"{pid} % {blocks}")
+    else:
+        count = size_text(made.count)
+        total = writer.let("row_blocks", f"({count} + {schedule.rows - 1}) // {schedule.rows}")
+        batch = schedule.neighbours * blocks
+        first = writer.let("first", f"{pid} // {batch} * {schedule.neighbours}")
+        size = writer.let("size", f"tl.minimum({total} - {first}, {schedule.neighbours})")
+        row_block = writer.let("row_block", f"{first} + {pid} % {batch} % {size}")
+        column_block = writer.let("column_block", f"{pid} % {batch} // {size}")
+    place = row_place(writer, row_block, schedule.rows, made.count)
+    return _with_columns(writer, made, schedule, place, column_block)
+
+
+def _with_columns(
+    writer: KernelWriter, made: Product, schedule: Schedule, place: Place, block: str
+) -> Place:
+    feature = f"{block} * {schedule.columns} + tl.arange(0, {schedule.columns})[None, :]"
+    column = writer.let("feature", feature)
+    exact = made.features % schedule.columns == 0
+    mask = "" if exact else writer.let("inside", f"{column} < {made.features}")
+    return replace(place, column=column, columns=schedule.columns, mask=mask)
+
+
+def _grouped_tile(body: Body, made: Product, schedule: Schedule) -> tuple[Place, str]:
+    """Which tile a program makes, and of which group."""
+    writer = body.writer
+    assert made.offsets is not None
+    pid = writer.let("pid", "tl.program_id(0)")
+    blocks = -(-made.features // schedule.columns)
+    tile = writer.let("tile", f"{pid} // {blocks}")
+    columns = power_of_two(made.groups)
+    every = Place("0", "0", 1, 1)
+    groups = body.span("0", columns, made.groups, every)
+    one = Seen(made.offsets, made.groups + 1)
+    start = body.tile(one, groups)
+    following = writer.let("next", f"{groups.column} + 1")
+    stop = body.tile(one, replace(groups, column=following))
+    tiles = writer.let("tiles", f"({stop} - {start} + {schedule.rows - 1}) // {schedule.rows}")
+    if groups.mask:
+        tiles = writer.let("tiles", f"tl.where({groups.mask}, {tiles}, 0)")
+    ends = writer.let("ends", f"tl.cumsum({tiles}, axis=1)")
+    group = writer.let("group", f"tl.sum(({ends} <= {tile}).to(tl.int32))")
+    with writer.block(f"if {group} >= {made.groups}:"):
+        writer.line("return")
+    mine = writer.let("mine", f"{groups.column} == {group}")
+
+    def of_mine(values: str) -> str:
+        return writer.let("own", f"tl.sum(tl.where({mine}, {values}, 0))")
+
+    first = of_mine(start)
+    within = writer.let("within", f"{tile} - {of_mine(f'{ends} - {tiles}')}")
+    number = writer.let(
+        "number",
+        f"{first} + {within} * {schedule.rows} + tl.arange(0, {schedule.rows})[:, None]",
+    )
+    end = of_mine(stop)
+    row = writer.let("row", f"tl.minimum({number}, {end} - 1)")
+    exists = writer.let("exists", f"{number} < {end}")
+    place = Place(row, "0", schedule.rows, 1, exists=exists)
+    block = writer.let("block", f"{pid} % {blocks}")
+    return _with_columns(writer, made, schedule, place, block), group
+
+
+def _most_tiles(made: Product, rows: int) -> Dim:
+    """Tiles that groups can have together: each row starts at most one, and each group leaves at most one unfilled."""
+    filled = dim(ceil_div(made.count, rows) + made.groups)
+    if isinstance(filled, int) and isinstance(made.count, int):
+        return min(filled, made.count)
+    return sympy.Min(made.count, filled)
+
+
+def _write_product(body: Body, made: Product, schedule: Schedule, place: Place, group: str) -> str:
+    """The loop over the reduction; returns the tile of sums."""
+    writer = body.writer
+    x, w = Seen(made.x, made.width), Seen(made.w, made.width)
+    rows = replace(place, column="0", columns=1, mask="")
+    body.prepare(x, rows)
+    feature = writer.let("weight", f"tl.trans({place.column})")
+    if place.mask:  # rows beyond the last would be another group's, or nobody's
+        feature = writer.let("weight", f"tl.minimum({feature}, {made.features - 1})")
+    if group:
+        feature = writer.let("weight", f"{group} * {made.features} + {feature}")
+    weights = Place(feature, "0", schedule.columns, 1)
+    body.prepare(w, weights)
+    sums = writer.fresh("sums", f"tl.zeros([{schedule.rows}, {schedule.columns}], tl.float32)")
+    depth = min(schedule.depth, max(16, power_of_two(made.width)))
+    with writer.loop("k", str(made.width), step=depth) as k:
+        at = body.span(k, depth, made.width, rows)
+        left = body.tile(x, at)
+        if at.mask and not body.is_operand(
+            made.x
+        ):  # whatever became of the zeros beyond a row's end
+            left = writer.let("left", f"tl.where({at.mask}, {left}, 0.0)")
+        right = body.tile(w, body.span(k, depth, made.width, weights))
+        writer.line(f"{sums} = {_dot(made, left, right, sums)}")
+    return sums
+
+
+def _dot(made: Product, left: str, right: str, sums: str) -> str:
+    """The call that adds a part of the product."""
+    x, w = made.x.dtype, made.w.dtype
+    turned = f"tl.trans({right})"
+    if x == w:
+        return f"dot({left}, {turned}, {sums})"
+    if x == DType.F32 and w == DType.BF16:
+        return f"dot_wide({left}, {turned}, {sums})"
+    return f"dot({left}, tl.trans({right}.to({left}.dtype)), {sums})"

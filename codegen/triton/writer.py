@@ -1,0 +1,170 @@
+"""Writing a Triton kernel as text.
+
+A kernel is a function of typed pointers and the sizes B, L and C. What it computes with are tiles: tensors of two axes,
+rows by columns, some of size 1 and broadcast. `let` gives an expression a name, once for each distinct
+expression in sight, so that callers may ask for the same index or element as often as they like.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from nemoc.codegen.plan import Arg, Kernel, Stage, kernel_name
+from nemoc.ir.dims import Dim, format_dim
+from nemoc.ir.dtypes import DType
+
+TYPE_NAMES = {
+    DType.F64: "tl.float64",
+    DType.F32: "tl.float32",
+    DType.BF16: "tl.bfloat16",
+    DType.F16: "tl.float16",
+    DType.F8E4M3: "tl.uint8",
+    DType.I64: "tl.int64",
+    DType.I32: "tl.int32",
+    DType.I8: "tl.int8",
+    DType.U8: "tl.uint8",
+    DType.BOOL: "tl.int1",
+}
+"""Element types as Triton writes them."""
+
+
+@dataclass(frozen=True)
+class GpuKernel(Kernel):
+    """A Triton kernel `(p0, ..., pn, B, L, C)`; a launch has `tasks` programs along one axis.
+
+    Attributes:
+        pointers: the element type behind each pointer parameter.
+        warps: warps of a program.
+        stages: how many iterations of a loop of products are loaded ahead.
+    """
+
+    pointers: tuple[DType, ...] = ()
+    warps: int = 4
+    stages: int = 3
+
+
+def pointer_types(kernel: Kernel) -> tuple[DType, ...]:
+    """The element types behind a GPU kernel's pointer parameters."""
+    assert isinstance(kernel, GpuKernel)
+    return kernel.pointers
+
+
+@dataclass
+class _Scope:
+    """A block of statements: the names that end with it, by what they stand for."""
+
+    names: dict[str, str] = field(default_factory=dict)
+
+
+class KernelWriter:
+    """Builds the text of one kernel.
+
+    Args:
+        stem: a word for what it does.
+    """
+
+    def __init__(self, stem: str) -> None:
+        self.stem = stem
+        self._lines: list[str] = []
+        self._scopes = [_Scope()]
+        self._counts = dict.fromkeys(device_functions(), 1)
+        self._pointers: dict[tuple[Arg, DType], str] = {}
+
+    def line(self, text: str) -> None:
+        """Append a statement."""
+        self._lines.append("    " * len(self._scopes) + text)
+
+    def name(self, prefix: str) -> str:
+        """A name that nothing else has."""
+        count = self._counts.get(prefix, 0)
+        self._counts[prefix] = count + 1
+        return f"{prefix}{count}" if count else prefix
+
+    def let(self, prefix: str, expression: str) -> str:
+        """A name for an expression whose operands never change; the same one while the first is in sight.
+
+        Names and numbers stand for themselves.
+        """
+        if expression.isidentifier() or expression.isdigit():
+            return expression
+        return self.once(expression, lambda: self.fresh(prefix, expression))
+
+    def once(self, key: str, make: Callable[[], str]) -> str:
+        """What `make` writes and names, unless it was made under that key already and is still in sight."""
+        for scope in reversed(self._scopes):
+            if key in scope.names:
+                return scope.names[key]
+        made = make()
+        self._scopes[-1].names[key] = made
+        return made
+
+    def fresh(self, prefix: str, expression: str) -> str:
+        """A new variable with that value, which later statements may assign again."""
+        name = self.name(prefix)
+        self.line(f"{name} = {expression}")
+        return name
+
+    @contextmanager
+    def block(self, header: str) -> Iterator[None]:
+        """Statements under a header such as `for k in range(n):`; names made within end with it."""
+        self.line(header)
+        self._scopes.append(_Scope())
+        yield
+        self._scopes.pop()
+
+    @contextmanager
+    def loop(self, prefix: str, stop: str, start: str = "0", step: int = 1) -> Iterator[str]:
+        """A loop over `range(start, stop, step)`; gives the counter's name."""
+        counter = self.name(prefix)
+        bounds = stop if (start, step) == ("0", 1) else f"{start}, {stop}"
+        bounds += f", {step}" if step != 1 else ""
+        with self.block(f"for {counter} in range({bounds}):"):
+            yield counter
+
+    def pointer(self, arg: Arg, dtype: DType) -> str:
+        """The pointer parameter for a tensor; E4M3 is read as bits, since not every GPU knows the type."""
+        dtype = DType.U8 if dtype == DType.F8E4M3 else dtype
+        return self._pointers.setdefault((arg, dtype), f"p{len(self._pointers)}")
+
+    def finish(self, tasks: Dim, warps: int = 4, stages: int = 3) -> Stage:
+        """The launch of the finished kernel.
+
+        Args:
+            tasks: programs of a launch.
+            warps, stages: as in `GpuKernel`.
+        """
+        parameters = ", ".join([*self._pointers.values(), "B", "L", "C"])
+        body = "\n".join(self._lines)
+        pointers = tuple(dtype for _, dtype in self._pointers)
+        what = f"{parameters}\n{body}\n{format_dim(tasks)} {warps} {stages} {pointers}"
+        name = kernel_name(self.stem, what)
+        source = f"@jit\ndef {name}({parameters}):\n{body}\n"
+        kernel = GpuKernel(name, source, tasks, pointers, warps, stages)
+        return Stage(kernel, tuple(arg for arg, _ in self._pointers))
+
+
+@cache
+def device_functions() -> tuple[str, ...]:
+    """Names of the functions that every module has."""
+    text = Path(__file__).with_name("device.py").read_text()
+    return tuple(re.findall(r"^def (\w+)", text, re.MULTILINE))
+
+
+def number_text(value: float) -> str:
+    """A floating-point constant."""
+    return repr(value) if math.isfinite(value) else f'float("{value!r}")'
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below a size."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def size_text(size: Dim) -> str:
+    """A size as an expression of B, L and C."""
+    text = format_dim(size)
+    return text if text.isidentifier() or text.isdigit() else f"({text})"

@@ -1,0 +1,154 @@
+"""GPU targets without a GPU: kernels are interpreted, code is compiled, and artifacts say where they run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nemoc
+from nemoc import NemocError, compiler
+from nemoc.__main__ import main
+from nemoc.codegen.triton.build import compile_variants, variants_of
+from nemoc.codegen.triton.target import GPUS, INTERPRETER, gpu_target
+from nemoc.gpu import REPORT
+from nemoc.verification import NARROW_BOUND, kernel_rows
+from support.checkpoints import VARIANTS, write_checkpoint
+from support.gpu_programs import program
+
+GPU_NAMES = [name for name in GPUS if name != INTERPRETER]
+
+ODD = ("base", "latent experts", "grouped routing", "one group of B and C")
+"""Variants whose kernels differ most; all of them are compiled for CPUs."""
+
+PROMPT = "def "
+
+
+@pytest.fixture(scope="module", params=ODD, ids=lambda name: name.replace(" ", "-"))
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Path]:
+    """A transformers model and its checkpoint."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return write_checkpoint(folder, seed=7, **VARIANTS[request.param]), folder
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_every_kernel_equals_its_op(checkpoint: tuple[Any, Path], dtype: str) -> None:
+    found = compiler.functions(
+        str(checkpoint[1]), INTERPRETER, dtype=dtype, which=("prefill", "decode")
+    )
+    rows = list(kernel_rows(found))
+    assert len(rows) > 15
+    assert [(row.name, row.error) for row in rows if not row.ok] == []
+
+
+def test_kernels_for_a_gpu_equal_their_ops_too(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, seed=8)
+    found = compiler.functions(str(tmp_path), "cuda:sm_90", dtype="bf16", which=("decode",))
+    assert [row.name for row in kernel_rows(found) if not row.error <= NARROW_BOUND] == []
+
+
+def test_a_whole_model_equals_transformers(checkpoint: tuple[Any, Path]) -> None:
+    reference, folder = checkpoint
+    executable = nemoc.compile(str(folder), target=INTERPRETER, max_batch=2, max_context=16)
+    ids = torch.randint(0, 97, (2, 8), generator=torch.Generator().manual_seed(0))
+    state = executable.new_state(2)
+    first = executable.prefill(ids[:, :7], state, lengths=torch.tensor([7, 3]))
+    second = executable.decode(ids[:, 7], state)
+    for row, length in enumerate((7, 3)):
+        alone = torch.cat([ids[row, :length], ids[row, 7:]])[None]
+        with torch.inference_mode():
+            expected = reference(alone).logits[0]
+        for found, wanted in ((first[row], expected[-2]), (second[row], expected[-1])):
+            assert float((found - wanted).norm() / wanted.norm()) <= 1e-4
+
+
+def test_the_sample_model_writes_the_same_text_on_every_target() -> None:
+    texts = {}
+    for target in ("reference", "cpu", INTERPRETER):
+        executable = nemoc.compile("sample", target=target, max_context=32)
+        ids = torch.tensor([executable.tokenizer.encode(PROMPT)])
+        texts[target] = executable.generate(ids, max_new_tokens=4).tolist()
+    assert texts["cpu"] == texts["reference"] == texts[INTERPRETER]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample model for a GPU that is not here."""
+    path = tmp_path_factory.mktemp("compiled") / "sample.nemoc"
+    executable = nemoc.compile("sample", target="cuda:sm_90", destination=path)
+    assert executable.program.target == "cuda:sm_90"
+    return path
+
+
+def test_an_artifact_for_an_absent_gpu_is_complete(compiled: Path) -> None:
+    kernels = {path.name for path in (compiled / "kernels").iterdir()}
+    assert {"launches.json", "report.json", "launches.txt", "step.py"} < kernels
+    reports = json.loads((compiled / REPORT).read_text())
+    assert {f"{r['symbol']}.cubin" for r in reports} <= kernels
+
+
+def test_default_schedules_spill_nothing_and_use_matrix_units(compiled: Path) -> None:
+    reports = json.loads((compiled / REPORT).read_text())
+    assert [r["symbol"] for r in reports if r["report"]["spilled"]] == []
+    assert [r["symbol"] for r in reports if r["report"]["plain"]] == []
+    anchors = ("product", "grouped", "attention", "conv_scan", "chunk")
+    for stem in anchors:
+        made = [r for r in reports if r["symbol"].startswith(stem)]
+        kinds = {kind for r in made for kind, _ in r["report"]["matrix"]}
+        assert any(kind.startswith("wgmma") for kind in kinds), stem
+
+
+def test_the_report_fits_a_terminal(compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(compiled)]) == 0
+    out = capsys.readouterr().out
+    assert "none spilling" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_what_cannot_run_here_says_what_it_needs(
+    compiled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["run", str(compiled), "--prompt", "x", "-q"]) == 2
+    err = capsys.readouterr().err
+    assert "needs an NVIDIA GPU of compute capability 9.0, found none" in err
+    assert err.count("\n") == 1
+
+
+def test_an_artifact_for_a_cpu_has_no_report_of_kernels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sample.nemoc"
+    nemoc.compile("sample", target="reference", destination=path)
+    assert main(["report", str(path)]) == 2
+    assert "is for reference, which has no report of kernels" in capsys.readouterr().err
+
+
+def test_a_cpu_does_not_compute_in_bf16() -> None:
+    with pytest.raises(NemocError, match="the cpu target computes in f32"):
+        nemoc.compile("sample", target="cpu", dtype="bf16")
+
+
+@pytest.mark.parametrize("target", [name for name in GPU_NAMES if name != "cuda:sm_90"])
+def test_a_kernel_of_each_kind_compiles_for_every_gpu(target: str) -> None:
+    variants = variants_of(program("sample", target).functions)
+    kinds = {name.rpartition("_")[0]: variant for name, variant in variants.items()}
+    assert {"rows", "product", "grouped", "sort", "attention", "conv_update"} <= kinds.keys()
+    binaries = compile_variants(kinds.values(), gpu_target(target))
+    assert all(binary.shared <= gpu_target(target).shared for binary in binaries.values())
+
+
+@pytest.mark.targets
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("target", GPU_NAMES)
+@pytest.mark.parametrize("source", ["sample", "nano", "super"])
+def test_every_kernel_of_a_model_compiles_for_every_gpu(source: str, target: str) -> None:
+    variants = variants_of(program(source, target).functions)
+    binaries = compile_variants(variants.values(), gpu_target(target))
+    assert len(binaries) == len(variants)
+    if target == "cuda:sm_90":
+        spilling = {b.symbol: b.report.spilled for b in binaries.values() if b.report.spilled}
+        assert spilling == {}

@@ -1,0 +1,54 @@
+"""GPU kernels against their ops in tests: through Triton's interpreter, on guarded and poisoned memory."""
+
+from collections.abc import Mapping
+
+import torch
+
+from nemoc.codegen.plan import Plan, Site
+from nemoc.codegen.triton.emit import emit
+from nemoc.codegen.triton.interpret import run_site
+from nemoc.codegen.triton.target import GpuTarget, gpu_target
+from nemoc.ir.op import Env
+from nemoc.ir.region import evaluate_op
+from support.kernels import relative_error
+
+INTERPRETER = gpu_target("triton-interpret")
+
+
+def check_kernel(
+    site: Site,
+    sizes: Mapping[str, int],
+    *operands: torch.Tensor,
+    tolerance: float = 1e-6,
+    plan: Plan | None = None,
+    target: GpuTarget = INTERPRETER,
+) -> None:
+    """Run a site's kernels and compare with what its op means, evaluated in float64.
+
+    Args:
+        site: the op and its views.
+        sizes: B, L and C; those left out are 1.
+        operands: a tensor for each operand.
+        tolerance: of the relative error of floating-point results; integers must be equal. Results of bf16 and f16 are
+            compared with the float64 ones rounded to their type.
+        plan: what to run; None for the backend's plan for `target`.
+        target: whose schedules the kernels follow; they are interpreted all the same.
+
+    Raises:
+        AssertionError: a result is wrong.
+        KernelFault: the kernels wrote where they must not.
+    """
+    env = Env({"B": 1, "L": 1, "C": 1} | dict(sizes), float64=True)
+    op = site.op
+    wide = [t.double() if t.is_floating_point() else t for t in operands]
+    expected = evaluate_op(op, env, dict(zip(op.operands(), wide, strict=True)))
+    found = run_site(site, plan or emit(site, target), sizes, operands)
+    for i, (f, e) in enumerate(zip(found, expected, strict=True)):
+        where = f"{op.mnemonic()} result {i}, {dict(sizes)}"
+        assert f.shape == e.shape, where
+        if f.dtype.is_floating_point:
+            meant = e.to(f.dtype) if f.dtype.itemsize < 4 else e
+            error = relative_error(f.double(), meant.double())
+            assert error <= tolerance, f"{where}: relative error {error:.3g}"
+        else:
+            assert torch.equal(f, e.to(f.dtype)), where
