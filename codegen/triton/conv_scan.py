@@ -34,7 +34,7 @@ _FROM_REGISTERS = (80, 120)
 """Architectures whose matrix products read both sides from registers."""
 
 _TILES = {
-    (True, False): (128, 64, 4, 32, 128),
+    (True, False): (128, 64, 4, 128, 128),
     (True, True): (64, 32, 8, 32, 64),
     (False, False): (64, 16, 8, 32, 32),
     (False, True): (32, 16, 8, 32, 32),

@@ -26,7 +26,7 @@ class Options:
     threads: int | None = None
     plugins: tuple[str, ...] = ()
     debug: bool = False
-    cache: Path = field(default_factory=lambda: _cache_folder(os.environ))
+    cache: Path = field(default_factory=lambda: _cache_folder({}))
 
 
 def read_options(environment: Mapping[str, str] | None = None) -> Options:

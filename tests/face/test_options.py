@@ -17,7 +17,13 @@ def test_nothing_set_means_the_defaults() -> None:
 
 def test_each_variable_is_read() -> None:
     environment = {"NEMOC_THREADS": "3", "NEMOC_PLUGINS": "mine, yours,", "NEMOC_DEBUG": "1"}
-    assert read_options(environment) == Options(3, ("mine", "yours"), debug=True)
+    environment["NEMOC_CACHE"] = "/somewhere"
+    expected = Options(3, ("mine", "yours"), debug=True, cache=Path("/somewhere"))
+    assert read_options(environment) == expected
+
+
+def test_the_cache_is_where_the_desktop_wants_it() -> None:
+    assert read_options({"XDG_CACHE_HOME": "/fast"}).cache == Path("/fast/nemoc")
 
 
 @pytest.mark.parametrize(
