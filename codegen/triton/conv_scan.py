@@ -30,17 +30,21 @@ from nemoc.ir.ops import SsdScan
 _LINES = 8
 """Chunks whose step sizes a program of the single form computes at a time."""
 
-_FROM_REGISTERS = (80, 120)
-"""Architectures whose matrix products read both sides from registers."""
-
-_TILES = {
-    (True, False): (128, 64, 4, 128, 128),
-    (True, True): (64, 32, 8, 32, 64),
-    (False, False): (64, 16, 8, 32, 32),
-    (False, True): (32, 16, 8, 32, 32),
+_TILES: dict[int | str, tuple[tuple[int, int, int, int, int], ...]] = {
+    80: ((64, 32, 8, 32, 64), (32, 16, 8, 32, 32)),
+    90: ((128, 64, 4, 128, 128), (64, 16, 8, 32, 32)),
+    100: ((128, 64, 4, 128, 128), (64, 16, 8, 64, 64)),
+    120: ((64, 32, 8, 32, 64), (32, 16, 8, 32, 32)),
+    "gfx942": ((128, 64, 4, 128, 128), (64, 16, 8, 32, 32)),
+    "gfx950": ((128, 64, 4, 128, 128), (64, 16, 8, 32, 32)),
 }
-"""By whether x, b and c are bf16, and whether products read registers: tokens of a chunk; of the single form tokens of a
-chunk, and warps; and `part` and `depth`."""
+"""By architecture, where x, b and c are bf16 and where they are not: tokens of a chunk; of the single form tokens of a
+chunk, and warps; and `part` and `depth`.
+
+They are as large as registers allow with P = 64 and N = 128. Products of f32 cut both sides in two, and those of 80 and
+120 read both sides from registers. On 100 sums lie in tensor memory, of which a program has 512 columns: a product of f32
+takes as much as three.
+"""
 
 
 @dataclass(frozen=True)
@@ -100,9 +104,6 @@ def default_scan_schedule(mixer: Mixer, target: GpuTarget) -> ScanSchedule:
 
     The single form is taken for sequences of at most two chunks, and for so many that their heads fill the
     multiprocessors several times over. Where the forms break even is to be measured.
-
-    Tiles are as large as registers allow with P = 64 and N = 128. Those of f32 are smaller, since products of f32 cut both
-    sides in two; and smaller where products read both sides from registers.
     """
     together = mixer.heads // mixer.groups
     if target.is_interpreter:
@@ -112,7 +113,9 @@ def default_scan_schedule(mixer: Mixer, target: GpuTarget) -> ScanSchedule:
         )
     some = Programs(_divisor(together, 8), 8)
     narrow = all(is_narrow(mixer.graph, v) for v in (mixer.op.x, mixer.op.b, mixer.op.c))
-    chunk, single_chunk, warps, part, depth = _TILES[narrow, target.arch in _FROM_REGISTERS]
+    chunk, single_chunk, warps, part, depth = _TILES[target.arch][0 if narrow else 1]
+    for _ in range(padded(mixer.width), 64, -64):  # wider heads leave less room for tokens
+        chunk, single_chunk = max(16, chunk // 2), max(16, single_chunk // 2)
     crowd = max(2, -(-4 * target.multiprocessors // mixer.heads))
     one = Programs(1, warps)
     return ScanSchedule(chunk, some, some, single_chunk, one, part, depth, 2 * chunk + 1, crowd)

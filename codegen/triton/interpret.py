@@ -2,6 +2,7 @@
 
 - Functions of Triton's own library are compiled or interpreted by an environment variable that is read when Triton is
   imported. They are exchanged while kernels run, so that one process can do both.
+- Loops over numbers that a kernel is given or computes fail with Triton 3.6 and a current numpy.
 - Casts to bf16 cut bits off instead of rounding, and products of bf16 and FP8 are wrong. Both are done by torch.
 """
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
 
@@ -96,6 +98,12 @@ _NUMPY = {
 }
 
 
+def _patch_tensor(tensor: Any, scope: Any) -> None:
+    """Let the interpreter's numbers be what loops count to."""
+    _OWN_PATCH(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
 def _tensor(handle: Any) -> torch.Tensor:
     """What a handle of the interpreter holds."""
     data = np.ascontiguousarray(handle.data)
@@ -126,8 +134,14 @@ def _dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
     return TensorHandle((product + wide).numpy(), d.dtype.scalar)
 
 
+_OWN_PATCH = interpreter._patch_lang_tensor
 _OWN_CAST = InterpreterBuilder.cast_impl
-_REPAIRED = {"cast_impl": _cast, "create_fp_to_fp": _cast, "create_dot": _dot}
+_REPAIRED = (
+    (InterpreterBuilder, "cast_impl", _cast),
+    (InterpreterBuilder, "create_fp_to_fp", _cast),
+    (InterpreterBuilder, "create_dot", _dot),
+    (interpreter, "_patch_lang_tensor", _patch_tensor),
+)
 
 _lock = threading.RLock()
 _library: dict[int, Any] = {}
@@ -141,9 +155,9 @@ def _interpreting() -> Iterator[None]:
         before = triton.knobs.runtime.interpret
         try:
             triton.knobs.runtime.interpret = True
-            for name, function in _REPAIRED.items():
-                changed.append((InterpreterBuilder, name, getattr(InterpreterBuilder, name)))
-                setattr(InterpreterBuilder, name, function)
+            for owner, name, function in _REPAIRED:
+                changed.append((owner, name, getattr(owner, name)))
+                setattr(owner, name, function)
             for module in (tl.standard, tl):
                 for name, value in list(vars(module).items()):
                     if isinstance(value, JITFunction):
