@@ -25,16 +25,13 @@ from nemoc.models.formats import TENSOR_SCALES, Format, Nvfp4
 from nemoc.models.graph import build_step
 from nemoc.models.names import is_stack, module_of, parameter_of, tensor_of
 from nemoc.models.quantization import Quantization
-from nemoc.models.safetensors_file import read_header
+from nemoc.models.safetensors_file import TYPES, read_header
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Suffixes of files that can run code when they are loaded."""
 
-_TYPES = {
-    "F32": DType.F32, "BF16": DType.BF16, "F16": DType.F16, "F8_E4M3": DType.F8E4M3, "U8": DType.U8,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _TYPES.items()}
-_TORCH_NAMES = {dtype.torch: name for name, dtype in _TYPES.items()}
+_NAMES = {dtype: name for name, dtype in TYPES.items()}
+_TORCH_NAMES = {dtype.torch: name for name, dtype in TYPES.items()}
 _NUMBERS = (DType.F32, DType.BF16, DType.F16)
 """Types of what is not quantized."""
 
@@ -281,7 +278,7 @@ def _parameter(name: str, parts: Parts, type_: TensorType) -> _Parameter:
             )
         if part.shape != wanted and (wanted or part.shape != (1,)):  # a scalar may have an axis
             raise NemocError(f"{part}: found shape {list(part.shape)}, expected {list(wanted)}")
-    return _Parameter(TensorType(_TYPES[first.dtype], shape), ordered, stacked)
+    return _Parameter(TensorType(TYPES[first.dtype], shape), ordered, stacked)
 
 
 def _allowed(name: str, type_: TensorType) -> tuple[DType, ...]:

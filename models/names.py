@@ -50,6 +50,11 @@ def tensor_of(parameter: str, expert: int = 0, *, packed: bool = False) -> str:
     return parameter if parameter.startswith("lm_head.") else f"backbone.{parameter}"
 
 
+def on_disk(module: str) -> str:
+    """The name that released files give to a module; of an expert's, one of that expert alone."""
+    return module if module == "lm_head" else f"backbone.{module}"
+
+
 def module_of(weight: str) -> str:
     """What a weight's module is called, and the scales of the weight after it."""
     return weight.removesuffix(".weight")

@@ -13,10 +13,16 @@ from typing import Any
 
 import torch
 
+from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 
 HEADER_LIMIT = 100_000_000
 """Bytes of header, at most; the limit that safetensors itself sets."""
+
+TYPES = {
+    "F32": DType.F32, "BF16": DType.BF16, "F16": DType.F16, "F8_E4M3": DType.F8E4M3, "U8": DType.U8,
+}  # fmt: skip
+"""The element types that weights may have, as the format spells them."""
 
 _SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,

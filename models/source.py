@@ -49,6 +49,7 @@ class Model:
         config: its shape and constants.
         parameters: its weights, read when asked for; None when only the configuration is known.
         generation: special token ids.
+        directory: the Hugging Face directory that it was opened from, or None.
         tokenizer_dir: the directory that holds `tokenizer.json`, or None.
         chat_template: the Jinja text that turns a conversation into a prompt, or None.
         notes: what was tolerated in the checkpoint, one line each.
@@ -61,6 +62,7 @@ class Model:
     config: ModelConfig
     parameters: ParameterSource | None
     generation: Generation
+    directory: Path | None = None
     tokenizer_dir: Path | None = None
     chat_template: str | None = None
     notes: tuple[str, ...] = ()
@@ -137,6 +139,7 @@ def _of_directory(directory: Path, name: str) -> Model:
         config=config,
         parameters=parameters,
         generation=_generation(config, directory),
+        directory=directory,
         tokenizer_dir=directory if (directory / "tokenizer.json").is_file() else None,
         chat_template=_chat_template(directory),
         notes=parameters.notes,

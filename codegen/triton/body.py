@@ -195,7 +195,6 @@ class Body:
         base = self.writer.pointer(arg, view.dtype)
         terms = [offset(self.writer, place.row, lead), offset(self.writer, place.column, row)]
         text = " + ".join([base, *(t for t in terms if t != "0")])
-        # A tile of pointers even where the elements are one row's or one column's.
         return self.writer.let("at", text) if text != base else base
 
 

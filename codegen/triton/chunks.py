@@ -7,7 +7,8 @@ arXiv 2405.21060, section 6):
     S'   = e^g[T] S + Σ over s of e^(g[T] − g[s]) dt[s] x[s] ⊗ b[s]
 
 The products c[t]·b[s] are those of a group, the rest is a head's. dt is 0 for tokens that are not valid, so that they
-leave the state alone. Where s > t exponents may be large, and are cut: zeros are to be multiplied with something finite.
+leave the state alone. Where s > t exponents may be large, and are cut: zeros are to be multiplied with something
+finite.
 """
 
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ class Steps:
     """dt and g of tokens, in scratch: for each chunk of each head, a slot of so many of both.
 
     They go through memory, since tiles of products want them along rows and along columns, each thread its own, and
-    compilers compute a small tile anew for each of these layouts. A program reads what it wrote itself behind a barrier,
-    or what an earlier launch wrote.
+    compilers compute a small tile anew for each of these layouts. A program reads what it wrote itself behind a
+    barrier, or what an earlier launch wrote.
 
     Args:
         kernel: what reads the recurrence's operands.
@@ -175,7 +176,8 @@ class Chunk:
 
         Args:
             group: its number.
-            states: states of heads of the group, [P, columns] for each block: they are multiplied with a block of c as soon
+            states: states of heads of the group, [P, columns] for each block: they are multiplied with a block of c as
+            soon
                 as it is there, so that no other is needed at the time.
         """
         writer, size, width = self._kernel.writer, self._tokens.rows, padded(self._mixer.width)

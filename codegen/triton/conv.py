@@ -4,8 +4,8 @@
 an element reads the K inputs that it is made from, which neighbours have brought into the cache already. Only the first
 K − 1 tokens of a sequence look back into its history.
 
-The next history is written by a launch of its own behind everyone who reads the old one, or, where a program is the only
-reader of its channels, by that program once it has read them.
+The next history is written by a launch of its own behind everyone who reads the old one, or, where a program is the
+only reader of its channels, by that program once it has read them.
 """
 
 from dataclasses import replace
@@ -166,7 +166,9 @@ def history_stage(site: Site, op: CausalConv) -> Stage:
 
 
 def emit_causal_conv(site: Site, target: GpuTarget) -> Plan:
-    """The plan of a `CausalConv`, alone or in a region of what is computed token by token; it updates its state in place.
+    """The plan of a `CausalConv`, alone or in a region of what is computed token by token.
+
+    It updates its state in place.
 
     Raises:
         RegionError: a result is not computed from the tokens at hand.

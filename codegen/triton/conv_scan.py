@@ -4,8 +4,8 @@ There are two forms, and a plan has both; which one has any programs depends on 
 
 - Chunked: three launches with a program for every chunk and some heads of a group. The first makes what each chunk adds
   to the state. The second goes through the chunks one by one and puts the state at each one's start where what it adds
-  was. The third makes y and results. Convolved channels never reach memory: the first and the third launch convolve what
-  they need. States go through it, in f32.
+  was. The third makes y and results. Convolved channels never reach memory: the first and the third launch convolve
+  what they need. States go through it, in f32.
 - Single: one launch with a program for some heads of a group, which keeps their states and goes through all chunks. It
   convolves b and c once for each program, and leaves multiprocessors idle unless there are many heads and sequences.
 """
@@ -42,8 +42,8 @@ _TILES: dict[int | str, tuple[tuple[int, int, int, int, int], ...]] = {
 chunk, and warps; and `part` and `depth`.
 
 They are as large as registers allow with P = 64 and N = 128. Products of f32 cut both sides in two, and those of 80 and
-120 read both sides from registers. On 100 sums lie in tensor memory, of which a program has 512 columns: a product of f32
-takes as much as three.
+120 read both sides from registers. On 100 sums lie in tensor memory, of which a program has 512 columns: a product of
+f32 takes as much as three.
 """
 
 
@@ -114,8 +114,8 @@ def default_scan_schedule(mixer: Mixer, target: GpuTarget) -> ScanSchedule:
     some = Programs(_divisor(together, 8), 8)
     narrow = all(is_narrow(mixer.graph, v) for v in (mixer.op.x, mixer.op.b, mixer.op.c))
     chunk, single_chunk, warps, part, depth = _TILES[target.arch][0 if narrow else 1]
-    for _ in range(padded(mixer.width), 64, -64):  # wider heads leave less room for tokens
-        chunk, single_chunk = max(16, chunk // 2), max(16, single_chunk // 2)
+    wider = max(1, padded(mixer.width) // 64)  # such heads leave less room for tokens
+    chunk, single_chunk = (max(16, tokens // wider) for tokens in (chunk, single_chunk))
     crowd = max(2, -(-4 * target.multiprocessors // mixer.heads))
     one = Programs(1, warps)
     return ScanSchedule(chunk, some, some, single_chunk, one, part, depth, 2 * chunk + 1, crowd)
@@ -175,7 +175,7 @@ class _Forms:
 
     @property
     def states(self) -> View:
-        """For each sequence, chunk and head a state; only sequences that are too few for the single form are in chunks."""
+        """For each sequence, chunk and head a state; only sequences too few for the single form are in chunks."""
         mixer, schedule = self._mixer, self._schedule
         batch, most = mixer.batch, schedule.crowd - 1
         batch = min(batch, most) if isinstance(batch, int) else sympy.Min(batch, most)

@@ -1,9 +1,9 @@
 """One token of a state-space recurrence with what is around it: the state streams through once.
 
-A program takes some rows of the states of one group's heads, convolves the channels that these read, updates the rows in
-place and computes their elements of y and of results. b and c are convolved by every program of a group: a few loads
-from the cache, against the states from memory. The old history is read by all of them, so that the next one is written by
-a second launch, unless a program takes a whole group.
+A program takes some rows of the states of one group's heads, convolves the channels that these read, updates the rows
+in place and computes their elements of y and of results. b and c are convolved by every program of a group: a few loads
+from the cache, against the states from memory. The old history is read by all of them, so that the next one is written
+by a second launch, unless a program takes a whole group.
 """
 
 from dataclasses import dataclass, replace

@@ -1,7 +1,7 @@
 """What kernels around a state-space recurrence share: how they read its operands, and how they write results.
 
-x, b, c, dt, a and d are made where they are needed, from whatever the region makes them of; where that is a convolution,
-of its inputs. Neither convolved channels nor step sizes reach memory.
+x, b, c, dt, a and d are made where they are needed, from whatever the region makes them of; where that is a
+convolution, of its inputs. Neither convolved channels nor step sizes reach memory.
 """
 
 import dataclasses
@@ -91,9 +91,9 @@ class Recurrence:
     def lean_loop(self, prefix: str, stop: str, natural: str) -> Iterator[str]:
         """A loop whose registers are for its tiles; gives the counter.
 
-        Compilers would also keep what is the same in every iteration, and a pointer for each address that advances by the
-        same amount: more than there are registers. The first is forbidden; of the second nothing is known if the counter is
-        combined with a zero that only running tells.
+        Compilers would also keep what is the same in every iteration, and a pointer for each address that advances by
+        the same amount: more than there are registers. The first is forbidden; of the second nothing is known if the
+        counter is combined with a zero that only running tells.
 
         Args:
             prefix: of the counter's name.
