@@ -117,7 +117,8 @@ def default_scan_schedule(mixer: Mixer, target: GpuTarget) -> ScanSchedule:
     wider = max(1, padded(mixer.width) // 64)  # such heads leave less room for tokens
     chunk, single_chunk = (max(16, tokens // wider) for tokens in (chunk, single_chunk))
     crowd = max(2, -(-4 * target.multiprocessors // mixer.heads))
-    one = Programs(1, warps)
+    # Smaller states are spread over more threads, or what is beside them does not fit.
+    one = Programs(1, warps if padded(mixer.columns) >= 128 else 8)
     return ScanSchedule(chunk, some, some, single_chunk, one, part, depth, 2 * chunk + 1, crowd)
 
 

@@ -100,4 +100,3 @@ def _anchor(body: Graph) -> Emitter:
 def expanded(graphs: Mapping[str, Graph]) -> dict[str, Graph]:
     """Graphs in terms of the ops that have emitters, as far as ops expand, and of regions that one launch can do."""
     return {name: divide(expand_ops(graph, EMITTERS)) for name, graph in graphs.items()}
-
