@@ -1,7 +1,7 @@
 """What kernels around a state-space recurrence share: how they read its operands, and how they write results.
 
 x, b, c, dt, a and d are made where they are needed, from whatever the region makes them of; where that is a
-convolution, of its inputs. Neither convolved channels nor step sizes reach memory.
+convolution, of its inputs. Convolved channels never reach memory.
 """
 
 import dataclasses
@@ -176,7 +176,7 @@ class Factor:
         return Factor(f"tl.trans({self.tile})", self.narrow)
 
     def times(self, other: "Factor", sums: str) -> str:
-        """sums + self · other, as an expression; of f32 against bf16 the f32 side is rounded to 17 bits."""
+        """sums + self · other, as an expression; of f32 against bf16 the f32 side is cut to 16 bits."""
         name = "dot"
         if self.narrow != other.narrow:
             name = "dot_near_right" if self.narrow else "dot_near"
