@@ -28,9 +28,10 @@ class QuantizeNvfp4(Pass):
     """Store weights of matrix products in NVFP4, 4.5 bits each, and multiply with what they decode to.
 
     `scope` is `all` (every projection but the router and the head), `experts`, or a regular expression that the
-    weight's name has to begin with. `dialect` is whose arithmetic scales follow (`nemoc.ir.nvfp4`), `four_over_six`
-    chooses for each block between two scales (arXiv 2512.02010). Weights whose rows are no whole blocks of 16 stay as they are.
-    Activations are not quantized. `budget` is the largest relative error of any result that the check of passes allows.
+    weight's name has to begin with. `dialect` is whose arithmetic scales follow (`nemoc.ir.nvfp4`); `four_over_six`
+    chooses for each block between two scales (arXiv 2512.02010). Weights whose rows are no whole blocks of 16 stay as
+    they are. Activations are not quantized. `budget` is the largest relative error of any result that the check of
+    passes allows.
 
     Before::
 
