@@ -1,0 +1,466 @@
+"""The stages that time parts of a model: which parts, at which sizes, against whom."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from benchmarks.gpu_peers import (
+    AbsentError,
+    MakePeer,
+    Peer,
+    Results,
+    eager_scan,
+    mamba_scan,
+    mamba_update,
+    torch_attention,
+    torch_product,
+    transformers_moe,
+)
+from benchmarks.gpu_region import (
+    DeviceRegion,
+    Emit,
+    Kernels,
+    LoweredPart,
+    Part,
+    compile_parts,
+    cut,
+    lower_part,
+)
+from benchmarks.gpu_results import OWN, Status
+from benchmarks.gpu_session import Outcome, Session, Task, first_line
+from benchmarks.gpu_values import Sizes, Values
+from nemoc import compiler
+from nemoc.codegen.mixer import take_apart
+from nemoc.codegen.plan import Plan, Site
+from nemoc.codegen.regions import as_region
+from nemoc.codegen.storage import Weight, bind_weights
+from nemoc.codegen.triton.conv_scan import default_scan_schedule, emit_conv_scan
+from nemoc.codegen.triton.emit import emit
+from nemoc.codegen.triton.target import gpu_target
+from nemoc.ir import DType, Graph
+from nemoc.ir.builder import Builder
+from nemoc.ir.dims import B, L
+from nemoc.ir.fusion import fuse
+from nemoc.ir.graph import Node
+from nemoc.ir.op import Op
+from nemoc.ir.ops import Attention, Cast, GroupedLinear, Linear, SsdScan, SsdUpdate
+from nemoc.ir.region import Fused
+from nemoc.models import Model, ModelConfig
+from nemoc.passes.check import relative_error
+
+BOUND = 1e-2
+"""‖found − expected‖ / ‖expected‖ of results of ours where activations are bf16."""
+
+PEER_BOUND = 2e-2
+"""The same of peers, who round to bf16 where the reference does not."""
+
+NEVER = 1 << 30
+"""More tokens, or sequences, than there ever are."""
+
+Form = Callable[[Site, str], Plan]
+"""A way of doing the sites of a part on a target."""
+
+ErrorOf = Callable[[Results], float]
+"""The largest relative error of some results of a part."""
+
+
+class Parts:
+    """A model's regions as parts, in bf16.
+
+    Args:
+        model: the model, with parameters.
+        target: the GPU that its passes look at.
+    """
+
+    def __init__(self, model: Model, target: str) -> None:
+        self.config = model.config
+        self._model, self._target = model, target
+
+    @functools.cached_property
+    def _bound(self) -> tuple[dict[str, Graph], tuple[Weight, ...]]:
+        names = ("prefill", "decode")
+        found = compiler.functions(self._model, self._target, dtype="bf16", which=names)
+        return bind_weights(found.graphs)
+
+    @functools.cached_property
+    def values(self) -> Values:
+        """What operands hold."""
+        return Values(self._bound[1], self._model.parameters)
+
+    def around(self, function: str, op: type[Op], name: str) -> Graph:
+        """The first region with an op of that class in it, and the views that it reads."""
+        graph = self._bound[0][function]
+        region = next(node for node in graph.nodes if _holds(node, op))
+        return cut(graph, _with_views(graph, region), name)
+
+    def layer(self, function: str, op: type[Op], name: str) -> Graph:
+        """All of the first layer that has an op of that class."""
+        graph = self._bound[0][function]
+        region = next(node for node in graph.nodes if _holds(node, op))
+        weights = (v.name for v in region.op.operands() if v in graph.params)
+        prefix = ".".join(next(weights).split(".")[:2]) + "."
+        return cut(graph, [n for n in graph.nodes if _is_of(graph, n, prefix)], name)
+
+
+def _holds(node: Node, op: type[Op]) -> bool:
+    inside = node.op.body.nodes if isinstance(node.op, Fused) else (node,)
+    return any(isinstance(n.op, op) for n in inside)
+
+
+def _with_views(graph: Graph, region: Node) -> list[Node]:
+    """A node, and the views behind it."""
+    wanted = {region}
+    waiting = [region]
+    while waiting:
+        for value in waiting.pop().op.operands():
+            maker = graph.producers.get(value)
+            if maker is not None and maker.op.is_view and maker not in wanted:
+                wanted.add(maker)
+                waiting.append(maker)
+    return [n for n in graph.nodes if n in wanted]
+
+
+def _is_of(graph: Graph, node: Node, prefix: str) -> bool:
+    """Whether a node is of a layer, by the names of its results and weights."""
+    weights = (v for v in node.op.operands() if v in graph.params or v in graph.states)
+    return any(v.name.startswith(prefix) for v in (*node.results, *weights))
+
+
+def product_graph(name: str, width: int, features: int, few: bool, wide: bool) -> Graph:
+    """x · wᵀ in bf16 as one region: [B, L, K] of a prefill, or [B, 1, K] of a decode.
+
+    Args:
+        name: of the graph.
+        width, features: K and N.
+        few: whether it is a decode's.
+        wide: whether the result stays in float32, as logits do.
+    """
+    build = Builder(name)
+    x = build.input("x", DType.BF16, (B, 1 if few else L, width))
+    y = build(Linear(x, build.param("w", DType.BF16, (features, width))), "y")
+    if wide:
+        return build.finish([y])
+    graph = build.finish([build(Cast(y, DType.BF16), "rounded")])
+    return fuse(graph, graph.nodes, "linear")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to time.
+
+    Attributes:
+        part: what.
+        sizes: how large.
+        peers: who else is timed; none for all of the stage's.
+    """
+
+    part: str
+    sizes: Sizes
+    peers: frozenset[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """Unique within a stage."""
+        behind = f" behind {self.sizes.cached}" if self.sizes.cached else ""
+        return f"{self.part} {self.sizes.batch} x {self.sizes.new}{behind}"
+
+
+@dataclass(frozen=True)
+class PartStage:
+    """Parts of a model against peers.
+
+    Attributes:
+        name: what users call it.
+        about: one line, with what is aimed at.
+        cases: what is timed.
+        parts: the graph of each part, by name.
+        peers: those that it is compared with.
+        forms: further ways in which our backend does a part, timed beside its own choice.
+        rows: check single tokens of single sequences instead of whole results (`DeviceRegion.expected_rows`).
+    """
+
+    name: str
+    about: str
+    cases: tuple[Case, ...]
+    parts: Mapping[str, Callable[[Parts, str], Graph]]
+    peers: Mapping[str, MakePeer] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    rows: bool = False
+
+    def case_names(self) -> tuple[str, ...]:
+        """In the order in which they are timed."""
+        return tuple(case.name for case in self.cases)
+
+    def lowered(self, parts: Parts, target: str) -> dict[str, LoweredPart]:
+        """The launches of each part, and of each of its forms as `PART, FORM`."""
+        found = {}
+        for name, make in self.parts.items():
+            corners = [case.sizes for case in self.cases if case.part == name]
+            graph = make(parts, name)
+            found[name] = lower_part(Part(name, graph), corners, target)
+            for form, planned in self.forms.items():
+                part = Part(f"{name}, {form}", graph, _planned(planned, target))
+                found[part.name] = lower_part(part, corners, target)
+        return found
+
+    def tasks(self, session: Session) -> Iterator[Task]:
+        """One for each case; kernels are compiled when the first of them runs."""
+        parts = Parts(session.model, session.target)
+        lowered = self.lowered(parts, session.target)
+
+        @functools.cache
+        def kernels() -> Kernels:
+            every = list(lowered.values())
+            code = compile_parts(every, session.target, session.store, session.progress)
+            return Kernels(code, session.device)
+
+        for case in self.cases:
+            own = [lowered[name] for name in (case.part, *self._forms_of(case.part))]
+            digest = session.digest(*(one.digest(session.target) for one in own))
+
+            def measure(
+                case: Case = case, own: Sequence[LoweredPart] = tuple(own)
+            ) -> list[Outcome]:
+                regions = [DeviceRegion(one, case.sizes, kernels(), parts.values) for one in own]
+                return self.measure(case, regions, parts.config, session)
+
+            yield Task(case.name, digest, measure)
+
+    def _forms_of(self, part: str) -> list[str]:
+        return [f"{part}, {form}" for form in self.forms]
+
+    def measure(
+        self, case: Case, regions: Sequence[DeviceRegion], config: ModelConfig, session: Session
+    ) -> list[Outcome]:
+        """Check every contender of a case, and time those that are right.
+
+        Args:
+            case: the case.
+            regions: our own choice, then the forms.
+            config: of the model.
+            session: has the clock.
+        """
+        first = regions[0]
+        error_of = _sampled(first) if self.rows else _complete(first)
+        names = [OWN, *(f"{OWN}, {form}" for form in self.forms)]
+        entrants: dict[str, Callable[[], Peer]] = {
+            name: functools.partial(_own, region)
+            for name, region in zip(names, regions, strict=True)
+        }
+        for name, make in self.peers.items():
+            if case.peers is None or name in case.peers:
+                entrants[name] = functools.partial(make, first, config)
+        outcomes, runs = [], {}
+        for name, enter in entrants.items():
+            bound = BOUND if name in names else PEER_BOUND
+            outcome, run = _checked(name, enter, error_of, bound)
+            outcomes.append(outcome)
+            if run is not None:
+                runs[name] = run
+        timed = session.time(runs)
+        return [
+            replace(o, seconds=timed.get(o.contender, ()), bytes=first.bytes, flops=first.flops)
+            for o in outcomes
+        ]
+
+
+def _planned(form: Form, target: str) -> Emit:
+    return lambda site: form(site, target)
+
+
+def _own(region: DeviceRegion) -> Peer:
+    """Our kernels; what they have to write is poisoned before."""
+    region.reset()
+
+    def run() -> Results:
+        region.run()
+        return region.results()
+
+    return run
+
+
+def _checked(
+    name: str, enter: Callable[[], Peer], error_of: ErrorOf, bound: float
+) -> tuple[Outcome, Peer | None]:
+    """How a contender's first run went, and what to time if its results are right."""
+    try:
+        run = enter()
+        error = error_of(run())
+    except AbsentError as why:
+        return Outcome(name, "unavailable", str(why)), None
+    except Exception as why:  # peers fail in ways of their own, and the others are to be timed
+        return Outcome(name, "failed", first_line(why)), None
+    right = error <= bound
+    note = "" if right else f"relative error {error:.2e}, expected at most {bound:g}"
+    status: Status = "measured" if right else "wrong"
+    outcome = Outcome(name, status, note, error=error, bound=bound)
+    return outcome, run if right else None
+
+
+def _complete(region: DeviceRegion) -> ErrorOf:
+    """Against all results of a part."""
+    expected = region.expected()
+    return lambda found: max(_error(tensor, expected[name]) for name, tensor in found.items())
+
+
+def _sampled(region: DeviceRegion, tokens: int = 32) -> ErrorOf:
+    """Against the first and last tokens of the first and last sequence."""
+    rows = sorted({0, region.sizes.batch - 1})
+    starts = sorted({0, max(0, region.sizes.new - tokens)})
+    places = [(r, s, min(s + tokens, region.sizes.new)) for r in rows for s in starts]
+    expected = [region.expected_rows(*place) for place in places]
+
+    def error_of(found: Results) -> float:
+        return max(
+            _error(tensor[row : row + 1, start:stop], exact[name])
+            for (row, start, stop), exact in zip(places, expected, strict=True)
+            for name, tensor in found.items()
+        )
+
+    return error_of
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return relative_error(found.float(), expected.float())
+
+
+def _scan_form(site: Site, target: str, shortest: int) -> Plan:
+    """A plan whose recurrence takes the chunked form from that many tokens on."""
+    gpu = gpu_target(target)
+    if not _recurs(site):
+        return emit(site, gpu)
+    schedule = default_scan_schedule(take_apart(as_region(site)), gpu)
+    forced = replace(schedule, shortest=shortest, crowd=NEVER)
+    return emit_conv_scan(site, gpu, forced)
+
+
+def _recurs(site: Site) -> bool:
+    return isinstance(site.op, Fused) and any(
+        isinstance(node.op, SsdScan) for node in site.op.body.nodes
+    )
+
+
+_FEW = (1, 4, 16, 64)
+"""Sequences of a decode."""
+
+_ROWS = (512, 2048, 8192, 32768)
+"""Rows of the products of a prefill."""
+
+_PROMPTS = (
+    *((1, n) for n in (512, 1024, 2048, 4096, 8192, 16384, 32768)),
+    *((4, n) for n in (512, 2048, 8192)),
+    *((16, n) for n in (512, 2048)),
+    (64, 512),
+)
+"""Sequences and tokens of each in a prefill: at most 32 K tokens in all."""
+
+_COMPILED = frozenset({(1, 2048), (1, 8192), (1, 32768), (16, 2048)})
+"""Those at which torch.compile takes part: each takes it a good part of a minute."""
+
+
+def _prompts(part: str, every: Sequence[str], compiled: str) -> Iterator[Case]:
+    """The cases of a prefill; `compiled` is the peer that takes part in some only."""
+    for batch, new in _PROMPTS:
+        left_out = set() if (batch, new) in _COMPILED else {compiled}
+        yield Case(part, Sizes(batch, new), frozenset(every) - left_out)
+
+
+def matmul_stage(config: ModelConfig) -> PartStage:
+    """Dense products of a model's shapes."""
+    hidden, inner = config.hidden_size, config.mamba_inner_size
+    shared = config.moe_shared_expert_intermediate_size
+    attended = config.num_attention_heads * config.head_dim
+    shapes = {
+        "in_proj": (hidden, config.in_proj_rows),
+        "out_proj": (inner, hidden),
+        "shared up": (hidden, shared),
+        "shared down": (shared, hidden),
+        "q": (hidden, attended),
+        "o": (attended, hidden),
+        "head": (hidden, config.vocab_size),
+    }
+    cases: list[Case] = []
+    parts: dict[str, Callable[[Parts, str], Graph]] = {}
+    for name, (width, features) in shapes.items():
+        head = name == "head"
+        for few in (True,) if head else (True, False):
+            part = f"{name}, decode" if few else name
+            parts[part] = functools.partial(_product, width, features, few, head)
+            sizes = [Sizes(n, 1) for n in _FEW] if few else [Sizes(1, n) for n in _ROWS]
+            cases += [Case(part, size) for size in sizes]
+    about = "dense products against cuBLAS (torch.mm); aim: within 10 %"
+    return PartStage("matmul", about, tuple(cases), parts, {"torch.mm": torch_product})
+
+
+def _product(width: int, features: int, few: bool, wide: bool, parts: Parts, name: str) -> Graph:
+    return product_graph(name, width, features, few, wide)
+
+
+def scan_stage() -> PartStage:
+    """The recurrence of a prefill."""
+    peers: dict[str, MakePeer] = {
+        "mamba-ssm, torch conv": functools.partial(mamba_scan, compiled=False),
+        "mamba-ssm, compiled conv": functools.partial(mamba_scan, compiled=True),
+        "torch.compile": functools.partial(eager_scan, compiled=True),
+    }
+    return PartStage(
+        "scan",
+        "convolution, recurrence and gate of a prefill; aim: 1.5 times mamba-ssm from 2 K tokens, never slower",
+        tuple(_prompts("scan", list(peers), "torch.compile")),
+        {"scan": lambda parts, name: parts.around("prefill", SsdScan, name)},
+        peers,
+        {
+            "chunked": functools.partial(_scan_form, shortest=1),
+            "single": functools.partial(_scan_form, shortest=NEVER),
+        },
+    )
+
+
+def update_stage() -> PartStage:
+    """The recurrence of a decode."""
+    return PartStage(
+        "update",
+        "convolution, recurrence and gate of a decode; aim: 80 % of the bandwidth of a copy",
+        tuple(Case("update", Sizes(batch, 1)) for batch in (*_FEW, 256)),
+        {"update": lambda parts, name: parts.around("decode", SsdUpdate, name)},
+        {"mamba-ssm, compiled conv": mamba_update},
+    )
+
+
+def moe_stage() -> PartStage:
+    """A whole layer of experts."""
+    peers: dict[str, MakePeer] = {
+        "transformers": functools.partial(transformers_moe, compiled=False),
+        "torch.compile": functools.partial(transformers_moe, compiled=True),
+    }
+    few = (Case("moe, decode", Sizes(batch, 1)) for batch in _FEW)
+    return PartStage(
+        "moe",
+        "norm, router, experts, shared expert and residual against transformers with grouped products",
+        (*few, *_prompts("moe", list(peers), "torch.compile")),
+        {
+            "moe, decode": lambda parts, name: parts.layer("decode", GroupedLinear, name),
+            "moe": lambda parts, name: parts.layer("prefill", GroupedLinear, name),
+        },
+        peers,
+    )
+
+
+def attention_stage() -> PartStage:
+    """Attention over a cache."""
+    behind = (512, 2048, 8192, 32768)
+    few = (Case("attention, decode", Sizes(b, 1, n - 1)) for b in _FEW for n in behind)
+    prompts = (Case("attention", Sizes(b, n)) for b, n in _PROMPTS)
+    return PartStage(
+        "attention",
+        "attention over the cache against torch's with its flash backend",
+        (*few, *prompts),
+        {
+            "attention, decode": lambda parts, name: parts.around("decode", Attention, name),
+            "attention": lambda parts, name: parts.around("prefill", Attention, name),
+        },
+        {"torch flash": torch_attention},
+        rows=True,
+    )
