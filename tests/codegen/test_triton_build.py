@@ -138,8 +138,8 @@ def test_a_kernel_knows_of_a_pointer_what_all_its_launches_do() -> None:
     )
     functions = [StepFunction(name, ("weights", "state"), phases) for name in ("first", "second")]
     assert variants_of(functions) == {
-        "one": Variant(one, (True, False)),
-        "other": Variant(other, (True, False)),
+        one.name: Variant(one, (True, False)),
+        other.name: Variant(other, (True, False)),
     }
 
 
