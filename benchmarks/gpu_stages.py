@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from benchmarks.cutting import cut
 from benchmarks.gpu_peers import (
     AbsentError,
     MakePeer,
@@ -25,7 +26,6 @@ from benchmarks.gpu_region import (
     LoweredPart,
     Part,
     compile_parts,
-    cut,
     lower_part,
 )
 from benchmarks.gpu_results import OWN, Status

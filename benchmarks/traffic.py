@@ -16,13 +16,14 @@ from typing import Any
 import click
 import torch
 
+from benchmarks.cutting import cut
 from benchmarks.fusions import variants
 from nemoc import compiler
 from nemoc.codegen.plan import Site
 from nemoc.codegen.storage import Weight, bind_weights, weight_layout
 from nemoc.codegen.tvm.instrument import SiteTraffic, Traffic, count_traffic
 from nemoc.codegen.tvm.target import cpu_target
-from nemoc.ir import Graph, Value
+from nemoc.ir import Graph
 from nemoc.ir.graph import Node
 from nemoc.ir.params import ParameterSource
 from nemoc.ir.region import Fused
@@ -66,8 +67,8 @@ def layer_parts(graph: Graph, kinds: Sequence[str]) -> dict[str, Graph]:
     chosen: dict[str, int] = {}
     for index in (*inner, 0, len(kinds) - 1):
         chosen.setdefault(kinds[index], index)
-    parts = {kind: _cut(graph, members[index], kind) for kind, index in sorted(chosen.items())}
-    return {**parts, "around": _cut(graph, members[None], "around")}
+    parts = {kind: cut(graph, members[index], kind) for kind, index in sorted(chosen.items())}
+    return {**parts, "around": cut(graph, members[None], "around")}
 
 
 def _layer(graph: Graph, node: Node) -> int | None:
@@ -77,31 +78,6 @@ def _layer(graph: Graph, node: Node) -> int | None:
         if match := _LAYER.match(value.name):
             return int(match[1])
     return None
-
-
-def _cut(graph: Graph, nodes: Sequence[Node], name: str) -> Graph:
-    """Some nodes as a graph: values from elsewhere are inputs, those that others need are outputs."""
-    made = {v for node in nodes for v in node.results}
-    read = dict.fromkeys(v for node in nodes for v in node.op.operands() if v not in made)
-    pairs = [
-        (s, n if n in made else s)
-        for s, n in zip(graph.states, graph.next_states, strict=True)
-        if s in read or n in made
-    ]
-    inside = set(nodes)
-
-    def leaves(value: Value) -> bool:
-        return value in graph.outputs or any(n not in inside for n in graph.uses.get(value, ()))
-
-    return Graph(
-        name,
-        inputs=tuple(v for v in read if v not in graph.params and v not in graph.states),
-        nodes=tuple(nodes),
-        outputs=tuple(v for node in nodes for v in node.results if leaves(v)),
-        params=tuple(v for v in graph.params if v in read),
-        states=tuple(s for s, _ in pairs),
-        next_states=tuple(n for _, n in pairs),
-    )
 
 
 def arguments(

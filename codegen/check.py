@@ -1,12 +1,16 @@
-"""A kernel against its op, on values that reach it in a model."""
+"""Kernels against their ops, on the values that reach them in a model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from nemoc.codegen.guarded import KernelFault
+from nemoc.codegen.lower import Emit
 from nemoc.codegen.plan import Plan, Site
+from nemoc.codegen.sites import RecordedSite, record_sites
+from nemoc.codegen.storage import Layout
+from nemoc.ir.graph import Graph
 from nemoc.ir.op import Env
 from nemoc.ir.region import evaluate_op
 
@@ -27,12 +31,54 @@ class KernelCheck:
     error: float
 
 
+Run = Callable[[], tuple[torch.Tensor, ...]]
+"""Runs the launches of a site on guarded memory, and gives its results."""
+
+
+@dataclass(frozen=True)
+class CheckedBackend:
+    """What a backend does for the check of its kernels, for one target.
+
+    Attributes:
+        expanded: graphs in terms of what it knows.
+        emit: its plans.
+        prepare: what runs each site, at given sizes.
+    """
+
+    expanded: Callable[[Mapping[str, Graph]], Mapping[str, Graph]]
+    emit: Emit
+    prepare: Callable[[Sequence[RecordedSite], Mapping[str, int]], Sequence[Run]]
+
+
+def check_kernels(
+    graphs: Mapping[str, Graph],
+    weights: Layout,
+    arguments: Callable[[Graph], Mapping[str, torch.Tensor]],
+    sizes: Mapping[str, int],
+    backend: CheckedBackend,
+    error: Callable[[torch.Tensor, torch.Tensor], float],
+) -> Iterator[KernelCheck]:
+    """Run each distinct site of a program by itself, on poisoned and guarded memory.
+
+    Args:
+        graphs: step functions; parameters are stored weights.
+        weights: where the weights lie.
+        arguments: inputs, states and weights of a graph at `sizes`; looked up one by one.
+        sizes: B, L and C of the check.
+        backend: whose kernels are run.
+        error: the relative error of a tensor against a reference.
+    """
+    _, sites = record_sites(backend.expanded(graphs), weights, arguments, sizes, backend.emit)
+    for found, run in zip(sites, backend.prepare(sites, sizes), strict=True):
+        yield check_site(found.site, found.plan, found.operands, sizes, run, error)
+
+
 def check_site(
     site: Site,
     plan: Plan,
     operands: Sequence[torch.Tensor],
     sizes: Mapping[str, int],
-    run: Callable[[], tuple[torch.Tensor, ...]],
+    run: Run,
     error: Callable[[torch.Tensor, torch.Tensor], float],
 ) -> KernelCheck:
     """Run a plan and compare its results with what the op means, evaluated in float64.

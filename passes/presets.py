@@ -18,14 +18,7 @@ from nemoc.passes.specialize_decode import SpecializeDecode
 Phase = Literal["prefill", "decode"]
 """Which of the two executables of a model: many tokens per row, or one."""
 
-_GPU: tuple[Pass, ...] = (
-    # why here: rules see through views, so that weights are recognised and later patterns are few
-    Canonicalize(),
-    # why here: layers repeat casts and reshapes of shared values
-    Cse(),
-    # why here: weights stay as on disk, whose rows matrix units read as they are; the artifact holds what else
-    # parameters determine
-    FoldConstants(),
+_FUSIONS: tuple[Pass, ...] = (
     # why here: a region keeps every value that somebody outside reads, even if nobody needs that
     Dce(),
     # why here: before other fusions, which would take the gate and the norm for themselves
@@ -39,7 +32,18 @@ _GPU: tuple[Pass, ...] = (
     # why here: norms that every reader computes again are needed no more
     Dce(),
 )
-"""GPUs: how many launches a region takes is decided behind the passes, by what programs can share."""
+"""Regions, once weights are as kernels read them. How many launches one takes is decided behind the passes."""
+
+_GPU: tuple[Pass, ...] = (
+    # why here: rules see through views, so that weights are recognised and later patterns are few
+    Canonicalize(),
+    # why here: layers repeat casts and reshapes of shared values
+    Cse(),
+    # why here: weights stay as on disk, whose rows matrix units read as they are; the artifact holds what else
+    # parameters determine
+    FoldConstants(),
+    *_FUSIONS,
+)
 
 PREFILL: dict[str, tuple[Pass, ...]] = {
     "reference": (
@@ -64,18 +68,7 @@ PREFILL: dict[str, tuple[Pass, ...]] = {
         Cse(),
         # why here: last change to weights; the artifact holds what this leaves outside the step
         FoldConstants(),
-        # why here: a region keeps every value that somebody outside reads, even if nobody needs that
-        Dce(),
-        # why here: before other fusions, which would take the gate and the norm for themselves
-        FuseConvScan(),
-        # why here: before the general ones, since rows gathered and summed belong to the experts' products
-        FuseMoeDispatch(),
-        # why here: all products that are left, with what is left around them
-        FuseEpilogues(),
-        # why here: what no heavier op has taken
-        FuseRows(),
-        # why here: norms that every reader computes again are needed no more
-        Dce(),
+        *_FUSIONS,
     ),
     "cuda": _GPU,
     "hip": _GPU,

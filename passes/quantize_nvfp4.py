@@ -1,6 +1,5 @@
 """Weights of matrix products in NVFP4."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -12,15 +11,10 @@ from nemoc.ir.op import Op
 from nemoc.ir.ops import Cast, DequantizeNvfp4, GroupedLinear, Linear
 from nemoc.ir.ops.nvfp4 import quantized
 from nemoc.ir.rewrite import Replacement, Rewriter, Rule, rewrite
+from nemoc.ir.scopes import read_scope
 from nemoc.ir.types import Value
 from nemoc.passes.base import Effect, Pass
 from nemoc.passes.context import PassContext, Remark
-
-_SCOPES = {
-    "all": r"(?!lm_head\.|.*\.gate\.)",
-    "experts": r".*\.(experts|shared_experts)\.",
-}
-"""Patterns by name: every projection but the router and the head; experts, routed and shared."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +54,16 @@ class QuantizeNvfp4(Pass):
                 f"{', '.join(DIALECTS)}"
             )
         try:
-            re.compile(self._pattern)
-        except re.error as error:
-            raise NemocError(
-                f"pass {self.name}: option scope is {self.scope!r}, expected "
-                f"{', '.join(_SCOPES)} or a regular expression: {error}"
-            ) from None
+            read_scope(self.scope)
+        except NemocError as error:
+            raise NemocError(f"pass {self.name}: option {error}") from None
 
     def error_budget(self) -> float:
         return self.budget
 
-    @property
-    def _pattern(self) -> str:
-        return _SCOPES.get(self.scope, self.scope)
-
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
-        chosen = {p for p in graph.params if re.match(self._pattern, p.name)}
+        begins = read_scope(self.scope)
+        chosen = {p for p in graph.params if begins.match(p.name)}
 
         def apply(op: Op, rewriter: Rewriter) -> Replacement:
             assert isinstance(op, Linear | GroupedLinear)

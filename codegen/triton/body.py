@@ -12,7 +12,17 @@ from dataclasses import replace
 from nemoc.codegen.plan import Arg, RegionError, Site, View
 from nemoc.codegen.regions import body_of
 from nemoc.codegen.triton.row_ops import row_op
-from nemoc.codegen.triton.seen import Place, Seen, Shape, map_index, offset, split_view, wide
+from nemoc.codegen.triton.seen import (
+    Place,
+    Seen,
+    Shape,
+    map_index,
+    offset,
+    pointer_to,
+    split_view,
+    store_tile,
+    wide,
+)
 from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
 from nemoc.ir.dims import product
 from nemoc.ir.dtypes import DType
@@ -148,8 +158,9 @@ class Body:
     def store(self, result: int, seen: Seen, place: Place) -> None:
         """Write the tile of a result of the region to memory, where its place exists."""
         tile = self.tile(seen, place)
-        pointer = self._pointer(Arg("result", result), self.site.results[result], seen, place)
-        self._store(pointer, tile, place.exists, place.mask)
+        view = self.site.results[result]
+        pointer = pointer_to(self.writer, Arg("result", result), view, seen.width, place)
+        store_tile(self.writer, pointer, tile, place)
 
     def store_rows(self, result: int, op: CacheWrite, place: Place, width: int) -> None:
         """Write rows of a cache: the tile of `op.rows` at a place, behind what each sequence has cached."""
@@ -178,24 +189,13 @@ class Body:
         pointer = writer.let("to_cache", f"{base} + ({' + '.join(terms)})")
         room = writer.let("room", f"{to} < {size_text(op.cache.shape[1])}")
         exists = f"{place.exists} & {room}" if place.exists else room
-        self._store(pointer, tile, exists, place.mask)
-
-    def _store(self, pointer: str, tile: str, exists: str, mask: str) -> None:
-        masks = " & ".join(m for m in (exists, mask) if m)
-        self.writer.line(f"tl.store({pointer}, {tile}{f', mask={masks}' if masks else ''})")
+        store_tile(writer, pointer, tile, replace(place, exists=exists))
 
     def _loaded(self, seen: Seen, place: Place) -> str:
         view = self.view(seen.value)
-        pointer = self._pointer(self.arg(seen.value), view, seen, place)
+        pointer = pointer_to(self.writer, self.arg(seen.value), view, seen.width, place)
         mask = f", mask={place.mask}, other={_zero(view.dtype)}" if place.mask else ""
         return self.writer.let("x", f"tl.load({pointer}{mask})")
-
-    def _pointer(self, arg: Arg, view: View, seen: Seen, place: Place) -> str:
-        lead, row = split_view(view, seen.width)
-        base = self.writer.pointer(arg, view.dtype)
-        terms = [offset(self.writer, place.row, lead), offset(self.writer, place.column, row)]
-        text = " + ".join([base, *(t for t in terms if t != "0")])
-        return self.writer.let("at", text) if text != base else base
 
 
 def _cut_alike(own: Shape, seen: Seen) -> tuple[Shape, Shape]:

@@ -13,9 +13,9 @@ from dataclasses import replace
 from nemoc.codegen.plan import Plan, RegionError, Site, Stage
 from nemoc.codegen.regions import as_region, body_of
 from nemoc.codegen.triton.body import Body
-from nemoc.codegen.triton.seen import Place, Seen
+from nemoc.codegen.triton.seen import Place, Seen, pointer_to, store_tile
 from nemoc.codegen.triton.target import GpuTarget
-from nemoc.codegen.triton.tokens import Tokens, pointer_to, store
+from nemoc.codegen.triton.tokens import Tokens
 from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
 from nemoc.ir.dims import Dim, ceil_div, dim, product
 from nemoc.ir.graph import Graph
@@ -146,7 +146,7 @@ def shift_history(body: Body, op: CausalConv, n: str, place: Place) -> None:
     writer.line("tl.debug_barrier()")
     for r, tile in enumerate(moved):
         at = replace(place, row=_old_row(writer, n, str(r), back))
-        store(
+        store_tile(
             writer, pointer_to(writer, body.arg(op.state), body.view(op.state), width, at), tile, at
         )
 

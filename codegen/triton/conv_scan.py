@@ -19,9 +19,9 @@ from nemoc.codegen.plan import Arg, Plan, Site, Stage, View
 from nemoc.codegen.regions import as_region
 from nemoc.codegen.triton.chunks import Chunk, Steps
 from nemoc.codegen.triton.scan_parts import Recurrence, Results, is_narrow, padded, stages_behind
-from nemoc.codegen.triton.seen import Place, Seen
+from nemoc.codegen.triton.seen import Place, Seen, pointer_to, store_tile
 from nemoc.codegen.triton.target import GpuTarget
-from nemoc.codegen.triton.tokens import Tokens, pointer_to, store
+from nemoc.codegen.triton.tokens import Tokens
 from nemoc.codegen.triton.writer import power_of_two, size_text
 from nemoc.ir.dims import Dim, ceil_div, dim, product
 from nemoc.ir.dtypes import DType
@@ -220,7 +220,7 @@ class _Forms:
         if mixer.stores_state:
             for parts_of in zip(pointers, states, places, strict=True):
                 for pointer, block, place in zip(*parts_of, strict=True):
-                    store(writer, pointer, block, place)
+                    store_tile(writer, pointer, block, place)
         return writer.finish(dim(mixer.batch * parts * taken), schedule.single.warps, 1)
 
     def additions(self, taken: Dim) -> Stage:
@@ -245,7 +245,7 @@ class _Forms:
             zeros = [f"tl.zeros([{at.rows}, {at.columns}], tl.float32)" for at in places]
             added = chunk.added(chunk.head(head, slot), b, zeros)
             for at, block in zip(places, added, strict=True):
-                store(writer, self._kept(kernel, at), block, at)
+                store_tile(writer, self._kept(kernel, at), block, at)
         return writer.finish(self._tasks(heads, taken), self._schedule.adding.warps, 1)
 
     def passing(self, taken: Dim) -> Stage:
@@ -287,7 +287,7 @@ class _Forms:
                 writer.line(f"tl.store({at}, {state}, mask={mask})")
                 writer.line(f"{state} = {state} * tl.exp({total}) + {added}")
         if mixer.stores_state:
-            store(writer, final, state, place)
+            store_tile(writer, final, state, place)
         return writer.finish(dim(mixer.batch * mixer.heads * parts * taken), 4, 1)
 
     def outputs(self, taken: Dim) -> Stage:

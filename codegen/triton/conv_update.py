@@ -13,9 +13,9 @@ from nemoc.codegen.plan import Plan, Site
 from nemoc.codegen.regions import as_region
 from nemoc.codegen.triton.conv import shift_history
 from nemoc.codegen.triton.scan_parts import Recurrence, Results, stages_behind
-from nemoc.codegen.triton.seen import Place
+from nemoc.codegen.triton.seen import Place, store_tile
 from nemoc.codegen.triton.target import GpuTarget
-from nemoc.codegen.triton.tokens import Tokens, store
+from nemoc.codegen.triton.tokens import Tokens
 from nemoc.codegen.triton.writer import power_of_two
 from nemoc.ir.dims import dim
 
@@ -146,7 +146,7 @@ class _Update:
         driven = writer.let("driven", f"{dt} * {x}")
         new = writer.let("new", f"{old} * {decay} + {driven} * {b}")
         if mixer.stores_state:
-            store(writer, pointer, new, state)
+            store_tile(writer, pointer, new, state)
         skip = kernel.skip(heads)
         skipped = f" + {skip} * {x}" if skip else ""
         return writer.let("y", f"tl.sum({new} * {c}, axis=1, keep_dims=True){skipped}")

@@ -16,9 +16,9 @@ from nemoc.codegen.rows import Rows
 from nemoc.codegen.triton.body import Body
 from nemoc.codegen.triton.conv import Convolution, history_stage
 from nemoc.codegen.triton.rows import emit_rows
-from nemoc.codegen.triton.seen import Place, Seen
+from nemoc.codegen.triton.seen import Place, Seen, pointer_to, store_tile
 from nemoc.codegen.triton.target import GpuTarget
-from nemoc.codegen.triton.tokens import Tokens, pointer_to, store
+from nemoc.codegen.triton.tokens import Tokens
 from nemoc.codegen.triton.writer import KernelWriter, power_of_two
 from nemoc.ir.dtypes import DType
 from nemoc.ir.graph import Graph
@@ -155,7 +155,7 @@ class Recurrence:
             self.body.store(i, Seen(rows.value, seen.width), place)
         if self._results.whole:
             view = View.dense(seen.value.type)
-            store(self.writer, pointer_to(self.writer, Y, view, seen.width, place), y, place)
+            store_tile(self.writer, pointer_to(self.writer, Y, view, seen.width, place), y, place)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ numbers.
 
 from dataclasses import dataclass
 
-from nemoc.codegen.plan import RegionError, View
+from nemoc.codegen.plan import Arg, RegionError, View
 from nemoc.codegen.triton.writer import KernelWriter, size_text
 from nemoc.codegen.views import merge_axes, quotient
 from nemoc.ir.dims import Dim, dim, product
@@ -188,3 +188,17 @@ def wide(index: str, stride: Dim) -> str:
     if isinstance(stride, int) and stride < _NARROW:
         return index
     return f"tl.cast({index}, tl.int64)"
+
+
+def pointer_to(writer: KernelWriter, arg: Arg, view: View, width: int, place: Place) -> str:
+    """Pointers to a tensor's elements at a place, the tensor being seen as rows of `width` elements."""
+    lead, row = split_view(view, width)
+    terms = [offset(writer, place.row, lead), offset(writer, place.column, row)]
+    text = " + ".join([writer.pointer(arg, view.dtype), *(t for t in terms if t != "0")])
+    return writer.let("at", text)
+
+
+def store_tile(writer: KernelWriter, pointer: str, tile: str, place: Place) -> None:
+    """Store a tile where its place exists."""
+    masks = " & ".join(m for m in (place.exists, place.mask) if m)
+    writer.line(f"tl.store({pointer}, {tile}{f', mask={masks}' if masks else ''})")

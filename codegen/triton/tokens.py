@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from nemoc.codegen.plan import Arg, View
-from nemoc.codegen.triton.seen import Place, offset, split_view
+from nemoc.codegen.triton.seen import Place
 from nemoc.codegen.triton.writer import KernelWriter, size_text
 from nemoc.ir.dims import Dim
 
@@ -40,17 +39,3 @@ class Tokens:
     def place(self) -> Place:
         """Their rows, without columns."""
         return Place(self.row, "0", self.rows, 1, exists=self.exists)
-
-
-def pointer_to(writer: KernelWriter, arg: Arg, view: View, width: int, place: Place) -> str:
-    """Pointers to a tensor's elements at a place, the tensor being seen as rows of `width` elements."""
-    lead, row = split_view(view, width)
-    terms = [offset(writer, place.row, lead), offset(writer, place.column, row)]
-    text = " + ".join([writer.pointer(arg, view.dtype), *(t for t in terms if t != "0")])
-    return writer.let("at", text)
-
-
-def store(writer: KernelWriter, pointer: str, tile: str, place: Place) -> None:
-    """Store a tile where its place exists."""
-    masks = " & ".join(m for m in (place.exists, place.mask) if m)
-    writer.line(f"tl.store({pointer}, {tile}{f', mask={masks}' if masks else ''})")

@@ -1,6 +1,5 @@
 """Proof on the user's own model: each pass, each kernel, and the whole against eager PyTorch."""
 
-import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nemoc import compiler
-from nemoc.codegen.check import KernelCheck
+from nemoc.codegen.check import CheckedBackend, check_kernels
 from nemoc.codegen.storage import Weight, bind_weights, weight_layout
 from nemoc.codegen.triton.target import GPUS
 from nemoc.compiler import Functions, Pipeline
@@ -175,14 +174,15 @@ def kernel_rows(found: Functions) -> Iterator[VerifyRow]:
         return
     graphs, weights = bind_weights(found.graphs)
     packed = _Packed(found.model.parameters, weights)
-    checks = _check_kernels(found.target)(
+    checks = check_kernels(
         graphs,
         weight_layout(weights),
         lambda graph: LazyArguments(
             graph, packed, sample_arguments(graph, CHECK_SIZES, params=False)
         ),
         CHECK_SIZES,
-        error=relative_error,
+        _checked_backend(found.target),
+        relative_error,
     )
     bound = NARROW_BOUND if _rounds(found) else KERNEL_BOUND
     started = time.perf_counter()
@@ -193,16 +193,16 @@ def kernel_rows(found: Functions) -> Iterator[VerifyRow]:
         started = now
 
 
-def _check_kernels(target: str) -> Callable[..., Iterator[KernelCheck]]:
-    """A backend's check of every kernel, for a target that it generates code for."""
+def _checked_backend(target: str) -> CheckedBackend:
+    """The backend that generates code for a target."""
     if target in GPUS:
-        from nemoc.codegen.triton.check import check_kernels as check_gpu  # noqa: PLC0415  (triton)
+        from nemoc.codegen.triton import check as triton_check  # noqa: PLC0415  (loads triton)
 
-        return functools.partial(check_gpu, target=GPUS[target])
-    from nemoc.codegen.tvm.check import check_kernels  # noqa: PLC0415  (loads tvm)
+        return triton_check.checked_backend(GPUS[target])
+    from nemoc.codegen.tvm import check as tvm_check  # noqa: PLC0415  (loads tvm)
     from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
 
-    return functools.partial(check_kernels, target=cpu_target(target))
+    return tvm_check.checked_backend(cpu_target(target))
 
 
 class _Packed:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 
-from nemoc.codegen.check import KernelCheck
+from nemoc.codegen.check import KernelCheck, check_kernels
 from nemoc.codegen.plan import Arg, Plan, Site, View
 from nemoc.codegen.storage import Layout
 from nemoc.codegen.tvm import check
-from nemoc.codegen.tvm.check import check_kernels
 from nemoc.codegen.tvm.emit import emit
 from nemoc.codegen.tvm.harness import Emitter
 from nemoc.codegen.tvm.target import CpuTarget, cpu_target
@@ -35,7 +34,9 @@ def checks(**graphs: Graph) -> list[KernelCheck]:
         return sample_arguments(graph, SIZES)
 
     layout = Layout.of(params.items())
-    found = check_kernels(graphs, layout, arguments, SIZES, cpu_target(), relative_error)
+    found = check_kernels(
+        graphs, layout, arguments, SIZES, check.checked_backend(cpu_target()), relative_error
+    )
     return list(found)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -26,6 +26,8 @@ from nemoc.models import (
 from nemoc.models.reference import NemotronH
 from support.stepping import Stepper, relative_error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ModelConfig(
     vocab_size=61,
     hidden_size=20,
@@ -45,16 +47,6 @@ SMALL = ModelConfig(
     moe_intermediate_size=11,
     moe_shared_expert_intermediate_size=13,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Operations are far too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(threads)
 
 
 def _model(config: ModelConfig, seed: int = 0, dtype: DType = DType.F32) -> Model:

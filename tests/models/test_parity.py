@@ -1,6 +1,5 @@
 """The graph against transformers' NemotronHForCausalLM in float32, through checkpoints that it wrote."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,12 @@ from nemoc.models import Model, open_model, preset
 from support.checkpoints import VARIANTS, unusual_model, write_checkpoint
 from support.stepping import Stepper, relative_error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BOUND = 1e-5
 """Ten times stricter than what the project promises for whole models; 1e-6 is usual."""
 
 CAPACITY = 32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Operations are far too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda name: name.replace(" ", "-"))

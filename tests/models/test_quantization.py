@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from support.quantized import (
     write_quantized,
 )
 from support.stepping import Stepper, relative_error
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MLP = ("up_proj", "down_proj")
 SHARED = ("shared_experts.up_proj", "shared_experts.down_proj")
@@ -179,16 +181,6 @@ class Written:
     directory: Path
     dense: Tensors
     model: Model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Operations are far too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def test_rows_that_are_no_whole_blocks_stay_and_are_named() -> None:
     ("text", "says"),
     [
         ("quantize-nvfp4{dialect=mine}", "option dialect is 'mine'"),
-        ('quantize-nvfp4{scope="("}', "option scope is '('"),
+        ('quantize-nvfp4{scope="("}', "option scope '(': expected all, experts or a regular"),
     ],
 )
 def test_bad_options_are_named(text: str, says: str) -> None:
