@@ -25,8 +25,9 @@ from nemoc.progress import Progress
 from nemoc.runtime.cuda_device import CudaDevice, Device
 from nemoc.runtime.cuda_driver import CudaDriver
 
-_LEAST = 60.0
-"""Seconds that have to be left for a case to be begun, more if one has taken longer."""
+_LEAST, _FIRST = 60.0, 150.0
+"""Seconds that have to be left for a case to be begun, and for the first of a stage, which compiles; more if one has
+taken longer."""
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,10 @@ class Session:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device.place)[0]
 
-    @property
-    def has_time(self) -> bool:
-        """Whether another case can be begun."""
-        return time.monotonic() + max(_LEAST, 1.5 * self._longest) < self._deadline
+    def _has_time(self, first: bool) -> bool:
+        """Whether another case can be begun, the first of a stage or a later one."""
+        least = max(_FIRST if first else _LEAST, 1.5 * self._longest)
+        return time.monotonic() + least < self._deadline
 
     def run(self, stage: Stage, tell: Callable[[str], None]) -> bool:
         """Measure what a stage has left; false if time has run out.
@@ -169,12 +170,14 @@ class Session:
         Raises:
             LostDeviceError: the device does nothing any more; the case is noted as failed.
         """
+        first = True
         for task in stage.tasks(self):
             key = (self.machine.device, task.code, stage.name, task.case)
             if not self._again and self._journal.has(key):
                 continue
-            if not self.has_time:
+            if not self._has_time(first):
                 return False
+            first = False
             tell(f"{stage.name}: {task.case}")
             self._measure(stage, task)
         return True
@@ -191,6 +194,8 @@ class Session:
         try:
             self._wait()
             if torch.cuda.is_available():
+                # What was compiled keeps its operands, and after some shapes nothing would be compiled any more.
+                torch.compiler.reset()
                 torch.cuda.empty_cache()
         except (NemocError, RuntimeError) as error:
             raise LostDeviceError(f"{stage.name}: {task.case}: {first_line(error)}") from None

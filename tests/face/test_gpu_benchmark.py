@@ -2,14 +2,17 @@
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from benchmarks import gpu, gpu_stages, gpu_whole
+import torch.nn.functional as F
+from benchmarks import gpu, gpu_peers, gpu_stages, gpu_whole
 from benchmarks.gpu_measure import in_turns, measure_roofs, quartiles
 from benchmarks.gpu_peers import eager_scan, torch_product
 from benchmarks.gpu_region import (
@@ -257,11 +260,13 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 5 * 3
 
 
-def test_no_case_is_begun_without_time_for_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seconds", "measured"), [(-1, 0), (100, 0), (200, 2)])
+def test_no_case_is_begun_without_time_for_it(tmp_path: Path, seconds: int, measured: int) -> None:
     stage = CountedStage()
-    session = session_on(FakeLibrary({}), Journal(tmp_path / "gpu.jsonl"), deadline=0.0)
-    assert not session.run(stage, quiet)
-    assert not stage.measured
+    deadline = time.monotonic() + seconds
+    session = session_on(FakeLibrary({}), Journal(tmp_path / "gpu.jsonl"), deadline=deadline)
+    assert session.run(stage, quiet) == bool(measured)
+    assert len(stage.measured) == measured
 
 
 def test_a_case_that_fails_is_noted_and_the_next_measured(tmp_path: Path) -> None:
@@ -386,11 +391,16 @@ def stages() -> list[PartStage]:
 @pytest.mark.parametrize("stage", stages(), ids=lambda stage: stage.name)
 def test_every_case_has_launches_and_costs(nano: Parts, stage: PartStage) -> None:
     lowered = stage.lowered(nano, TARGET)
+    functions = [f for one in lowered.values() for f in one.program.functions]
+    kernels = {x.kernel.name: x.kernel for f in functions for x in f.launches}
+    binaries = {name: binary_of(kernel) for name, kernel in kernels.items()}
+    record = LaunchRecord.of(TARGET, 0, binaries, functions)
+    assert LaunchRecord.from_json(json.loads(record.to_text()), "") == record
     assert len(set(stage.case_names())) == len(stage.cases)
     for case in stage.cases:
         one = lowered[case.part]
-        (function,) = one.program.functions
-        assert function.launches
+        tasks = [x.tasks for x in record.functions[case.part].launches]
+        assert any(evaluate_dim(count, case.sizes.symbols) > 0 for count in tasks)
         for amount in (one.part.bytes(case.sizes), one.part.flops(case.sizes)):
             assert math.isfinite(amount)
             assert amount > 0
@@ -565,10 +575,97 @@ def scan() -> DeviceRegion:
 
 
 def test_the_eager_scan_means_what_the_region_means(scan: DeviceRegion) -> None:
-    expected = scan.expected()
-    found = eager_scan(scan, WIDE, compiled=False)()
-    assert found.keys() < expected.keys()
-    assert all(relative_error(t.float(), expected[n].float()) <= BOUND for n, t in found.items())
+    assert_means_the_same(eager_scan(scan, WIDE, compiled=False), scan)
+
+
+def recurrence(x: Any, dt: Any, a: Any, b: Any, c: Any, d: Any, state: Any) -> Any:
+    """One token as mamba-ssm's kernels define it, in float32: y [B, H, P] and the next state [B, H, P, N].
+
+    x [B, H, P], dt [B, H], a and d [H], b and c [B, G, N], state [B, H, P, N].
+    """
+    b, c = (each.float().repeat_interleave(x.shape[1] // b.shape[1], 1) for each in (b, c))
+    decay = torch.exp(dt * a)[..., None, None]
+    state = decay * state + (dt[..., None] * x.float())[..., None] * b[:, :, None]
+    return (state * c[:, :, None]).sum(-1) + d[:, None] * x.float(), state
+
+
+def scan_in_torch(
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    chunk_size: int,
+    D: Any = None,
+    z: Any = None,
+    dt_bias: Any = None,
+    initial_states: Any = None,
+    dt_softplus: bool = False,
+    return_final_states: bool = False,
+) -> Any:
+    """`mamba_chunk_scan_combined` of mamba-ssm: x [B, L, H, P], dt [B, L, H], B and C [B, L, G, N]."""
+    assert dt_softplus
+    assert return_final_states
+    steps, state, parts = F.softplus(dt.float() + dt_bias), initial_states, []
+    for t in range(x.shape[1]):
+        y, state = recurrence(x[:, t], steps[:, t], A, B[:, t], C[:, t], D, state)
+        parts.append(y * F.silu(z[:, t].float()))
+    return torch.stack(parts, 1).to(x.dtype), state
+
+
+def update_in_torch(
+    state: Any,
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    z: Any = None,
+    dt_bias: Any = None,
+    dt_softplus: bool = False,
+) -> Any:
+    """`selective_state_update` of mamba-ssm: x, dt and z [B, H, P], A [H, P, N], D and dt_bias [H, P]."""
+    assert dt_softplus
+    heads, width = x.shape[1:]
+    assert (dt.shape, A.shape) == (x.shape, (heads, width, state.shape[-1]))
+    assert D.shape == dt_bias.shape == (heads, width)
+    steps = F.softplus(dt.float() + dt_bias)[..., 0]
+    y, following = recurrence(x, steps, A[:, 0, 0], B, C, D[:, 0], state)
+    state.copy_(following)
+    return (y * F.silu(z.float())).to(x.dtype)
+
+
+def kernels_in_torch(module: str) -> ModuleType:
+    """Stands for mamba-ssm's modules."""
+    found = ModuleType(module)
+    found.mamba_chunk_scan_combined = scan_in_torch  # type: ignore[attr-defined]
+    found.selective_state_update = update_in_torch  # type: ignore[attr-defined]
+    return found
+
+
+def assert_means_the_same(peer: Any, region: DeviceRegion) -> None:
+    expected = region.expected()
+    found = peer()
+    assert len(found) == 2
+    for name, tensor in found.items():
+        assert relative_error(tensor.float(), expected[name].float()) <= BOUND
+
+
+def test_mamba_ssm_is_given_what_the_scan_is_given(
+    scan: DeviceRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_peers, "_mamba_kernels", kernels_in_torch)
+    assert_means_the_same(gpu_peers.mamba_scan(scan, WIDE, compiled=False), scan)
+
+
+def test_mamba_ssm_is_given_what_the_update_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_peers, "_mamba_kernels", kernels_in_torch)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    parts = Parts(model_of(WIDE), TARGET)
+    lowered = small(gpu_stages.update_stage(), Case("update", Sizes(2, 1))).lowered(parts, TARGET)
+    region = region_of(lowered["update"], Sizes(2, 1), parts.values)
+    assert_means_the_same(gpu_peers.mamba_update(region, WIDE), region)
 
 
 def test_a_scan_with_the_norm_in_it_has_no_such_peer(mini: Parts) -> None:
