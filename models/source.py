@@ -3,6 +3,7 @@
 import difflib
 import json
 import os.path
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from nemoc.models.checkpoint import PICKLES, Checkpoint, pickle_error
 from nemoc.models.config import ModelConfig
 from nemoc.models.config_fields import FieldReader
 from nemoc.models.formats import WeightTypes
+from nemoc.models.gguf import open_gguf
+from nemoc.models.gguf_tokenizer import tokenizer_files
 from nemoc.models.graph import build_step
 from nemoc.models.presets import PRESETS, preset
 from nemoc.models.quantization import Quantization, parse_quantization, read_quantization
@@ -51,6 +54,8 @@ class Model:
         generation: special token ids.
         directory: the Hugging Face directory that it was opened from, or None.
         tokenizer_dir: the directory that holds `tokenizer.json`, or None.
+        tokenizer_texts: the texts of `tokenizer.json` and `tokenizer_config.json` of a source that has them in another
+            form; else empty.
         chat_template: the Jinja text that turns a conversation into a prompt, or None.
         notes: what was tolerated in the checkpoint, one line each.
         quantization: how its weights are stored.
@@ -64,6 +69,7 @@ class Model:
     generation: Generation
     directory: Path | None = None
     tokenizer_dir: Path | None = None
+    tokenizer_texts: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
     notes: tuple[str, ...] = ()
     quantization: Quantization = field(default_factory=Quantization)
@@ -81,6 +87,18 @@ class Model:
             formats=self.quantization.formats,
         )
 
+    def tokenizer_files(self) -> dict[str, Path | str]:
+        """What makes up the tokenizer, by file name: where it is, or its text."""
+        files: dict[str, Path | str] = {**self.tokenizer_texts}
+        if self.tokenizer_dir is not None:
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                path = self.tokenizer_dir / name
+                if path.is_file():
+                    files[name] = path
+        if files and self.chat_template is not None:
+            files["chat_template.jinja"] = self.chat_template
+        return files
+
     @property
     def weight_types(self) -> WeightTypes | None:
         """The stored type of each parameter, None when only the configuration is known."""
@@ -94,6 +112,7 @@ def open_model(source: Any) -> Model:
     Args:
         source: one of
             a Hugging Face directory (`config.json`, safetensors, perhaps a tokenizer);
+            a GGUF file;
             `"sample"`, the trained model that comes with nemoc;
             `"random:PRESET"` or `"random:PRESET,seed=3"`, random weights in a preset's shape;
             a preset's name or the path of a `config.json`, which have no weights;
@@ -125,7 +144,7 @@ def open_model(source: Any) -> Model:
 
 def _accepted() -> str:
     return (
-        "a Hugging Face directory, 'sample', 'random:PRESET', a config.json, "
+        "a Hugging Face directory, a GGUF file, 'sample', 'random:PRESET', a config.json, "
         f"a {_IN_MEMORY} object or a preset ({', '.join(PRESETS)})"
     )
 
@@ -151,6 +170,8 @@ def _of_directory(directory: Path, name: str) -> Model:
 def _of_file(path: Path) -> Model:
     if path.name.endswith(PICKLES):
         raise pickle_error(path)
+    if path.suffix == ".gguf":
+        return _of_gguf(path)
     if path.suffix != ".json":
         raise NemocError(f"{path}: found a file, expected {_accepted()}")
     config = ModelConfig.from_file(path)
@@ -160,6 +181,26 @@ def _of_file(path: Path) -> Model:
         parameters=None,
         generation=_generation(config),
         quantization=read_quantization(path, config),
+    )
+
+
+def _of_gguf(path: Path) -> Model:
+    opened = open_gguf(path)
+    metadata, texts, notes = opened.file.metadata, {}, opened.notes
+    if metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab"):
+        try:
+            texts = tokenizer_files(metadata)
+        except NemocError as error:
+            notes = (*notes, f"the tokenizer is ignored: {error}")
+    template = metadata.get("tokenizer.chat_template")
+    return Model(
+        name=path.stem,
+        config=opened.config,
+        parameters=opened.parameters,
+        generation=_generation(opened.config),
+        tokenizer_texts=texts,
+        chat_template=template if isinstance(template, str) else None,
+        notes=notes,
     )
 
 

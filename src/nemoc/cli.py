@@ -146,8 +146,9 @@ class _InOrder(click.Group):
 def nemoc() -> None:
     """Compile Nemotron-3-style hybrid language models: Mamba-2, mixture of experts, attention.
 
-    SOURCE is a Hugging Face directory, 'sample' (a small trained model that comes with nemoc),
-    'random:PRESET' (random weights) or, where weights are not needed, a preset or a config.json.
+    SOURCE is a Hugging Face directory, a GGUF file, 'sample' (a small trained model that comes with
+    nemoc), 'random:PRESET' (random weights) or, where weights are not needed, a preset or a
+    config.json.
     """
 
 
@@ -264,6 +265,47 @@ def report(artifact: Path) -> None:
     from nemoc.commands import report
 
     report.run(artifact)
+
+
+@nemoc.command(short_help="Write SOURCE as a checkpoint that others load.")
+@click.argument("source")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The new directory; for gguf the new file.",
+)
+@click.option(
+    "--format",
+    type=click.Choice(["modelopt", "compressed-tensors", "gguf"]),
+    required=True,
+    help="Whose it is to be: of ModelOpt, of compressed-tensors, or of llama.cpp.",
+)
+@click.option(
+    "--scope",
+    metavar="all|experts|REGEX",
+    default="all",
+    show_default=True,
+    help="What to quantize: all linear layers but the head, those of experts, or by name.",
+)
+@click.option(
+    "--type",
+    type=click.Choice(["nvfp4", "q8_0", "bf16", "f32"]),
+    default="nvfp4",
+    show_default=True,
+    help="Of the matrices in scope; other than nvfp4 for gguf alone.",
+)
+@_options(_quiet, _debug)
+def quantize(source: str, output: Path, **options: Any) -> None:
+    """Write SOURCE as a checkpoint that others load, its linear layers quantized.
+
+    Everything else stays as it is. A REGEX is what names of weights begin with, such as
+    layers.1.mixer.experts.up_proj and lm_head.weight.
+    """
+    from nemoc.commands import quantize
+
+    quantize.run(source, output, **options)
 
 
 @nemoc.command(short_help="Print SOURCE's graph, or what it costs.")

@@ -371,15 +371,7 @@ def _generate_gpu(
 
 def _tokenizer_files(model: Model) -> dict[str, Path | str]:
     """What the artifact keeps of the checkpoint's tokenizer."""
-    files: dict[str, Path | str] = {}
-    if model.tokenizer_dir is not None:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            path = model.tokenizer_dir / name
-            if path.is_file():
-                files[f"tokenizer/{name}"] = path
-        if model.chat_template is not None:
-            files["tokenizer/chat_template.jinja"] = model.chat_template
-    return files
+    return {f"tokenizer/{name}": file for name, file in model.tokenizer_files().items()}
 
 
 def _tools(target: str) -> dict[str, str]:

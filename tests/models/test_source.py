@@ -88,7 +88,7 @@ def test_a_transformers_model_is_read_where_it_lies() -> None:
             "source 'random:mid,sed=3': found option 'sed=3', expected seed=NUMBER",
         ),
         ("random:mid,seed=-1", "found option 'seed=-1', expected seed=NUMBER"),
-        (3, "source: found int, expected a Hugging Face directory, 'sample', "),
+        (3, "source: found int, expected a Hugging Face directory, a GGUF file, "),
         ("", "source '': no such file"),
         ("a\0b", "no such file"),
         ("x" * 5000, "no such file"),
