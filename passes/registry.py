@@ -15,6 +15,7 @@ from nemoc.passes.fuse_moe_dispatch import FuseMoeDispatch
 from nemoc.passes.fuse_rows import FuseRows
 from nemoc.passes.interleave_weights import InterleaveWeights
 from nemoc.passes.move_projections import MoveProjections
+from nemoc.passes.quantize_fp8 import QuantizeFp8
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
 from nemoc.passes.specialize_decode import SpecializeDecode
 
@@ -40,7 +41,7 @@ GROUPS: tuple[PassGroup, ...] = (
         "fuse ops into regions, bits unchanged",
         (FuseConvScan, FuseMoeDispatch, FuseEpilogues, FuseRows),
     ),
-    PassGroup("store weights in fewer bits", (QuantizeNvfp4,)),
+    PassGroup("store weights in fewer bits", (QuantizeNvfp4, QuantizeFp8)),
     PassGroup("prepare weights when the artifact is built", (InterleaveWeights, FoldConstants)),
 )
 """The passes of nemoc by purpose. A user's own need no entry here (see `nemoc.passes.plugins`)."""

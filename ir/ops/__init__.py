@@ -23,6 +23,7 @@ from nemoc.ir.ops.elementwise import (
     Tanh,
     Unary,
 )
+from nemoc.ir.ops.fp8 import Fp8Scale, QuantizeFp8
 from nemoc.ir.ops.linear import GroupedLinear, Interleave, Linear
 from nemoc.ir.ops.mamba import CausalConv, SsdScan, SsdUpdate
 from nemoc.ir.ops.norm import RmsNorm
@@ -81,6 +82,8 @@ OPS: tuple[type[Op], ...] = (
     QuantizeNvfp4,
     DequantizeNvfp4,
     SwizzleScales,
+    Fp8Scale,
+    QuantizeFp8,
     RmsNorm,
     GroupLimit,
     TopK,
@@ -123,6 +126,7 @@ __all__ = [
     "Exp",
     "FloorDiv",
     "Folded",
+    "Fp8Scale",
     "Full",
     "Fused",
     "Gelu",
@@ -135,6 +139,7 @@ __all__ = [
     "Nvfp4BlockScales",
     "Nvfp4GlobalScale",
     "Permute",
+    "QuantizeFp8",
     "QuantizeNvfp4",
     "Region",
     "Relu",

@@ -6,9 +6,11 @@ from nemoc.ir.ops import (
     OPS,
     DequantizeNvfp4,
     Folded,
+    Fp8Scale,
     Interleave,
     Nvfp4BlockScales,
     Nvfp4GlobalScale,
+    QuantizeFp8,
     QuantizeNvfp4,
     SwizzleScales,
 )
@@ -18,6 +20,8 @@ _FOLDED = "applied to parameters alone, so folded when the artifact is built"
 WITHOUT: dict[type[Op], str] = {
     Folded: "computed when the artifact is built",
     Interleave: _FOLDED,
+    Fp8Scale: _FOLDED,
+    QuantizeFp8: _FOLDED,
     Nvfp4GlobalScale: _FOLDED,
     Nvfp4BlockScales: _FOLDED,
     QuantizeNvfp4: _FOLDED,

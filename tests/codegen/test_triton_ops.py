@@ -16,10 +16,12 @@ from nemoc.ir.op import Op
 from nemoc.ir.ops import (
     OPS,
     Folded,
+    Fp8Scale,
     Fused,
     Interleave,
     Nvfp4BlockScales,
     Nvfp4GlobalScale,
+    QuantizeFp8,
     QuantizeNvfp4,
     SwizzleScales,
 )
@@ -36,6 +38,8 @@ WITHOUT: dict[type[Op], str] = {
     Folded: "computed when the artifact is built",
     Fused: "lowered by its body",
     Interleave: _FOLDED,
+    Fp8Scale: _FOLDED,
+    QuantizeFp8: _FOLDED,
     Nvfp4GlobalScale: _FOLDED,
     Nvfp4BlockScales: _FOLDED,
     QuantizeNvfp4: _FOLDED,

@@ -411,6 +411,32 @@ OP_SAMPLES: dict[str, Samples] = {
             ("param %s: f8e4m3[8]\n%y = swizzle_scales(%s) : f8e4m3[8]", "of rank ≥ 2"),
         ),
     ),
+    "fp8_scale": Samples(
+        (
+            "param %w: bf16[5, 12]\n%g = fp8_scale(%w) : f32[]",
+            "param %w: f32[2, 5, 12]\n%g = fp8_scale(%w) : f32[2]",
+        ),
+        (
+            ("param %w: f32[5]\n%g = fp8_scale(%w) : f32[]", "w is f32[5], expected f32, bf16"),
+            ("param %w: i32[5, 4]\n%g = fp8_scale(%w) : f32[]", "w is i32[5, 4], expected f32"),
+            ("param %w: f32[0, 16]\n%g = fp8_scale(%w) : f32[]", "not empty"),
+        ),
+    ),
+    "quantize_fp8": Samples(
+        (
+            "param %w: f32[5, 12]\n%g = fp8_scale(%w) : f32[]\n"
+            "%q = quantize_fp8(%w, %g) : f8e4m3[5, 12]",
+            "param %w: bf16[2, 5, 12]\n%g = fp8_scale(%w) : f32[2]\n"
+            "%q = quantize_fp8(%w, %g) : f8e4m3[2, 5, 12]",
+        ),
+        (
+            (
+                "param %w: f32[2, 5, 12]\nparam %g: f32[]\n"
+                "%q = quantize_fp8(%w, %g) : f8e4m3[2, 5, 12]",
+                "scale is f32[], expected f32[2]",
+            ),
+        ),
+    ),
     "rms_norm": Samples(
         (
             "input %x: f32[B, L, 6]\nparam %w: f32[6]\n"

@@ -1,0 +1,120 @@
+"""Weights in FP8: E4M3 numbers, and one f32 factor for each matrix.
+
+The scale is ModelOpt's for FP8 per tensor, amax / 448: a matrix's largest magnitude becomes the largest E4M3 number.
+Arithmetic is in f32, into which weights of f32, bf16 and f16 are widened. Decoding takes no op of its own: it is a
+`cast` and a `mul` (`dequantized_fp8`), as for weights that a checkpoint stores in FP8 (`nemoc.models.formats`).
+
+A weight is w [..., N, K]; leading axes stack matrices that have a scale each, f32 [...], as experts do. NaN and
+infinity are refused when they are met. In float64 evaluation the ops give the same numbers and scales.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from nemoc.ir.dims import Dim
+from nemoc.ir.dtypes import DType
+from nemoc.ir.errors import expect
+from nemoc.ir.op import Env, Op, RowSlice
+from nemoc.ir.ops.elementwise import Cast, Mul
+from nemoc.ir.ops.shape import Reshape
+from nemoc.ir.types import TensorType, Value
+
+LARGEST = 448.0
+"""The largest E4M3 number."""
+
+_WEIGHTS = (DType.F32, DType.BF16, DType.F16)
+
+
+@dataclass(frozen=True)
+class Fp8Scale(Op):
+    """What 1 stands for in each matrix, amax / 448: w [..., N, K] -> f32 [...].
+
+    1 where that is 0, as in a matrix of zeros. Separable along leading axes.
+    """
+
+    w: Value
+
+    def infer(self) -> TensorType:
+        _check_weight(self)
+        return TensorType(DType.F32, self.w.shape[:-2])
+
+    def evaluate(self, env: Env, w: torch.Tensor) -> torch.Tensor:
+        low, high = w.flatten(-2).aminmax(dim=-1)  # of bf16 too: no copy of the weight is made
+        amax = _finite(self, torch.maximum(low.abs(), high.abs()).to(torch.float32))
+        scale = amax / LARGEST
+        return torch.where(scale > 0, scale, 1.0).to(env.torch(DType.F32))
+
+    def slice_rows(self, start: int, stop: int) -> RowSlice:
+        return RowSlice(self, (range(start, stop),))
+
+    def flops(self) -> Dim:
+        return self.w.type.elements
+
+
+@dataclass(frozen=True)
+class QuantizeFp8(Op):
+    """The E4M3 number nearest to w / scale, ties to even: w [..., N, K], f32 [...] -> f8e4m3 [..., N, K].
+
+    Separable along the first axis.
+    """
+
+    w: Value
+    scale: Value
+
+    def infer(self) -> TensorType:
+        _check_weight(self)
+        expected = TensorType(DType.F32, self.w.shape[:-2])
+        expect(
+            self.scale.type == expected,
+            f"{self.mnemonic()}: scale is {self.scale.type}, expected {expected}",
+        )
+        return TensorType(DType.F8E4M3, self.w.shape)
+
+    def evaluate(self, env: Env, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        g = scale.to(torch.float32)[..., None, None]
+        expect(
+            bool((g > 0).all() & g.isfinite().all()),
+            f"{self.mnemonic()}: scale is NaN, infinite, zero or negative",
+        )
+        numbers = _finite(self, w.to(torch.float32)) / g
+        narrow = numbers.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        return narrow.to(env.torch(DType.F8E4M3))
+
+    def slice_rows(self, start: int, stop: int) -> RowSlice:
+        rows = range(start, stop)
+        return RowSlice(self, (rows, rows if self.scale.type.rank else None))
+
+    def flops(self) -> Dim:
+        return self.w.type.elements
+
+
+def quantized_fp8(append: Callable[[Op], Value], w: Value) -> tuple[Value, Value]:
+    """Append the ops that quantize a weight; gives its numbers and its scale."""
+    scale = append(Fp8Scale(w))
+    return append(QuantizeFp8(w, scale)), scale
+
+
+def dequantized_fp8(append: Callable[[Op], Value], numbers: Value, scale: Value) -> Value:
+    """Append the ops that give back f32 [..., N, K]."""
+    if scale.type.rank:
+        scale = append(Reshape(scale, (*scale.shape, 1, 1)))
+    return append(Mul(append(Cast(numbers, DType.F32)), scale))
+
+
+_Encoder: TypeAlias = Fp8Scale | QuantizeFp8
+
+
+def _check_weight(op: _Encoder) -> None:
+    type_ = op.w.type
+    expect(
+        type_.dtype in _WEIGHTS and type_.rank >= 2 and 0 not in type_.shape,
+        f"{op.mnemonic()}: w is {type_}, expected f32, bf16 or f16 of rank ≥ 2, not empty",
+    )
+
+
+def _finite(op: _Encoder, x: torch.Tensor) -> torch.Tensor:
+    expect(bool(x.isfinite().all()), f"{op.mnemonic()}: w has NaN or infinite elements")
+    return x
