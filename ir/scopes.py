@@ -1,6 +1,7 @@
 """Which weights a user means: a word, or a pattern of names."""
 
 import re
+from collections.abc import Iterable
 
 from nemoc.ir.errors import NemocError
 
@@ -26,3 +27,24 @@ def read_scope(scope: str) -> re.Pattern[str]:
         raise NemocError(
             f"scope '{scope}': expected {', '.join(SCOPES)} or a regular expression ({error})"
         ) from None
+
+
+def scope_of(names: Iterable[str]) -> str:
+    """The regular expression that means exactly these names, short where they differ in a layer's number."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        match = _LAYER.fullmatch(name)
+        before, number, behind = match.groups() if match else (name, "", "")
+        layers.setdefault((before, behind), []).append(number)
+    return "|".join(
+        re.escape(before) + _one_of(numbers) + re.escape(behind) + "$"
+        for (before, behind), numbers in layers.items()
+    )
+
+
+_LAYER = re.compile(r"(.*?\blayers\.)(\d+)(\..*)")
+
+
+def _one_of(numbers: list[str]) -> str:
+    unique = list(dict.fromkeys(numbers))
+    return unique[0] if len(unique) == 1 else f"({'|'.join(unique)})"
