@@ -1,6 +1,6 @@
-"""Weights of matrix products in NVFP4."""
+"""Weights of matrix products in NVFP4, and what becomes of the activations that they multiply."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -8,7 +8,7 @@ from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
 from nemoc.ir.nvfp4 import BLOCK, DIALECTS
 from nemoc.ir.op import Op
-from nemoc.ir.ops import Cast, DequantizeNvfp4, GroupedLinear, Linear
+from nemoc.ir.ops import Cast, DequantizeNvfp4, GroupedLinear, Linear, Reshape, TakeRows
 from nemoc.ir.ops.nvfp4 import quantized
 from nemoc.ir.rewrite import Replacement, Rewriter, Rule, rewrite
 from nemoc.ir.scopes import read_scope
@@ -23,9 +23,15 @@ class QuantizeNvfp4(Pass):
 
     `scope` is `all` (every projection but the router and the head), `experts`, or a regular expression that the
     weight's name has to begin with. `dialect` is whose arithmetic scales follow (`nemoc.ir.nvfp4`); `four_over_six`
-    chooses for each block between two scales (arXiv 2512.02010). Weights whose rows are no whole blocks of 16 stay as
-    they are. Activations are not quantized. `budget` is the largest relative error of any result that the check of
-    passes allows.
+    chooses for each block of a weight between two scales (arXiv 2512.02010). Weights whose rows are no whole blocks of
+    16 stay as they are. `mode` says what becomes of the activations that such a weight multiplies (`MODES`). `budget`
+    is the largest relative error of any result that the check of passes allows.
+
+    - `w4a16`: nothing.
+    - `w4a4`: they become NVFP4 too, every row as a tensor of its own: its scale is of its own largest magnitude and
+      those of its blocks follow from that, so that no row's result depends on others in the batch. Where a product
+      gathers rows, the table is quantized before. On normally distributed numbers the error of a row is 9.5 % of its
+      norm, as of weights, and that of a product of both 13.5 %.
 
     Before::
 
@@ -43,16 +49,18 @@ class QuantizeNvfp4(Pass):
     effect: ClassVar[Effect] = Effect.PRECISION
 
     scope: str = "all"
+    mode: str = "w4a16"
     dialect: str = "modelopt"
     four_over_six: bool = False
     budget: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.dialect not in DIALECTS:
-            raise NemocError(
-                f"pass {self.name}: option dialect is {self.dialect!r}, expected one of "
-                f"{', '.join(DIALECTS)}"
-            )
+        for option, known in (("dialect", DIALECTS), ("mode", MODES)):
+            found = getattr(self, option)
+            if found not in known:
+                raise NemocError(
+                    f"pass {self.name}: option {option} is {found!r}, expected one of {', '.join(known)}"
+                )
         try:
             read_scope(self.scope)
         except NemocError as error:
@@ -69,7 +77,8 @@ class QuantizeNvfp4(Pass):
             assert isinstance(op, Linear | GroupedLinear)
             if op.interleave != 1 or op.w not in chosen or not _has_blocks(op.w):
                 return None
-            return rewriter(replace(op, w=self._decoded(op.w, op.x, rewriter)))
+            x = MODES[self.mode](self, op.x, rewriter)
+            return rewriter(replace(op, x=x, w=self._decoded(op.w, x, rewriter)))
 
         for param in graph.params:
             if param in chosen and graph.uses.get(param) and not _has_blocks(param):
@@ -100,6 +109,31 @@ class QuantizeNvfp4(Pass):
         if decoded.dtype.bytes <= x.dtype.bytes:
             return decoded
         return rewriter(Cast(decoded, x.dtype), f"{w.name}.nvfp4.{x.dtype}")
+
+
+def _as_they_are(options: QuantizeNvfp4, x: Value, rewriter: Rewriter) -> Value:
+    return x
+
+
+def _rows_in_nvfp4(options: QuantizeNvfp4, x: Value, rewriter: Rewriter) -> Value:
+    """Activations [..., K] as matrices of one row each, which have a tensor scale each, quantized and decoded."""
+    gather = rewriter.producer(x)
+    if isinstance(gather, TakeRows) and gather.table.shape[-1] == x.shape[-1]:
+        table = _rows_in_nvfp4(options, gather.table, rewriter)
+        return rewriter(replace(gather, table=table), f"{x.name}.nvfp4")
+    names = iter(("scale", "scales", "codes"))
+    rows = rewriter(Reshape(x, (*x.shape[:-1], 1, x.shape[-1])), f"{x.name}.rows")
+    append: Callable[[Op], Value] = lambda op: rewriter(op, f"{x.name}.{next(names)}")  # noqa: E731
+    codes, scales, scale = quantized(append, rows, options.dialect)
+    decoded = rewriter(DequantizeNvfp4(codes, scales, scale, options.dialect), f"{x.name}.decoded")
+    return rewriter(Reshape(decoded, x.shape), f"{x.name}.nvfp4")
+
+
+MODES: Mapping[str, Callable[[QuantizeNvfp4, Value, Rewriter], Value]] = {
+    "w4a16": _as_they_are,
+    "w4a4": _rows_in_nvfp4,
+}
+"""By name: given activations x and the pass's options, what a product takes in their place, of their shape."""
 
 
 def _has_blocks(w: Value) -> bool:

@@ -77,7 +77,7 @@ _dtype = click.option(
 _quantize = click.option(
     "--quantize",
     metavar="FORMAT",
-    help="Store weights in fewer bits: nvfp4. Default: as the checkpoint stores them.",
+    help="Fewer bits: nvfp4 (weights), nvfp4-w4a4 (activations too). Default: as the checkpoint stores them.",
 )
 _verify_each = click.option(
     "--verify-each",

@@ -3,6 +3,7 @@
 source --models--> graph --passes--> functions --codegen--> kernels --runtime--> artifact
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import platform
@@ -17,7 +18,9 @@ from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.codegen.triton.target import GPUS, INTERPRETER
 from nemoc.gpu import BACKENDS, compiled_files, gpu_source, lower_gpu
 from nemoc.ir import DType, Graph, NemocError
-from nemoc.models import Model, open_model
+from nemoc.ir.scopes import scope_of
+from nemoc.models import Format, Fp8, Model, ModelConfig, Nvfp4, open_model
+from nemoc.models.released_maps import released_formats
 from nemoc.options import read_options
 from nemoc.passes import (
     Pass,
@@ -27,10 +30,13 @@ from nemoc.passes import (
     load_entry_points,
     load_plugin,
     parse_pipeline,
+    passes_by_name,
     preset,
+    print_pipeline,
     run_pipeline,
 )
 from nemoc.passes.check import NumericCheck
+from nemoc.passes.quantize_fp8 import QuantizeFp8
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
 from nemoc.passes.specialize_decode import SpecializeDecode
 from nemoc.progress import Progress
@@ -54,6 +60,15 @@ GPU_STEP_TOKENS = 8192
 Pipeline = str | Sequence[Pass] | None
 """Text, passes, or none for the target's preset."""
 
+Quantize = str | Sequence[Pass] | None
+"""A name of `QUANTIZATIONS`, `AS_RELEASED`, passes or their text, or none."""
+
+AS_RELEASED = "as-released"
+"""Every module in the format that it has in NVIDIA's release of the model's family."""
+
+PIPELINES = "pipelines.txt"
+"""The file of an artifact that says, line by line, which passes made each function."""
+
 
 @dataclass(frozen=True)
 class Functions:
@@ -64,6 +79,7 @@ class Functions:
         target: the resolved target.
         dtype: the compute type of activations.
         graphs: by function name.
+        pipelines: the passes that made them, by function name.
         remarks: what passes did and refused, site by site.
     """
 
@@ -71,18 +87,20 @@ class Functions:
     target: str
     dtype: DType
     graphs: Mapping[str, Graph]
+    pipelines: Mapping[str, tuple[Pass, ...]]
     remarks: tuple[Remark, ...]
 
 
 def compile(
     source: Any,
     target: str | None = None,
-    quantize: str | None = None,
+    quantize: Quantize = None,
     pipeline: Pipeline = None,
     dtype: str | None = None,
     max_batch: int = 1,
     max_context: int = 4096,
     *,
+    scope: str | None = None,
     plugins: Iterable[str | type[Pass]] = (),
     threads: int | None = None,
     destination: str | Path | None = None,
@@ -95,14 +113,17 @@ def compile(
         source: what `nemoc.models.open_model` takes: a Hugging Face directory, "sample", "random:PRESET",
             a transformers NemotronHForCausalLM in memory.
         target: what to compile for; None for the best target of this machine.
-        quantize: None keeps weights as the checkpoint stores them; "nvfp4" puts the pass `quantize-nvfp4` with its
-            defaults before all others.
+        quantize: None keeps weights as the checkpoint stores them. The name of a format (`QUANTIZATIONS`) stands for
+            a pass with its defaults, "as-released" for the map of the model's family
+            (`nemoc.models.released_maps`); or passes that quantize, or their text. They run before all others.
         pipeline: passes or their text, for the general step (decode prepends `specialize-decode`);
             None for the target's preset.
         dtype: compute type of activations and the KV cache, "f32" or "bf16"; None for the target's best that keeps
             the checkpoint's precision: bf16 on GPUs if the checkpoint is in bf16, else f32. The CPU computes in f32.
         max_batch: most rows of a batch.
         max_context: most tokens of a row, prompt and generated ones together.
+        scope: which weights a format is for: all, experts, or a regular expression that names begin with; None for
+            the pass's default, all.
         plugins: passes of the user's own that the pipeline's text may name: modules or classes.
         threads: threads that the executable runs on; None for `NEMOC_THREADS`, else all cores.
         destination: where to write the artifact; None for a temporary place that goes with the executable.
@@ -119,6 +140,7 @@ def compile(
         pipeline,
         dtype,
         quantize,
+        scope=scope,
         plugins=plugins,
         check=NumericCheck() if verify_each else None,
         progress=progress,
@@ -147,7 +169,13 @@ def compile(
             model.generation.pad_token_id,
         ),
         kernels=compiled.kernels,
-        files={**compiled.files, **_tokenizer_files(model)},
+        files={
+            **compiled.files,
+            **_tokenizer_files(model),
+            PIPELINES: "".join(
+                f"{name}: {print_pipeline(passes)}\n" for name, passes in found.pipelines.items()
+            ),
+        },
         tools=_tools(found.target),
     )
     return build(
@@ -183,8 +211,9 @@ def functions(
     target: str | None = None,
     pipeline: Pipeline = None,
     dtype: str | None = None,
-    quantize: str | None = None,
+    quantize: Quantize = None,
     *,
+    scope: str | None = None,
     plugins: Iterable[str | type[Pass]] = (),
     which: Sequence[str] = FUNCTIONS,
     check: Callable[[PassRun, PassContext], None] | None = None,
@@ -194,7 +223,7 @@ def functions(
     """A model's graphs after the passes.
 
     Args:
-        source, target, pipeline, dtype, quantize, plugins, progress: as for `compile`.
+        source, target, pipeline, dtype, quantize, scope, plugins, progress: as for `compile`.
         which: the functions wanted.
         check: held against every pass that changed a graph (`nemoc.passes.check`).
         on_pass: called with the function's name after each pass.
@@ -204,6 +233,10 @@ def functions(
     compute = _compute_type(dtype, name, model)
     ctx = PassContext(target_info(name, read_options().threads or 1), model.parameters)
     classes = plugin_classes(plugins)
+    first = quantization(model, quantize, scope, classes)
+    pipelines = {
+        function: passes_of(function, name, pipeline, classes, first) for function in which
+    }
     graphs = {}
     for i, function in enumerate(which):
         if progress is not None:
@@ -213,12 +246,12 @@ def functions(
         )
         graphs[function] = run_pipeline(
             graph,
-            passes_of(function, name, pipeline, classes, quantize),
+            pipelines[function],
             ctx,
             check=check,
             on_pass=None if on_pass is None else functools.partial(on_pass, function),
         )
-    return Functions(model, name, compute, graphs, tuple(ctx.remarks))
+    return Functions(model, name, compute, graphs, pipelines, tuple(ctx.remarks))
 
 
 def plugin_classes(plugins: Iterable[str | type[Pass]]) -> tuple[type[Pass], ...]:
@@ -234,24 +267,79 @@ def passes_of(
     target: str,
     pipeline: Pipeline,
     classes: tuple[type[Pass], ...] = (),
-    quantize: str | None = None,
+    quantization: tuple[Pass, ...] = (),
 ) -> tuple[Pass, ...]:
     """The passes that make one of `FUNCTIONS` from the general step.
 
+    Args:
+        function, target, pipeline: which.
+        classes: passes of a user's own that the pipeline's text may name.
+        quantization: passes that run before all others but the one that derives the step of one token.
+
     Raises:
-        NemocError: the pipeline cannot be read, or there is no such quantization.
+        NemocError: the pipeline cannot be read.
     """
     passes = _general_passes(function, target, pipeline, classes)
-    if quantize is None:
-        return passes
-    if quantize not in QUANTIZATIONS:
-        known = ", ".join(QUANTIZATIONS)
-        raise NemocError(f"quantize is {quantize!r}, expected one of {known}, or None")
     first = tuple(p for p in passes[:1] if isinstance(p, SpecializeDecode))
-    return (*first, QUANTIZATIONS[quantize], *passes[len(first) :])
+    return (*first, *quantization, *passes[len(first) :])
 
 
-QUANTIZATIONS: Mapping[str, Pass] = {"nvfp4": QuantizeNvfp4()}
+def quantization(
+    model: Model,
+    quantize: Quantize,
+    scope: str | None = None,
+    classes: tuple[type[Pass], ...] = (),
+) -> tuple[Pass, ...]:
+    """The passes that `quantize` stands for.
+
+    Args:
+        model: what is to be quantized.
+        quantize, scope: as for `compile`.
+        classes: passes of a user's own that text may name.
+
+    Raises:
+        NemocError: there is no such quantization, none for such a model, or the scope is none.
+    """
+    if isinstance(quantize, str) and quantize in QUANTIZATIONS:
+        named = QUANTIZATIONS[quantize]
+        return (named if scope is None else dataclasses.replace(named, scope=scope),)
+    if scope is not None:
+        known = ", ".join(QUANTIZATIONS)
+        raise NemocError(f"scope is {scope!r}: expected it with a quantization of {known}")
+    if quantize is None:
+        return ()
+    if quantize == AS_RELEASED:
+        return released_passes(model.config)
+    if not isinstance(quantize, str):
+        return _given(quantize, "quantize")
+    if quantize.partition("{")[0].partition(",")[0].strip() in passes_by_name(classes):
+        return parse_pipeline(quantize, classes)
+    known = ", ".join((*QUANTIZATIONS, AS_RELEASED))
+    raise NemocError(f"quantize is {quantize!r}, expected one of {known}, passes, or None")
+
+
+def released_passes(config: ModelConfig) -> tuple[Pass, ...]:
+    """The passes that give each module the format of its family's release.
+
+    Raises:
+        NemocError: there is no release of such a model.
+    """
+    formats = released_formats(config)
+    by_format: tuple[tuple[type[Format], type[QuantizeNvfp4 | QuantizeFp8]], ...] = (
+        (Nvfp4, QuantizeNvfp4),
+        (Fp8, QuantizeFp8),
+    )
+    scopes = (
+        (pass_, [name for name, found in formats.items() if isinstance(found, stored)])
+        for stored, pass_ in by_format
+    )
+    return tuple(pass_(scope=scope_of(names)) for pass_, names in scopes if names)
+
+
+QUANTIZATIONS: Mapping[str, Pass] = {
+    "nvfp4": QuantizeNvfp4(),
+    "nvfp4-w4a4": QuantizeNvfp4(mode="w4a4"),
+}
 """What `quantize` may name, and the pass that it stands for."""
 
 
@@ -262,26 +350,30 @@ def _general_passes(
     decode = function == "decode"
     if pipeline is None:
         return preset(target.partition(":")[0], "decode" if decode else "prefill")
-    given = parse_pipeline(pipeline, classes) if isinstance(pipeline, str) else _given(pipeline)
+    given = (
+        parse_pipeline(pipeline, classes)
+        if isinstance(pipeline, str)
+        else _given(pipeline, "pipeline")
+    )
     general = tuple(p for p in given if not isinstance(p, SpecializeDecode))
     if not decode:
         return general
     return given if len(general) < len(given) else (SpecializeDecode(), *given)
 
 
-def _given(pipeline: Sequence[Pass]) -> tuple[Pass, ...]:
+def _given(passes: Sequence[Pass], what: str) -> tuple[Pass, ...]:
     """Passes that a user made.
 
     Raises:
         NemocError: there is something else among them.
     """
     try:
-        found = tuple(pipeline)
+        found = tuple(passes)
     except TypeError:
-        raise NemocError(f"pipeline is {pipeline!r}, expected text or passes") from None
+        raise NemocError(f"{what} is {passes!r}, expected text or passes") from None
     for item in found:
         if not isinstance(item, Pass):
-            raise NemocError(f"pipeline: found {item!r} among the passes, expected a pass")
+            raise NemocError(f"{what}: found {item!r} among the passes, expected a pass")
     return found
 
 

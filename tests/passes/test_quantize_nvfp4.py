@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from nemoc.ir import DType, Graph, NemocError, parse
+from nemoc.ir import DType, Graph, NemocError, TensorType, parse
+from nemoc.ir.dims import B
 from nemoc.ir.interpreter import interpret
 from nemoc.ir.nvfp4 import BLOCK
-from nemoc.ir.ops import DequantizeNvfp4, Folded, Fused
+from nemoc.ir.ops import DequantizeNvfp4, Folded, Fused, Nvfp4GlobalScale
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models.graph import build_step
 from nemoc.passes import PassContext, TargetInfo, parse_pipeline, run_pipeline
 from nemoc.passes.check import NumericCheck
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
+from support.kernels import relative_error
 from support.models import SMALL
 
 STEP = parse("""
@@ -82,8 +84,7 @@ def test_results_stay_near() -> None:
     arguments = sample_arguments(STEP, {"B": 5})
     found, expected = (interpret(g, arguments).outputs for g in (graph, STEP))
     assert torch.equal(found[1], expected[1])
-    error = float((found[0] - expected[0]).norm() / expected[0].norm())
-    assert 0.01 < error < 0.2
+    assert 0.01 < relative_error(found[0], expected[0]) < 0.2
 
 
 def test_a_weight_beside_narrow_activations_is_rounded_to_their_type() -> None:
@@ -107,9 +108,38 @@ def test_rows_that_are_no_whole_blocks_stay_and_are_named() -> None:
     assert any("no whole blocks of 16" in r.message for r in ctx.remarks if r.refused)
 
 
+def test_activations_are_quantized_row_by_row_and_no_row_knows_of_others() -> None:
+    graph, _ = run(STEP, "quantize-nvfp4{mode=w4a4}")
+    assert sum(name.endswith(".codes") for name in decoded(graph)) == 4
+    arguments = sample_arguments(STEP, {"B": 6})
+    together, expected = (interpret(g, arguments).outputs[0] for g in (graph, STEP))
+    rows = [arguments | {"x": 0.25 * row[None]} for row in arguments["x"]]
+    apart = torch.cat([interpret(graph, row).outputs[0] for row in rows])
+    assert relative_error(4 * apart, together) < 1e-6
+    assert 0.01 < relative_error(together, expected) < 0.25
+
+
+def test_rows_of_a_table_are_quantized_before_they_are_gathered() -> None:
+    graph = parse("""
+    graph @step {
+      input %x: f32[B, 32]
+      input %token: i32[2*B] < B
+      input %offsets: i32[4]
+      param %layers.1.mixer.experts.up_proj: bf16[3, 16, 32]
+      %rows = take_rows(%x, %token) : f32[2*B, 32]
+      %y = grouped_linear(%rows, %layers.1.mixer.experts.up_proj, %offsets) : f32[2*B, 16]
+      return %y
+    }
+    """)
+    found = QuantizeNvfp4(mode="w4a4").run(graph, PassContext())
+    scaled = [n.op.w.type for n in found.nodes if isinstance(n.op, Nvfp4GlobalScale)]
+    assert TensorType(DType.F32, (B, 1, 32)) in scaled
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("quantize-nvfp4{mode=w3a3}", "option mode is 'w3a3', expected one of w4a16, w4a4"),
         ("quantize-nvfp4{dialect=mine}", "option dialect is 'mine'"),
         ('quantize-nvfp4{scope="("}', "option scope '(': expected all, experts or a regular"),
     ],
