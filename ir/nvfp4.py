@@ -58,10 +58,12 @@ class Dialect:
     Attributes:
         keeps_sign_of_zero: −0 becomes code 8.
         has_negative_zero: code 8 becomes −0.
+        divides: the tensor scale is a divisor.
     """
 
     keeps_sign_of_zero = False
     has_negative_zero = False
+    divides = False
 
     def tensor_scale(self, amax: torch.Tensor, largest: float) -> torch.Tensor:
         """The scale of tensors by their largest magnitudes; `largest` is what the largest block scale is to be."""
@@ -116,6 +118,7 @@ class CompressedTensors(Dialect):
     """The arithmetic of compressed-tensors, whose tensor scale is a divisor."""
 
     has_negative_zero = True
+    divides = True
 
     def tensor_scale(self, amax: torch.Tensor, largest: float) -> torch.Tensor:
         floor = torch.finfo(torch.float32).tiny

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
 from nemoc.ir.op import Op
-from nemoc.ir.ops import GroupedLinear, Interleave, Linear
+from nemoc.ir.ops import Cast, DequantizeNvfp4, GroupedLinear, Interleave, Linear
 from nemoc.ir.rewrite import Replacement, Rewriter, Rule, rewrite
+from nemoc.ir.types import Value
 from nemoc.passes.base import Pass
 from nemoc.passes.constants import constant_values
 from nemoc.passes.context import PassContext, Remark
@@ -19,7 +20,7 @@ class InterleaveWeights(Pass):
 
     Blocks have `block` rows, or what the target asks for when that is 0. Only products with weights that
     parameters determine are changed; `fold-constants` behind this pass moves the layout change out of
-    the step.
+    the step. Of weights that kernels unpack as they read them, it is the packed form that is laid out so.
 
     Before::
 
@@ -49,7 +50,7 @@ class InterleaveWeights(Pass):
                 return None
             features = op.width
             assert isinstance(features, int)  # constants have fixed shapes
-            w = rewriter(Interleave(op.w, block), f"{op.w.name}.x{block}")
+            w = _laid_out(op.w, block, rewriter, ctx.target.packed_weights)
             return rewriter(dataclasses.replace(op, w=w, interleave=block, features=features))
 
         rule = Rule("interleave-weight", (Linear, GroupedLinear), interleave)
@@ -64,3 +65,20 @@ class InterleaveWeights(Pass):
                 )
             ),
         )
+
+
+def _laid_out(w: Value, block: int, rewriter: Rewriter, packed: bool) -> Value:
+    """A weight in blocks of rows; if it is unpacked, what it is unpacked from."""
+    op = rewriter.producer(w) if packed else None
+    name = f"{w.name}.x{block}"
+    match op:
+        case Cast():
+            return rewriter(Cast(_laid_out(op.x, block, rewriter, packed), op.dtype), name)
+        case DequantizeNvfp4():
+            parts = (
+                rewriter(Interleave(v, block), f"{v.name}.x{block}") for v in (op.packed, op.scales)
+            )
+            codes, scales = parts
+            laid = dataclasses.replace(op, packed=codes, scales=scales, interleave=block)
+            return rewriter(laid, name)
+    return rewriter(Interleave(w, block), name)

@@ -12,6 +12,7 @@ from nemoc.codegen.tvm.fused import emit_fused
 from nemoc.codegen.tvm.gather import emit_take_along, emit_take_last, emit_take_rows
 from nemoc.codegen.tvm.linear import emit_linear
 from nemoc.codegen.tvm.norm import emit_rms_norm
+from nemoc.codegen.tvm.nvfp4 import emit_dequantize_nvfp4
 from nemoc.codegen.tvm.routing import emit_group_by, emit_group_limit, emit_top_k
 from nemoc.codegen.tvm.scan import emit_ssd_scan
 from nemoc.codegen.tvm.shape import emit_concat, emit_full, emit_sum, emit_view
@@ -24,6 +25,7 @@ from nemoc.ir.ops.attention import Attention, CacheWrite
 from nemoc.ir.ops.linear import GroupedLinear, Linear
 from nemoc.ir.ops.mamba import CausalConv, SsdScan, SsdUpdate
 from nemoc.ir.ops.norm import RmsNorm
+from nemoc.ir.ops.nvfp4 import DequantizeNvfp4
 from nemoc.ir.ops.routing import GroupBy, GroupLimit, TopK
 from nemoc.ir.ops.shape import (
     Concat,
@@ -57,6 +59,7 @@ EMITTERS: dict[type[Op], Emitter] = {
     GroupBy: emit_group_by,
     Linear: emit_linear,
     GroupedLinear: emit_linear,
+    DequantizeNvfp4: emit_dequantize_nvfp4,
     CausalConv: emit_causal_conv,
     SsdScan: emit_ssd_scan,
     SsdUpdate: emit_ssd_update,

@@ -335,9 +335,13 @@ class Product:
 
     def write(self, block: RowBlock, panel: str, group: str = "") -> None:
         """A block of rows times one panel, of one group when w has groups."""
+        at = f"{group}, {panel}, " if group else f"{panel}, "
+        self.write_strip(block, Strip(panel, at, "0", self.b // self.lanes))
+
+    def write_strip(self, block: RowBlock, strip: "Strip") -> None:
+        """A block of rows times some columns of a panel."""
         writer, low = self.writer, self.high // 3
         first, count = block.first, block.count
-        strip = _Strip(panel, f"{group}, {panel}" if group else panel, "0", self.b // self.lanes)
         with writer.loop("t", f"{count} // {self.high}") as t:
             self._high_tile(block, f"{first} + {t} * {self.high}", strip)
         done = writer.let("done", f"{first} + {count} // {self.high} * {self.high}")
@@ -347,7 +351,7 @@ class Product:
         with writer.loop("t", rest) as t:
             self._tile(block, 1, f"{first} + {count} - {rest} + {t}", strip)
 
-    def _high_tile(self, block: RowBlock, row: str, strip: "_Strip") -> None:
+    def _high_tile(self, block: RowBlock, row: str, strip: "Strip") -> None:
         """A tile of the full height, in strips of two vectors, as many sums as there are registers for."""
         wide = 2 - strip.wide % 2
         strips = strip.wide // wide
@@ -359,7 +363,7 @@ class Product:
             narrow = dataclasses.replace(strip, column=column, wide=wide)
             self._tile(block, self.high, row, narrow)
 
-    def _tile(self, block: RowBlock, rows: int, row: str, strip: "_Strip") -> None:
+    def _tile(self, block: RowBlock, rows: int, row: str, strip: "Strip") -> None:
         """`rows` rows by a strip, all sums in registers."""
         writer, lanes, wide = self.writer, self.lanes, strip.wide
         chains = max(1, 8 // (rows * wide)) if rows < self.high else 1
@@ -372,11 +376,11 @@ class Product:
             writer.line(f"{acc}[{i}] = T.Broadcast(T.float32(0), {lanes})")
 
         def step(k: str, chain: str) -> None:
-            if rows < self.high:
-                self._prefetch(f"{strip.at}, {k}, 0")
+            if strip.at and rows < self.high:
+                prefetch(writer, self.w, f"{strip.at}{k}, 0")
             with writer.loop("v", wide, "T.unroll") as v:
                 column = f"{strip.column} + {v} * {lanes}"
-                value = writer.load(self.w, f"{strip.at}, {k}, {column}", lanes)
+                value = writer.load(self.w, f"{strip.at}{k}, {column}", lanes)
                 writer.line(f"{weights}[{v}] = {value}")
             with writer.loop("i", rows, "T.unroll") as i:
                 xs = writer.value("xs", f"T.Broadcast({element(i, k)}, {lanes})", lanes)
@@ -398,17 +402,9 @@ class Product:
         ):
             other = f"{acc}[({c} + 1) * {rows * wide} + {i}]"
             writer.line(f"{acc}[{i}] = {acc}[{i}] + {other}")
-        self._store(acc, rows, first, strip)
+        self.store(acc, rows, first, strip)
 
-    def _prefetch(self, index: str) -> None:
-        """Fetch the line that lies `_AHEAD` bytes behind an element of w, which may be past its end."""
-        ahead = f"T.handle_add_byte_offset(T.address_of({self.w}[{index}]), {_AHEAD})"
-        hint = "T.int32(0), T.int32(3), T.int32(1)"
-        self.writer.line(
-            f'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", {ahead}, {hint}))'
-        )
-
-    def _store(self, acc: str, rows: int, row: str, strip: "_Strip") -> None:
+    def store(self, acc: str, rows: int, row: str, strip: "Strip") -> None:
         """Hand a tile to the sink; in the last panel, only the columns that exist."""
         writer, wide, width = self.writer, strip.wide, strip.wide * self.lanes
         start = writer.let("start", f"{strip.panel} * {self.b} + {strip.column}")
@@ -456,13 +452,20 @@ class Product:
         return tile
 
 
+def prefetch(writer: KernelWriter, buffer: str, index: str) -> None:
+    """Fetch the line that lies `_AHEAD` bytes behind an element, which may be past the buffer's end."""
+    ahead = f"T.handle_add_byte_offset(T.address_of({buffer}[{index}]), {_AHEAD})"
+    hint = "T.int32(0), T.int32(3), T.int32(1)"
+    writer.line(f'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", {ahead}, {hint}))')
+
+
 @dataclass(frozen=True)
-class _Strip:
+class Strip:
     """Columns of one panel.
 
     Attributes:
         panel: the panel's number in its weight.
-        at: its indices in w.
+        at: its indices in w, each with a comma behind it; empty for a panel by itself, in local memory.
         column: the strip's first column in the panel.
         wide: how many vectors of columns.
     """

@@ -34,13 +34,14 @@ from nemoc.codegen.tvm.linear import (
     write_row_blocks,
 )
 from nemoc.codegen.tvm.loops import each_vector
+from nemoc.codegen.tvm.nvfp4 import Nvfp4Product, Packed, packed_bytes
 from nemoc.codegen.tvm.place import row_axes
 from nemoc.codegen.tvm.row_ops import expect_short
 from nemoc.codegen.tvm.rows import in_place_pairs
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.writer import KernelWriter, size_text
 from nemoc.ir.dims import Dim, product
-from nemoc.ir.ops import CacheWrite, GroupedLinear, Linear, Reshape, TakeRows
+from nemoc.ir.ops import CacheWrite, DequantizeNvfp4, GroupedLinear, Linear, Reshape, TakeRows
 from nemoc.ir.types import Value
 
 _WEIGHT_BYTES = 384 << 10
@@ -157,8 +158,7 @@ def _panels_at_once(made: Product, anchor: "_Anchor") -> int:
     """Panels of a task: several where it computes rows of x, which then serve all of them."""
     if not isinstance(anchor.source, _ComputedRows):
         return 1
-    panel_bytes = made.k * made.b * anchor.op.w.dtype.bytes
-    return min(most_panels(made), -(-_WEIGHT_BYTES // panel_bytes))
+    return min(most_panels(made), -(-_WEIGHT_BYTES // anchor.panel_bytes))
 
 
 class _Anchor:
@@ -185,7 +185,8 @@ class _Anchor:
         if reason is not None or op.interleave == 1:
             raise RegionError(f"no skeleton for {reason or 'a product with plain rows'}")
         self.source = row_source(body, op.x)
-        self._w = self._operand("w", op.w)
+        self._packed = self._unpacking(op.w)
+        self._w = "" if self._packed else self._operand("w", op.w)
         self._offsets = ""
         if isinstance(op, GroupedLinear):
             self._offsets = self._operand("offsets", op.offsets)
@@ -197,7 +198,17 @@ class _Anchor:
 
     def product(self, sink: Sink) -> Product:
         """The product into a sink."""
-        return Product.of(self._body.writer, self._body.target, self.op, self._w, sink)
+        writer, target = self._body.writer, self._body.target
+        if self._packed:
+            return Nvfp4Product.of_packed(writer, target, self.op, self._packed, sink)
+        return Product.of(writer, target, self.op, self._w, sink)
+
+    @property
+    def panel_bytes(self) -> int:
+        """Bytes of a panel as it is stored."""
+        k, b = self.op.w.shape[-2:]
+        assert isinstance(k, int) and isinstance(b, int)
+        return packed_bytes(k, b) if self._packed else k * b * self.op.w.dtype.bytes
 
     def write(self, made: Product, panels: Panels) -> None:
         """All rows times the panels of a task."""
@@ -207,6 +218,13 @@ class _Anchor:
         else:
             rows = writer.let("rows", size_text(self.rows))
             write_panels(made, self.source, "0", rows, panels, "task")
+
+    def _unpacking(self, w: Value) -> Packed | None:
+        """A weight that the region unpacks."""
+        producer = self._body.graph.producers.get(w)
+        if producer is None or not isinstance(producer.op, DequantizeNvfp4):
+            return None
+        return Packed.of(self._body, producer.op)
 
     def _operand(self, name: str, value: Value) -> str:
         body = self._body

@@ -9,7 +9,8 @@ The dialect, in short (TVM 0.27):
   broadcast in arithmetic with vectors by themselves, but casts name their lanes: `T.Cast("float32x16", v)`.
 - Buffers have int64 strides, so no offset overflows; index variables are int32.
 - A kernel ends by `return 0`; the same inside an `if` leaves early.
-- bf16 is loaded and stored as uint16; `load` and `store` convert. There is no arithmetic in bf16.
+- bf16 is loaded and stored as uint16, E4M3 is loaded as uint8; `load` and `store` convert. There is no arithmetic in
+  either.
 - LLVM is told that different pointer parameters never alias: a kernel that reads what it has overwritten does both
   through one `Arg`.
 """
@@ -31,6 +32,7 @@ TIR_NAMES = {
     DType.F32: "float32",
     DType.BF16: "uint16",
     DType.F16: "float16",
+    DType.F8E4M3: "uint8",
     DType.I64: "int64",
     DType.I32: "int32",
     DType.I8: "int8",
@@ -39,7 +41,7 @@ TIR_NAMES = {
 }
 """The TIR type in which elements are stored."""
 
-COMPUTE_NAMES = TIR_NAMES | {DType.BF16: "float32", DType.F16: "float32"}
+COMPUTE_NAMES = TIR_NAMES | dict.fromkeys((DType.BF16, DType.F16, DType.F8E4M3), "float32")
 """The TIR type in which kernels hold a loaded element."""
 
 _RESERVED = ("B", "C", "I", "L", "Module", "T", "range", "task")
@@ -135,18 +137,20 @@ class KernelWriter:
         self.line(f'{name} = T.alloc_buffer(({size},), "{typed}", scope="local")')
         return name
 
-    def matrix(self, hint: str, rows: int, stride: int) -> str:
-        """A mutable local array of f32, uninitialised, seen as rows; returns the buffer's name.
+    def matrix(self, hint: str, rows: int, stride: int, dtype: DType = DType.F32) -> str:
+        """A mutable local array, uninitialised, seen as rows; returns the buffer's name, as `buffer` does.
 
         Rows lie `stride` elements apart. Strides of 64 bits let LLVM keep one address for a row: products of 32 bits
         in an index like `row * stride + k` may wrap, and cost a quarter of an inner loop's time.
         """
-        array = self.local(f"{hint}_data", rows * stride)
+        kind = tir_name(dtype)
+        array = self.local(f"{hint}_data", rows * stride, dtype=kind)
         name = self.fresh(hint)
         self.line(
-            f'{name} = T.decl_buffer(({rows}, {stride},), "float32", data={array}.data, '
+            f'{name} = T.decl_buffer(({rows}, {stride},), "{kind}", data={array}.data, '
             f'strides=(T.int64({stride}), T.int64(1),), scope="local")'
         )
+        self._views[name] = View(dtype, (rows, stride), (stride, 1))
         return name
 
     def pointer(self, arg: Arg) -> str:
@@ -182,7 +186,7 @@ class KernelWriter:
         """The elements at an index as an expression in the compute type (bf16 and f16 as f32).
 
         Args:
-            buffer: a name that `buffer` returned.
+            buffer: a name that `buffer` or `matrix` returned.
             index: the index text, axes separated by commas; with lanes, of the first element.
             lanes: elements along the last axis, whose stride must then be 1.
             raw: the elements as stored, in the type that `tir_name` gives.
@@ -198,7 +202,24 @@ class KernelWriter:
             )
         if dtype == DType.F16:
             return f'T.Cast("{lanes_of("float32", lanes)}", {element})'
+        if dtype == DType.F8E4M3:
+            return self._from_e4m3(element, lanes)
         return element
+
+    def _from_e4m3(self, element: str, lanes: int) -> str:
+        """Exponent and mantissa where float32 has them, then the difference of the biases, which is right for
+        denormals too: 2¹²⁰."""
+        code = self.value(
+            "code", f'T.Cast("{lanes_of("uint32", lanes)}", {element})', lanes, "uint32"
+        )
+        sign = f"T.shift_left(T.bitwise_and({code}, T.uint32(128)), T.uint32(24))"
+        size = self.value("size", f"T.bitwise_and({code}, T.uint32(127))", lanes, "uint32")
+        wide = lanes_of("float32", lanes)
+        bits = f"T.bitwise_or({sign}, T.shift_left({size}, T.uint32(20)))"
+        number = f'T.reinterpret("{wide}", {bits}) * T.float32({2.0**120!r})'
+        nan = 'T.float32("nan")' if lanes == 1 else f'T.Broadcast(T.float32("nan"), {lanes})'
+        top = "T.uint32(127)" if lanes == 1 else f"T.Broadcast(T.uint32(127), {lanes})"
+        return f"T.Select({size} == {top}, {nan}, {number})"
 
     def store(self, buffer: str, index: str, value: str, lanes: int = 1, raw: bool = False) -> None:
         """Store an expression of the compute type, rounding to nearest even where storage is narrower.
@@ -209,6 +230,8 @@ class KernelWriter:
         target = f"{buffer}[{_ramp(index, lanes)}]"
         if raw:
             pass
+        elif dtype == DType.F8E4M3:
+            raise NemocError("the cpu target does not round to f8e4m3")
         elif dtype == DType.BF16:
             value = self._to_bf16(value, lanes)
         elif dtype == DType.F16:

@@ -87,7 +87,7 @@ class Nvfp4BlockScales(Op):
 
     def infer(self) -> TensorType:
         width = _check_weight(self)
-        _check_global_scale(self, self.w)
+        _check_global_scale(self, self.w.shape[:-2])
         return TensorType(DType.F8E4M3, (*self.w.shape[:-1], width // BLOCK))
 
     def evaluate(self, env: Env, w: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
@@ -126,7 +126,7 @@ class QuantizeNvfp4(Op):
     def infer(self) -> TensorType:
         width = _check_weight(self)
         expect_shapes(self, DType.F8E4M3, scales=(*self.w.shape[:-1], width // BLOCK))
-        _check_global_scale(self, self.w)
+        _check_global_scale(self, self.w.shape[:-2])
         return TensorType(DType.U8, (*self.w.shape[:-1], width // 2))
 
     def evaluate(
@@ -151,8 +151,11 @@ class DequantizeNvfp4(Op):
     """code · s_b · s_g: u8 [..., N, K/2], f8e4m3 [..., N, K/16], f32 [...] -> f32 [..., N, K].
 
     By the dialect the tensor scale is a factor (in torchao, and `weight_scale_2` in ModelOpt's files) or a divisor
-    (`weight_global_scale` of compressed-tensors). The scales are combined first, in f32. Separable along the first
-    axis.
+    (`weight_global_scale` of compressed-tensors). The scales are combined first, in f32.
+
+    With `interleave = b` above 1 codes and scales are each as `interleave` lays them out, and the result is as it lays
+    out what they stand for: u8 [..., ⌈N/b⌉, K/2, b], f8e4m3 [..., ⌈N/b⌉, K/16, b] -> f32 [..., ⌈N/b⌉, K, b].
+    Separable along the first axis.
     """
 
     is_unpacking: ClassVar[bool] = True
@@ -161,31 +164,41 @@ class DequantizeNvfp4(Op):
     scales: Value
     global_scale: Value
     dialect: str = "modelopt"
+    interleave: int = 1
 
     def infer(self) -> TensorType:
-        name, packed = self.mnemonic(), self.packed.type
+        name, packed, b = self.mnemonic(), self.packed.type, self.interleave
+        rank = 2 if b == 1 else 3
         expect(
-            packed.dtype is DType.U8 and packed.rank >= 2,
-            f"{name}: packed is {packed}, expected u8 of rank ≥ 2",
+            packed.dtype is DType.U8 and packed.rank >= rank and (b == 1 or packed.shape[-1] == b),
+            f"{name}: packed is {packed}, expected u8 of rank ≥ {rank}"
+            + (f" in blocks of {b} rows" if b > 1 else ""),
         )
-        width = _check_width(name, "packed", packed, BLOCK // 2) * 2
         _check_dialect(self)
-        expect_shapes(self, DType.F8E4M3, scales=(*packed.shape[:-1], width // BLOCK))
-        _check_global_scale(self, self.packed)
-        return TensorType(DType.F32, (*packed.shape[:-1], width))
+        columns = packed.rank - (1 if b == 1 else 2)
+        lead, inner = packed.shape[:columns], packed.shape[columns + 1 :]
+        rows = TensorType(packed.dtype, packed.shape[: columns + 1])
+        width = _check_width(name, "packed", rows, BLOCK // 2) * 2
+        expect_shapes(self, DType.F8E4M3, scales=(*lead, width // BLOCK, *inner))
+        _check_global_scale(self, lead[:-1])
+        return TensorType(DType.F32, (*lead, width, *inner))
 
     def evaluate(
         self, env: Env, packed: torch.Tensor, scales: torch.Tensor, global_scale: torch.Tensor
     ) -> torch.Tensor:
         dialect, wide = _dialect(self), env.torch(DType.F32)
-        s, g = scales.to(wide).unsqueeze(-1), _over_blocks(global_scale.to(wide))
+        g = _over_blocks(global_scale.to(wide))
+        if self.interleave > 1:
+            packed, scales, g = packed.mT, scales.mT, g.unsqueeze(-1)
+        s = scales.to(wide).unsqueeze(-1)
         expect(not bool(s.isnan().any()), f"{self.mnemonic()}: scales has NaN elements")
         expect(
             bool(dialect.can_decode(g).all()),
             f"{self.mnemonic()}: global_scale is NaN, infinite or a divisor of 0",
         )
         x = _blocks(decode(packed, dialect, wide))
-        return (x * dialect.step(s, g)).flatten(-2)
+        w = (x * dialect.step(s, g)).flatten(-2)
+        return w if self.interleave == 1 else w.mT.contiguous()
 
     def slice_rows(self, start: int, stop: int) -> RowSlice:
         rows = range(start, stop)
@@ -282,9 +295,10 @@ def _check_width(name: str, operand: str, type_: TensorType, unit: int) -> int:
 
 
 def _check_global_scale(
-    op: Nvfp4BlockScales | QuantizeNvfp4 | DequantizeNvfp4, stacked: Value
+    op: Nvfp4BlockScales | QuantizeNvfp4 | DequantizeNvfp4, lead: tuple[Dim, ...]
 ) -> None:
-    type_, lead = op.global_scale.type, stacked.shape[:-2]
+    """One scale, or one for each of the matrices that leading axes stack."""
+    type_ = op.global_scale.type
     expect(
         type_.dtype is DType.F32 and type_.shape in ((), lead),
         f"{op.mnemonic()}: global_scale is {type_}, expected {TensorType(DType.F32, lead)}",

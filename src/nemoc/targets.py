@@ -89,7 +89,9 @@ def compute_type(target: str, stored: str) -> DType:
 def target_info(name: str, threads: int) -> TargetInfo:
     """What passes may know of a resolved target."""
     if name.partition(":")[0] == "cpu":
-        return TargetInfo(name=name, linear_interleave=CPU_INTERLEAVE, threads=threads)
+        return TargetInfo(
+            name=name, linear_interleave=CPU_INTERLEAVE, packed_weights=True, threads=threads
+        )
     if name in GPUS:
         gpu = GPUS[name]
         return TargetInfo(

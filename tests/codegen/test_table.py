@@ -4,7 +4,6 @@ from nemoc.codegen.tvm.emit import EMITTERS
 from nemoc.ir.op import Op
 from nemoc.ir.ops import (
     OPS,
-    DequantizeNvfp4,
     Folded,
     Fp8Scale,
     Interleave,
@@ -25,7 +24,6 @@ WITHOUT: dict[type[Op], str] = {
     Nvfp4GlobalScale: _FOLDED,
     Nvfp4BlockScales: _FOLDED,
     QuantizeNvfp4: _FOLDED,
-    DequantizeNvfp4: _FOLDED,
     SwizzleScales: _FOLDED,
 }
 

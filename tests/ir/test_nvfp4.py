@@ -270,6 +270,30 @@ def test_four_over_six_leaves_room_in_the_tensor_scale(dialect: str) -> None:
 # -- refusals --
 
 
+@every_dialect
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_blocks_of_rows_are_unpacked_where_they_are(lead: tuple[int, ...], dialect: str) -> None:
+    w = torch.randn(*lead, 21, 48, generator=torch.Generator().manual_seed(1))
+    written = _round_trip(w, dialect)
+    g = written.global_scale
+
+    def interleaved(tensor: torch.Tensor) -> torch.Tensor:
+        return ops.Interleave(_value(tensor), 8).evaluate(ENV, tensor)
+
+    scales = interleaved(written.scales.view(torch.uint8)).view(torch.float8_e4m3fn)
+    blocks = interleaved(written.packed), scales
+    op = ops.DequantizeNvfp4(*map(_value, (*blocks, g)), dialect, interleave=8)
+    assert op.infer().shape == (*lead, 3, 48, 8)
+    assert torch.equal(op.evaluate(ENV, *blocks, g), interleaved(written.dequantized))
+
+
+def test_blocks_of_other_heights_are_refused() -> None:
+    tensors = torch.zeros(2, 8, 4, dtype=torch.uint8), torch.ones(2, 1, 4), torch.tensor(1.0)
+    codes, s, g = tensors[0], tensors[1].to(torch.float8_e4m3fn), tensors[2]
+    with pytest.raises(IRError, match=r"packed is u8\[2, 8, 4\].* in blocks of 8 rows"):
+        ops.DequantizeNvfp4(_value(codes), _value(s), _value(g), interleave=8).infer()
+
+
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16])
 def test_nan_and_infinity_are_refused(special: float, dtype: torch.dtype) -> None:

@@ -40,6 +40,8 @@ from support.checkpoints import BASE, write_checkpoint, write_zeros
 from support.nvfp4_peers import PEERS
 from support.quantized import WIDE, Kind, Tensors, edit_json, mixed, write_quantized
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES: dict[str, dict[str, Any]] = {
     "latent": {},
     "moe": {"moe_latent_size": None},
@@ -514,8 +516,6 @@ from pathlib import Path
 import torch
 from nemoc.models import open_model
 from nemoc.models.release import write_release
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 torch.set_num_threads(1)
 source, out = map(Path, sys.argv[1:])

@@ -7,7 +7,7 @@ from nemoc.ir import DType, Graph, NemocError, TensorType, parse
 from nemoc.ir.dims import B
 from nemoc.ir.interpreter import interpret
 from nemoc.ir.nvfp4 import BLOCK
-from nemoc.ir.ops import DequantizeNvfp4, Folded, Fused, Nvfp4GlobalScale
+from nemoc.ir.ops import DequantizeNvfp4, Folded, Fused, Interleave, Nvfp4GlobalScale
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models.graph import build_step
 from nemoc.passes import PassContext, TargetInfo, parse_pipeline, run_pipeline
@@ -47,6 +47,20 @@ def decoded(graph: Graph) -> list[str]:
         inner = node.op.body.nodes if isinstance(node.op, Fused) else (node,)
         found += [n.op.packed.name for n in inner if isinstance(n.op, DequantizeNvfp4)]
     return found
+
+
+def test_where_kernels_unpack_weights_their_codes_and_scales_are_laid_out_in_blocks() -> None:
+    text = "quantize-nvfp4,interleave-weights{block=16},fold-constants,dce"
+    graph, _ = run(STEP, text)
+    folded = {n.results[0]: n.op for n in graph.nodes if isinstance(n.op, Folded)}
+    unpacked = [n.op for n in graph.nodes if isinstance(n.op, DequantizeNvfp4)]
+    assert [op.interleave for op in unpacked] == [16, 16]
+    for op in unpacked:
+        for part in (op.packed, op.scales):
+            assert part.shape[-1] == 16
+            assert isinstance(folded[part].body.nodes[-1].op, Interleave)
+    stored, _ = run(STEP, text, packed=False)
+    assert not decoded(stored)
 
 
 def test_projections_are_quantized_but_not_the_router_and_the_head() -> None:

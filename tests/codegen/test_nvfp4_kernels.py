@@ -1,0 +1,229 @@
+"""Products with weights in NVFP4, decoded in the kernel, against float64."""
+
+import re
+
+import pytest
+import torch
+
+from nemoc.codegen.plan import Plan, RegionError, Site
+from nemoc.codegen.tvm.build import compile_module
+from nemoc.codegen.tvm.emit import emit
+from nemoc.codegen.tvm.linear_region import emit_linear_region
+from nemoc.codegen.tvm.nvfp4 import emit_dequantize_nvfp4
+from nemoc.codegen.tvm.target import CpuTarget, cpu_target
+from nemoc.ir.dtypes import DType
+from nemoc.ir.ops import DequantizeNvfp4
+from nemoc.ir.region import Fused
+from support.kernels import CompiledSite, KernelSuite, value
+from support.regions import operands, region
+
+ROWS = [1, 3, 4, 5, 29]
+"""Few enough to decode as they are multiplied, and more."""
+
+BODIES = {
+    "dense": """
+        input %x: f32[B, 48]
+        input %c: u8[3, 24, 32]
+        input %s: f8e4m3[3, 3, 32]
+        input %g: f32[]
+        %w = dequantize_nvfp4(%c, %s, %g) {interleave=32} : f32[3, 48, 32]
+        %y = linear(%x, %w) {interleave=32, features=96} : f32[B, 96]
+        %a = relu(%y) : f32[B, 96]
+        return %a""",
+    "ragged, a divisor, residual": """
+        input %x: f32[B, 16]
+        input %c: u8[2, 8, 32]
+        input %s: f8e4m3[2, 1, 32]
+        input %g: f32[]
+        input %r: f32[B, 37]
+        %w = dequantize_nvfp4(%c, %s, %g) {dialect="compressed-tensors", interleave=32} : f32[2, 16, 32]
+        %y = linear(%x, %w) {interleave=32, features=37} : f32[B, 37]
+        %a = add(%r, %y) : f32[B, 37]
+        return %a""",
+    "behind a norm, wide panels": """
+        input %x: f32[B, 80]
+        input %n: f32[80]
+        input %c: u8[2, 40, 64]
+        input %s: f8e4m3[2, 5, 64]
+        input %g: f32[]
+        %h = rms_norm(%x, %n) {eps=1e-05} : f32[B, 80]
+        %w = dequantize_nvfp4(%c, %s, %g) {interleave=64} : f32[2, 80, 64]
+        %y = linear(%h, %w) {interleave=64, features=128} : f32[B, 128]
+        return %y""",
+    "narrow panels": """
+        input %x: f32[B, 32]
+        input %c: u8[2, 16, 16]
+        input %s: f8e4m3[2, 2, 16]
+        input %g: f32[]
+        %w = dequantize_nvfp4(%c, %s, %g) {interleave=16} : f32[2, 32, 16]
+        %y = linear(%x, %w) {interleave=16, features=30} : f32[B, 30]
+        %a = relu(%y) : f32[B, 30]
+        return %a""",
+    "long rows": """
+        input %x: f32[B, 16640]
+        input %c: u8[1, 8320, 32]
+        input %s: f8e4m3[1, 1040, 32]
+        input %g: f32[]
+        %w = dequantize_nvfp4(%c, %s, %g) {interleave=32} : f32[1, 16640, 32]
+        %y = linear(%x, %w) {interleave=32, features=32} : f32[B, 32]
+        %a = relu(%y) : f32[B, 32]
+        return %a""",
+    "groups": """
+        input %x: f32[B, 32]
+        input %c: u8[5, 2, 16, 32]
+        input %s: f8e4m3[5, 2, 2, 32]
+        input %g: f32[5]
+        input %offsets: i32[6] < B + 1
+        %w = dequantize_nvfp4(%c, %s, %g) {interleave=32} : f32[5, 2, 32, 32]
+        %y = grouped_linear(%x, %w, %offsets) {interleave=32, features=64} : f32[B, 64]
+        %a = relu(%y) : f32[B, 64]
+        %q = square(%a) : f32[B, 64]
+        return %q""",
+    "two products, one packed": """
+        input %x: f32[B, 32]
+        input %c: u8[1, 16, 32]
+        input %s: f8e4m3[1, 2, 32]
+        input %g: f32[]
+        input %z: f32[B, 24]
+        input %v: bf16[1, 24, 32]
+        %w = dequantize_nvfp4(%c, %s, %g) {interleave=32} : f32[1, 32, 32]
+        %y = linear(%x, %w) {interleave=32, features=30} : f32[B, 30]
+        %u = linear(%z, %v) {interleave=32, features=30} : f32[B, 30]
+        %a = add(%y, %u) : f32[B, 30]
+        return %a""",
+}
+
+SUITE = KernelSuite()
+CASES = {
+    name: SUITE.add(Site.dense(region(text)), emit_linear_region) for name, text in BODIES.items()
+}
+
+_OLDER = {"ssse3": "x86-64-v2", "sse2": "x86-64"}
+_RUNNABLE = {feature: name for feature, name in _OLDER.items() if feature in cpu_target().features}
+SUITES = {feature: KernelSuite(cpu_target(f"cpu:{cpu}")) for feature, cpu in _RUNNABLE.items()}
+OLDER = {
+    (feature, name): suite.add(Site.dense(region(BODIES[name])), emit_linear_region)
+    for feature, suite in SUITES.items()
+    for name in ("dense", "ragged, a divisor, residual")
+}
+
+UNPACKED = {
+    "rows": SUITE.add(
+        Site.dense(
+            DequantizeNvfp4(
+                value(DType.U8, 3, 5, 16), value(DType.F8E4M3, 3, 5, 2), value(DType.F32, 3)
+            )
+        ),
+        emit_dequantize_nvfp4,
+    ),
+    "blocks": SUITE.add(
+        Site.dense(
+            DequantizeNvfp4(
+                value(DType.U8, 2, 16, 32),
+                value(DType.F8E4M3, 2, 2, 32),
+                value(DType.F32),
+                "compressed-tensors",
+                32,
+            )
+        ),
+        emit_dequantize_nvfp4,
+    ),
+}
+
+
+def _codes_and_scales(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random codes, or scales of all magnitudes that there are, 0 and denormals among them; others as they are."""
+    if tensor.dtype == torch.uint8:
+        return torch.randint(0, 256, tensor.shape, generator=generator, dtype=torch.uint8)
+    if tensor.dtype == torch.float8_e4m3fn:
+        bits = torch.randint(0, 127, tensor.shape, generator=generator, dtype=torch.uint8)
+        return bits.view(torch.float8_e4m3fn)
+    return tensor
+
+
+def _given(case: CompiledSite, rows: int) -> list[torch.Tensor]:
+    op = case.site.op
+    assert isinstance(op, Fused)
+    generator = torch.Generator().manual_seed(rows)
+    tensors = [_codes_and_scales(t, generator) for t in operands(op, {"B": rows}, rows)]
+    for i, operand in enumerate(op.body.inputs):
+        if operand.name == "offsets":
+            tensors[i] = tensors[i].sort().values
+            tensors[i][0], tensors[i][-1] = 0, rows
+        if operand.name == "g":
+            tensors[i] = tensors[i].abs() / 2688 + 1e-4
+    return tensors
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_region_is_its_body(name: str, rows: int) -> None:
+    CASES[name].check({"B": rows}, *_given(CASES[name], rows), tolerance=2e-6)
+
+
+@pytest.mark.parametrize(("feature", "name"), OLDER)
+def test_codes_are_decoded_without_byte_shuffles_and_with_short_ones(
+    feature: str, name: str
+) -> None:
+    case = OLDER[feature, name]
+    for rows in (1, 5):
+        case.check({"B": rows}, *_given(case, rows), tolerance=2e-6)
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_weights_can_be_unpacked_as_a_whole(name: str) -> None:
+    case = UNPACKED[name]
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(v.dtype.torch, tuple(map(int, v.shape))) for v in case.site.operands]
+    codes, scales = (
+        _codes_and_scales(torch.empty(shape, dtype=dtype), generator) for dtype, shape in shapes[:2]
+    )
+    g = torch.rand(shapes[2][1], generator=generator) + 0.5
+    case.check({}, codes, scales, g, tolerance=1e-7)
+
+
+def test_weights_of_groups_without_rows_are_not_touched() -> None:
+    case = CASES["groups"]
+    op = case.site.op
+    assert isinstance(op, Fused)
+    tensors = _given(case, 5)
+    for tensor, operand in zip(tensors, op.body.inputs, strict=True):
+        if operand.name == "offsets":
+            tensor[:] = torch.tensor([0, 0, 3, 3, 5, 5])
+        elif operand.name == "g":
+            tensor[[0, 2, 4]] = float("nan")
+    (y,) = case.run({"B": 5}, *tensors)
+    assert bool(y.isfinite().all())
+
+
+def test_panels_of_other_heights_have_no_kernel_and_fall_back() -> None:
+    text = BODIES["narrow panels"].replace("16]", "8]").replace("interleave=16", "interleave=8")
+    op = region(text.replace("[2, ", "[4, "))
+    with pytest.raises(RegionError, match="no skeleton for NVFP4 in blocks of 8 rows"):
+        emit_linear_region(Site.dense(op), SUITE.target)
+
+
+def _assembly(target: CpuTarget) -> str:
+    plan: Plan = emit(Site.dense(region(BODIES["dense"])), target)
+    (stage,) = plan.stages
+    pointers = ", ".join("a" for _ in stage.args)
+    step = (
+        "    @T.prim_func(s_tir=True)\n"
+        "    def step(a: T.handle, B: T.int32, L: T.int32, C: T.int32):\n"
+        f"        T.evaluate(Module.{stage.kernel.name}(B, {pointers}, B, L, C))\n"
+    )
+    source = f"@I.ir_module\nclass Module:\n{stage.kernel.source}\n{step}"
+    return str(compile_module(source, target).inspect_source("asm"))
+
+
+@pytest.mark.parametrize(
+    ("cpu", "lookup"),
+    [
+        ("x86-64-v3", r"vpshufb\s.*%ymm"),
+        ("x86-64-v4", r"vpshufb\s.*%ymm"),
+        ("x86-64-v2", r"pshufb\s.*%xmm"),
+        ("apple-m1", r"tbl\.16b|tbl\s+v\d+\.16b"),
+    ],
+)
+def test_codes_are_looked_up_by_byte_shuffles(cpu: str, lookup: str) -> None:
+    assert len(re.findall(lookup, _assembly(cpu_target(f"cpu:{cpu}")))) >= 32
