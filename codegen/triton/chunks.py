@@ -69,7 +69,7 @@ class Steps:
 
     def wait(self) -> None:
         """Until all threads of the program have written theirs."""
-        self._kernel.writer.line("tl.debug_barrier()")
+        self._kernel.writer.barrier()
 
     def dt(self, slot: str, start: int, count: int, across: bool) -> str:
         """dt of some tokens of a slot: [1, tokens] or [tokens, 1]."""

@@ -143,7 +143,7 @@ def shift_history(body: Body, op: CausalConv, n: str, place: Place) -> None:
             row = f"{n} * {size_text(length)} + tl.maximum({index} - {back}, 0)"
         new = body.tile(Seen(op.x, width), replace(place, row=writer.let("row", row)))
         moved.append(writer.let("moved", f"tl.where({index} < {back}, {old}, {new})"))
-    writer.line("tl.debug_barrier()")
+    writer.barrier()
     for r, tile in enumerate(moved):
         at = replace(place, row=_old_row(writer, n, str(r), back))
         store_tile(

@@ -218,6 +218,7 @@ class _Forms:
                 for block, new in zip(state, chunk.added(made, shared.b, kept), strict=True):
                     writer.line(f"{block} = {new}")
         if mixer.stores_state:
+            writer.barrier()
             for parts_of in zip(pointers, states, places, strict=True):
                 for pointer, block, place in zip(*parts_of, strict=True):
                     store_tile(writer, pointer, block, place)
@@ -283,6 +284,7 @@ class _Forms:
                 at, mask = writer.let("at", at), writer.let("mask", f"{there}{masks}")
                 added = writer.let("added", f"tl.load({at}, mask={mask}, other=0.0)")
                 loaded.append((at, mask, added, steps.total(slot, there)))
+            writer.barrier()
             for at, mask, added, total in loaded:
                 writer.line(f"tl.store({at}, {state}, mask={mask})")
                 writer.line(f"{state} = {state} * tl.exp({total}) + {added}")

@@ -146,6 +146,7 @@ class _Update:
         driven = writer.let("driven", f"{dt} * {x}")
         new = writer.let("new", f"{old} * {decay} + {driven} * {b}")
         if mixer.stores_state:
+            writer.barrier()
             store_tile(writer, pointer, new, state)
         skip = kernel.skip(heads)
         skipped = f" + {skip} * {x}" if skip else ""

@@ -51,10 +51,12 @@ def emit_sorting(site: Site, target: GpuTarget) -> Plan:
         found, at = groups_of(start)
         mine = writer.let("mine", f"({found} == {group}) & {at.mask}")
         rank = writer.let("rank", f"tl.cumsum({mine}.to(tl.int32), axis=0)")
-        to = writer.let("to", f"{place_of} + {rank} - 1")
-        slots = replace(at, mask="", exists=mine)
+        # Slots of other groups are stored nowhere, but what is loaded for them has to be somewhere.
+        to = writer.let("to", f"tl.maximum({place_of} + {rank} - 1, 0)")
+        row = writer.let("row", f"tl.minimum({at.row}, {total} - 1)")
+        slots = replace(at, row=row, mask="", exists=mine)
         places = replace(slots, row=to)
-        body.bind(Seen(order, 1), places, at.row)
+        body.bind(Seen(order, 1), places, row)
         body.bind(Seen(position, 1), slots, to)
         for number, value in enumerate(graph.outputs):
             if value is not offsets:

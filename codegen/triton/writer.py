@@ -78,6 +78,14 @@ class KernelWriter:
         """Append a statement."""
         self._lines.append("    " * len(self._scopes) + text)
 
+    def barrier(self) -> None:
+        """Let no thread of a program go on before all have come here.
+
+        Where a program reads memory and writes it, in either order: a thread may hold elements that others have too,
+        or have others the next time.
+        """
+        self.line("tl.debug_barrier()")
+
     def name(self, prefix: str) -> str:
         """A name that nothing else has."""
         count = self._counts.get(prefix, 0)

@@ -6,11 +6,11 @@ import torch
 
 from nemoc.codegen.plan import Plan, Site
 from nemoc.codegen.triton.emit import emit
-from nemoc.codegen.triton.interpret import run_site
 from nemoc.codegen.triton.target import GpuTarget, gpu_target
 from nemoc.ir.op import Env
 from nemoc.ir.region import evaluate_op
 from support.kernels import relative_error
+from support.watched import run_watched
 
 INTERPRETER = gpu_target("triton-interpret")
 
@@ -42,7 +42,7 @@ def check_kernel(
     op = site.op
     wide = [t.double() if t.is_floating_point() else t for t in operands]
     expected = evaluate_op(op, env, dict(zip(op.operands(), wide, strict=True)))
-    found = run_site(site, plan or emit(site, target), sizes, operands)
+    found = run_watched(site, plan or emit(site, target), sizes, operands)
     for i, (f, e) in enumerate(zip(found, expected, strict=True)):
         where = f"{op.mnemonic()} result {i}, {dict(sizes)}"
         assert f.shape == e.shape, where
