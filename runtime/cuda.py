@@ -98,7 +98,8 @@ def _check_largest(table: LaunchTable, program: Program) -> None:
 class CudaBackend:
     """Launches a program's functions on a device. One step runs at a time; others wait.
 
-    Steps go into torch's current stream and are not waited for: whoever reads logits or states does.
+    Steps go into torch's current stream and are not waited for: whoever reads logits or states does. They share
+    scratch, so that on the device a step waits for the one before, also where that is in another stream.
 
     Args:
         table: the launches.
@@ -140,7 +141,7 @@ class CudaBackend:
             self._hidden = ([device.allocate(0)], [device.allocate(0)])
 
     def allocate(self, size: int) -> torch.Tensor:
-        with self._device.active():
+        with self._lock, self._device.active(), self._device.in_order():
             return self._device.allocate(size).zero_()
 
     def run(
@@ -153,7 +154,7 @@ class CudaBackend:
         rows, length = tokens.shape
         shape = (rows, length) if function == PREFILL_ALL else (rows,)
         size = 4 * rows * (length if function == PREFILL_ALL else 1) * self._program.vocab
-        with self._lock, self._device.active():
+        with self._lock, self._device.active(), self._device.in_order():
             self._tokens[: tokens.numel()].copy_(tokens.reshape(-1))
             self._valid[:rows].copy_(valid)
             recorded = function == DECODE

@@ -47,6 +47,10 @@ class Device(Protocol):
         """Let this thread work on the device."""
         ...
 
+    def in_order(self) -> AbstractContextManager[None]:
+        """Let work in torch's current stream begin when all former such work is done, whichever streams that was in."""
+        ...
+
     def allocate(self, size: int) -> torch.Tensor:
         """Memory that holds anything: uint8 [size], aligned to 256 bytes.
 
@@ -95,7 +99,7 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Free all kernels. Called once, whether active or not."""
+        """Free all kernels, once what runs is done. Called once, whether active or not."""
         ...
 
 
@@ -118,6 +122,7 @@ class CudaDevice:
         self._driver = driver or CudaDriver()
         self._context = self._driver.retain_context(index)
         self._modules: list[int] = []
+        self._done: torch.cuda.Event | None = None
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -136,6 +141,18 @@ class CudaDevice:
     def _stream(self) -> int:
         """The handle of torch's current stream."""
         return torch.cuda.current_stream(self.place).cuda_stream
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        stream = torch.cuda.current_stream(self.place)
+        if self._done is None:
+            self._done = torch.cuda.Event()
+        else:
+            stream.wait_event(self._done)
+        try:
+            yield
+        finally:
+            self._done.record(stream)
 
     def allocate(self, size: int) -> torch.Tensor:
         try:
@@ -186,6 +203,8 @@ class CudaDevice:
             return
         with self.active():
             self.synchronize()
+            if self._done is not None:  # in whichever stream that was
+                self._done.synchronize()
             for module in self._modules:
                 self._driver.unload(module)
         self._driver.release_context(self._index)

@@ -381,6 +381,45 @@ def test_torch_records_launches_on_a_stream_of_their_own(
     assert told == [(Graph, "stream on cpu"), "work", "end", "replay"]
 
 
+def test_steps_of_several_streams_wait_for_each_other(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            told.append(f"{stream.name} done")
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_event(self, event: Any) -> None:
+            assert isinstance(event, Event)
+            told.append(f"{self.name} waits")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("first", "second"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda place, name=name: Stream(name))
+        with CudaDevice.in_order(device):
+            told.append(f"{name} works")
+    with pytest.raises(NemocError), CudaDevice.in_order(device):
+        raise NemocError("a launch has failed")
+    assert told == [
+        "first works", "first done",
+        "second waits", "second works", "second done",
+        "second waits", "second done",
+    ]  # fmt: skip
+
+
+def test_all_that_touches_shared_memory_is_in_order(gpu: Executable, device: FakeDevice) -> None:
+    state = gpu.new_state(1)
+    gpu.prefill(IDS[:1, :4], state)
+    for _ in range(3):
+        gpu.decode(NEXT[:1], state)
+    assert (device.ordered, device.disordered) == (5, 0)
+
+
 def test_memory_that_is_not_there_is_one_line(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,23 @@ def test_another_stream_can_be_current(backend: CudaBackend, weights: torch.Tens
             run(backend, weights, "decode", torch.randint(0, VOCAB, (2, 1)), state)
 
 
+def test_steps_in_several_streams_do_not_meet(backend: CudaBackend, weights: torch.Tensor) -> None:
+    states = [new_state(backend, 4) for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    valid = torch.ones(4, dtype=torch.int32)
+    for turn in range(20):
+        found = []
+        for state, stream in zip(states, streams, strict=True):
+            tokens = torch.randint(0, VOCAB, (4, 1))
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(100_000)
+                found.append((backend.run("decode", tokens, valid, state), tokens, state))
+        torch.cuda.synchronize()
+        for logits, tokens, state in found:
+            assert torch.allclose(logits.cpu(), expected(weights, tokens, state)), turn
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (0.7, 0.8), (1.0, 1.0)])
 def test_tokens_chosen_on_the_device_are_those_of_the_cpu(temperature: float, top_p: float) -> None:
     logits = 4 * torch.randn(6, 5000, generator=torch.Generator().manual_seed(2))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nemoc.ir import NemocError
-from nemoc.runtime.cuda_device import CudaDevice
+from nemoc.runtime.cuda_device import CudaDevice, LoadedKernel
 from nemoc.runtime.cuda_driver import CudaDriver
 
 CONTEXT, STREAM = 0xC0, 0x57
@@ -211,6 +211,8 @@ class FakeDevice(CudaDevice):
         staged: bytes of the largest staging memory.
         recorded: how many recordings were made.
         can_record: whether that works.
+        ordered: how often work was put in order.
+        disordered: launches that were not.
     """
 
     def __init__(self, library: FakeLibrary, memory: int = 1 << 30) -> None:
@@ -221,7 +223,9 @@ class FakeDevice(CudaDevice):
         self.staged = 0
         self.recorded = 0
         self.can_record = True
+        self.ordered = self.disordered = 0
         self._free = memory
+        self._in_order = False
 
     @contextlib.contextmanager
     def _without_gpu(self) -> Any:
@@ -237,6 +241,20 @@ class FakeDevice(CudaDevice):
 
     def _stream(self) -> int:
         return STREAM
+
+    @contextlib.contextmanager
+    def in_order(self) -> Any:
+        assert not self._in_order
+        self.ordered += 1
+        self._in_order = True
+        try:
+            yield
+        finally:
+            self._in_order = False
+
+    def launch(self, kernel: LoadedKernel, tasks: int, arguments: Sequence[int]) -> None:
+        self.disordered += not self._in_order
+        super().launch(kernel, tasks, arguments)
 
     def allocate(self, size: int) -> torch.Tensor:
         self._free -= size
