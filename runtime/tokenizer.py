@@ -1,6 +1,7 @@
 """Text to token ids and back: the checkpoint's own tokenizer and chat template."""
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,17 @@ class Tokenizer:
         """
         with _refusing("tokenizer.json: the text cannot be encoded"):
             return list(self._inner.encode(text, add_special_tokens=special).ids)
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """`encode` with special tokens, and how many characters of the text each token and those before it take up.
+
+        Raises:
+            NemocError: as `encode`.
+        """
+        with _refusing("tokenizer.json: the text cannot be encoded"):
+            found = self._inner.encode(text)
+        # A special token at the end is said to stand at 0.
+        return list(found.ids), list(itertools.accumulate((end for _, end in found.offsets), max))
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from nemoc.codegen.expand import expand_ops
 from nemoc.codegen.plan import Plan, Site
+from nemoc.codegen.regions import alone
 from nemoc.codegen.tvm.attention import emit_attention
 from nemoc.codegen.tvm.cache import emit_cache_write
 from nemoc.codegen.tvm.conv import emit_causal_conv
@@ -14,6 +15,7 @@ from nemoc.codegen.tvm.linear import emit_linear
 from nemoc.codegen.tvm.norm import emit_rms_norm
 from nemoc.codegen.tvm.nvfp4 import emit_dequantize_nvfp4
 from nemoc.codegen.tvm.routing import emit_group_by, emit_group_limit, emit_top_k
+from nemoc.codegen.tvm.rows import emit_rows
 from nemoc.codegen.tvm.scan import emit_ssd_scan
 from nemoc.codegen.tvm.shape import emit_concat, emit_full, emit_sum, emit_view
 from nemoc.codegen.tvm.target import CpuTarget
@@ -22,6 +24,7 @@ from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
 from nemoc.ir.op import Op
 from nemoc.ir.ops.attention import Attention, CacheWrite
+from nemoc.ir.ops.int8 import RoundToInt8
 from nemoc.ir.ops.linear import GroupedLinear, Linear
 from nemoc.ir.ops.mamba import CausalConv, SsdScan, SsdUpdate
 from nemoc.ir.ops.norm import RmsNorm
@@ -54,6 +57,7 @@ EMITTERS: dict[type[Op], Emitter] = {
     TakeAlong: emit_take_along,
     TakeLast: emit_take_last,
     RmsNorm: emit_rms_norm,
+    RoundToInt8: lambda site, target: emit_rows(alone(site), target),
     GroupLimit: emit_group_limit,
     TopK: emit_top_k,
     GroupBy: emit_group_by,

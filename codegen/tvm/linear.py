@@ -119,9 +119,9 @@ class Panels:
             yield writer.let("panel", f"{start} + {p}")
 
 
-def most_panels(product: "Product") -> int:
+def most_panels(product: "Product", tasks: int = _LEAST_TASKS) -> int:
     """As many panels in a part as leave enough tasks."""
-    return -(-product.panels // _LEAST_TASKS)
+    return -(-product.panels // tasks)
 
 
 def write_row_blocks(product: "Product", source: "RowSource", rows: Dim, panels: Panels) -> Dim:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from nemoc.codegen.plan import Arg, Plan, RegionError, Site, View
 from nemoc.codegen.tvm.body import Body, Rows, Source, ramp, rows_view
+from nemoc.codegen.tvm.e2m1 import Decoder
+from nemoc.codegen.tvm.int8 import Int8Product, RoundedRows
 from nemoc.codegen.tvm.linear import (
     GatheredRows,
     Panels,
@@ -34,18 +36,30 @@ from nemoc.codegen.tvm.linear import (
     write_row_blocks,
 )
 from nemoc.codegen.tvm.loops import each_vector
-from nemoc.codegen.tvm.nvfp4 import Nvfp4Product, Packed, packed_bytes
+from nemoc.codegen.tvm.nvfp4 import FloatProduct, Packed, packed_bytes
 from nemoc.codegen.tvm.place import row_axes
 from nemoc.codegen.tvm.row_ops import expect_short
 from nemoc.codegen.tvm.rows import in_place_pairs
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.writer import KernelWriter, size_text
 from nemoc.ir.dims import Dim, product
-from nemoc.ir.ops import CacheWrite, DequantizeNvfp4, GroupedLinear, Linear, Reshape, TakeRows
+from nemoc.ir.nvfp4 import BLOCK
+from nemoc.ir.ops import (
+    CacheWrite,
+    DequantizeNvfp4,
+    GroupedLinear,
+    Linear,
+    Reshape,
+    RoundToInt8,
+    TakeRows,
+)
 from nemoc.ir.types import Value
 
 _WEIGHT_BYTES = 384 << 10
 """Bytes of weight that a task takes, where there are so many, if it computes rows of x for them."""
+
+_LEAST_TASKS = 8
+"""Tasks at least of a product that computes rows of x for packed weights."""
 
 _ARRAY_BYTES = 320 << 10
 """Bytes of computed rows of x at once: they lie on the stack."""
@@ -96,10 +110,10 @@ def _emit_in_registers(site: Site, target: CpuTarget) -> Plan:
 
     made = anchor.product(Sink(put, results.lanes(anchor.op)))
     if isinstance(anchor.op, Linear):
-        panels = Panels(made.panels, _panels_at_once(made, anchor))
+        panels = Panels(made.panels, _panels_at_once(made, anchor) if anchor.computes else 1)
         tasks = write_row_blocks(made, anchor.source, anchor.rows, panels)
     else:
-        panels = Panels(made.panels, most_panels(made))
+        panels = Panels(made.panels, _most_panels(made, anchor))
         anchor.write(made, panels)
         tasks = panels.tasks
     return Plan((writer.finish(tasks),), in_place=results.in_place, updates=results.updates)
@@ -119,7 +133,7 @@ def _emit_by_columns(site: Site, target: CpuTarget) -> Plan:
         view = rows_view(View.dense(anchor.value.type), Rows.of(anchor.value))
         sums[anchor.value] = writer.buffer("sums", Arg("scratch", number), view)
     products = [a.product(stored(writer, sums[a.value], panel_lanes(op, target))) for a in anchors]
-    panels = Panels(products[0].panels, most_panels(products[0]))
+    panels = Panels(products[0].panels, max(map(_most_panels, products, anchors)))
     for anchor, made in zip(anchors, products, strict=True):
         anchor.write(made, panels)
     width = products[0].n
@@ -155,10 +169,15 @@ def _column_of(writer: KernelWriter, value: Value, buffer: str, own: str) -> Sou
 
 
 def _panels_at_once(made: Product, anchor: "_Anchor") -> int:
-    """Panels of a task: several where it computes rows of x, which then serve all of them."""
-    if not isinstance(anchor.source, _ComputedRows):
-        return 1
-    return min(most_panels(made), -(-_WEIGHT_BYTES // anchor.panel_bytes))
+    """Panels of a task that computes rows of x, which then serve all of them."""
+    return min(_most_panels(made, anchor), -(-_WEIGHT_BYTES // anchor.panel_bytes))
+
+
+def _most_panels(made: Product, anchor: "_Anchor") -> int:
+    """As many as leave enough tasks; fewer do where rows would be computed for panels of a quarter of the bytes."""
+    if anchor.computes and anchor.is_packed:
+        return most_panels(made, _LEAST_TASKS)
+    return most_panels(made)
 
 
 class _Anchor:
@@ -184,8 +203,9 @@ class _Anchor:
         reason = obstacle(op, body.target)
         if reason is not None or op.interleave == 1:
             raise RegionError(f"no skeleton for {reason or 'a product with plain rows'}")
-        self.source = row_source(body, op.x)
         self._packed = self._unpacking(op.w)
+        rounding = self._rounding(op.x)
+        self.source = RoundedRows(body, rounding) if rounding else row_source(body, op.x)
         self._w = "" if self._packed else self._operand("w", op.w)
         self._offsets = ""
         if isinstance(op, GroupedLinear):
@@ -200,8 +220,19 @@ class _Anchor:
         """The product into a sink."""
         writer, target = self._body.writer, self._body.target
         if self._packed:
-            return Nvfp4Product.of_packed(writer, target, self.op, self._packed, sink)
+            kind = Int8Product if isinstance(self.source, RoundedRows) else FloatProduct
+            return kind.of_packed(writer, target, self.op, self._packed, sink)
         return Product.of(writer, target, self.op, self._w, sink)
+
+    @property
+    def computes(self) -> bool:
+        """Whether tasks compute rows of x."""
+        return isinstance(self.source, _ComputedRows | RoundedRows)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weight is stored packed."""
+        return self._packed is not None
 
     @property
     def panel_bytes(self) -> int:
@@ -225,6 +256,16 @@ class _Anchor:
         if producer is None or not isinstance(producer.op, DequantizeNvfp4):
             return None
         return Packed.of(self._body, producer.op)
+
+    def _rounding(self, x: Value) -> RoundToInt8 | None:
+        """The rounding of x in the region, if the product can be one of integers."""
+        body = self._body
+        producer = body.graph.producers.get(_seen(body, x))
+        match None if producer is None else producer.op:
+            case RoundToInt8(block=block) as op if self._packed and block == BLOCK:
+                decoder = Decoder.of(body.writer, body.target, self.op.interleave)
+                return op if decoder.multiply else None
+        return None
 
     def _operand(self, name: str, value: Value) -> str:
         body = self._body

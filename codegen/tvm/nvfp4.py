@@ -1,24 +1,21 @@
 """Products with weights in NVFP4, decoded as they are read.
 
-A panel of b output features is bytes [K/2, b], two codes each (even k in the low half), and scales [K/16, b]. Four
-vectors of features are decoded at a time: a byte shuffle looks up the two bytes that a code has as bf16, and
-interleaving those makes words of two features each, of which a shift and a mask make float32. So vectors hold features
-in an order of their own (`Decoder.order`), which only what leaves the product's loop has to undo.
-
-One row of x is multiplied by what comes out of that at once: the sums of a block of 16 meet its scale when they
-are complete. For more rows the panel is decoded once, into a local array of bf16, which the ordinary product then
-reads; code times block scale has six significant bits, so bf16 holds it exactly. The scale of the matrix meets the
-sums.
-
-An E2M1 code decodes to 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives (`nemoc.ir.nvfp4`).
+A panel of b output features is bytes [K/2, b], two codes each (even k in the low half), and scales [K/16, b];
+`nemoc.codegen.tvm.e2m1` decodes it in registers. One row of x is multiplied by what comes out of that at once: the sums
+of a block of 16 meet its scale when they are complete. For more rows the panel is decoded once, into a local array of
+bf16, which the ordinary product then reads; code times block scale has six significant bits, so bf16 holds it exactly.
+The scale of the matrix meets the sums.
 """
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
 from nemoc.codegen.plan import Arg, Plan, RegionError, Site
 from nemoc.codegen.tvm.body import Body
+from nemoc.codegen.tvm.e2m1 import Decoder
 from nemoc.codegen.tvm.elementwise import unflatten
 from nemoc.codegen.tvm.linear import Product, RowBlock, Sink, Strip, prefetch
 from nemoc.codegen.tvm.target import CpuTarget
@@ -29,15 +26,11 @@ from nemoc.ir.nvfp4 import BLOCK, DIALECTS
 from nemoc.ir.ops import DequantizeNvfp4, GroupedLinear, Linear
 from nemoc.ir.types import Value
 
-_FEW = 4
+_FEW = 6
 """Rows of x for which decoding a panel beforehand does not pay."""
 
 _PANEL_BYTES = 1 << 20
 """Bytes of a decoded panel at most: it lies on the stack."""
-
-_TOP = (0x00, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40)
-_LOW = (0x00, 0x00, 0x80, 0xC0, 0x00, 0x40, 0x80, 0xC0)
-"""The two bytes of the magnitudes as bf16."""
 
 
 def packed_bytes(k: int, features: int) -> int:
@@ -120,7 +113,7 @@ def emit_dequantize_nvfp4(site: Site, target: CpuTarget) -> Plan:
 
 
 @dataclass(frozen=True)
-class Nvfp4Product(Product):
+class PackedProduct(Product):
     """Writes the product of rows of x and a panel of w, which is packed.
 
     Attributes:
@@ -129,7 +122,7 @@ class Nvfp4Product(Product):
     """
 
     packed: Packed
-    decoder: "Decoder"
+    decoder: Decoder
 
     @classmethod
     def of_packed(
@@ -146,28 +139,42 @@ class Nvfp4Product(Product):
         return cls(**fields, packed=packed, decoder=Decoder.of(writer, target, op.interleave))
 
     def write(self, block: RowBlock, panel: str, group: str = "") -> None:
-        writer, packed = self.writer, self.packed
-        at = f"{group}, {panel}, " if group else f"{panel}, "
-        which = "0" if not packed.stacked else group
-        scale = writer.value("whole", writer.load(packed.tensor_scale, which))
+        which = group if self.packed.stacked else "0"
+        scale = self.writer.value("whole", self.writer.load(self.packed.tensor_scale, which))
         scaled = dataclasses.replace(self, sink=self._scaled(scale))
-        if 2 * self.k * self.b > _PANEL_BYTES:
-            scaled._row_by_row(block, panel, at)
-            return
-        with writer.block(f"if {block.count} < {_FEW}:"):
-            scaled._row_by_row(block, panel, at)
-        with writer.block("else:"):
-            decoded = Product(
-                writer,
-                self._unpacked(at),
-                scaled.sink,
-                self.n,
-                self.k,
-                self.b,
-                self.lanes,
-                self.high,
-            )
-            decoded.write_strip(block, Strip(panel, "", "0", self.b // self.lanes))
+        scaled.write_panel(block, panel, f"{group}, {panel}, " if group else f"{panel}, ")
+
+    def write_panel(self, block: RowBlock, panel: str, at: str) -> None:
+        """A block of rows times one panel, whose indices in w are `at`; the sink scales sums."""
+        raise NotImplementedError
+
+    @contextmanager
+    def strips(self, panel: str, at: str) -> Iterator[Strip]:
+        """A loop over the columns of a panel that are decoded at once."""
+        width = self.decoder.width
+        with self.writer.loop("s", self.b // width) as s:
+            column = self.writer.let("column", f"{s} * {width}")
+            yield Strip(panel, at, column, width // self.lanes)
+
+    def codes(self, strip: Strip, pair: str) -> tuple[str, str]:
+        """The codes of two neighbouring k of a strip, a byte each."""
+        index = f"{strip.at}{pair}, {strip.column}"
+        return self.decoder.nibbles(self._bytes(self.packed.codes, index))
+
+    def scales(self, strip: Strip, k: str) -> list[str]:
+        """The scales of a block, in the decoder's order."""
+        index = f"{strip.at}{k}, {strip.column}"
+        return self.decoder.scales(self._bytes(self.packed.scales, index))
+
+    def store_ordered(self, acc: str, rows: int, row: str, strip: Strip) -> None:
+        """Hand the sums of some rows, each four vectors in the decoder's order, to the sink."""
+        writer, wide = self.writer, strip.wide
+        ordered = writer.local("ordered", rows * wide, self.lanes)
+        for i in range(rows):
+            vectors = [f"{acc}[{4 * i + v}]" for v in range(4)]
+            for j, vector in enumerate(self.decoder.ordered(vectors, self.lanes)):
+                writer.line(f"{ordered}[{i * wide + j}] = {vector}")
+        self.store(ordered, rows, row, strip)
 
     def _scaled(self, scale: str) -> Sink:
         """The sink of sums that the scale of the matrix is still missing from."""
@@ -180,14 +187,29 @@ class Nvfp4Product(Product):
 
         return dataclasses.replace(sink, put=put)
 
+    def _bytes(self, buffer: str, index: str) -> str:
+        writer, width = self.writer, self.decoder.width
+        return writer.value("bytes", writer.load(buffer, index, width, raw=True), width, "uint8")
+
+
+@dataclass(frozen=True)
+class FloatProduct(PackedProduct):
+    """The product with rows of float32."""
+
+    def write_panel(self, block: RowBlock, panel: str, at: str) -> None:
+        if 2 * self.k * self.b > _PANEL_BYTES:
+            self._row_by_row(block, panel, at)
+            return
+        with self.writer.block(f"if {block.count} < {_FEW}:"):
+            self._row_by_row(block, panel, at)
+        with self.writer.block("else:"):
+            unpacked = self._unpacked(at)
+            fields = (self.n, self.k, self.b, self.lanes, self.high)
+            decoded = Product(self.writer, unpacked, self.sink, *fields)
+            decoded.write_strip(block, Strip(panel, "", "0", self.b // self.lanes))
+
     def _row_by_row(self, block: RowBlock, panel: str, at: str) -> None:
-        width = self.decoder.width
-        with (
-            self.writer.loop("t", block.count) as t,
-            self.writer.loop("s", self.b // width) as s,
-        ):
-            column = self.writer.let("column", f"{s} * {width}")
-            strip = Strip(panel, at, column, width // self.lanes)
+        with self.writer.loop("t", block.count) as t, self.strips(panel, at) as strip:
             self._row(block, f"{block.first} + {t}", strip)
 
     def _row(self, block: RowBlock, row: str, strip: Strip) -> None:
@@ -205,194 +227,31 @@ class Nvfp4Product(Product):
             with writer.loop("j", BLOCK // 2, "T.unroll") as j:
                 pair = writer.let("pair", f"{k} * {BLOCK // 2} + {j}")
                 prefetch(writer, self.packed.codes, f"{strip.at}{pair}, 0")
-                codes = self._bytes(self.packed.codes, f"{strip.at}{pair}, {strip.column}")
-                for half, nibbles in enumerate(decoder.nibbles(codes)):
+                for half, nibbles in enumerate(self.codes(strip, pair)):
                     x = element("0", f"{k} * {BLOCK} + {j} * 2 + {half}")
                     xs = writer.value("xs", f"T.Broadcast({x}, {part})", part)
                     for i, numbers in enumerate(decoder.numbers(nibbles)):
                         at = f"{sums}[{half * 4 + i}]"
                         writer.line(f"{at} = {at} + {numbers} * {xs}")
-            for i, scales in enumerate(self._scales(k, strip)):
+            for i, scales in enumerate(self.scales(strip, k)):
                 both = f"({sums}[{i}] + {sums}[{4 + i}])"
                 writer.line(f"{acc}[{i}] = {acc}[{i}] + {both} * {scales}")
-        ordered = writer.local("ordered", strip.wide, self.lanes)
-        for i, vector in enumerate(decoder.ordered([f"{acc}[{v}]" for v in range(4)], self.lanes)):
-            writer.line(f"{ordered}[{i}] = {vector}")
-        self.store(ordered, 1, first, strip)
+        self.store_ordered(acc, 1, first, strip)
 
     def _unpacked(self, at: str) -> str:
         """The panel as a local array of bf16 [K, b], without the scale of the matrix; returns its name."""
-        writer, decoder, lanes, width = self.writer, self.decoder, self.lanes, self.decoder.width
+        writer, decoder, lanes = self.writer, self.decoder, self.lanes
+        kinds = lanes_of("uint32", lanes), lanes_of("uint16", lanes)
         local = writer.matrix("panel", self.k, self.b, DType.BF16)
-        with (
-            writer.loop("s", self.b // width) as s,
-            writer.loop("k", self.k // BLOCK) as k,
-        ):
-            strip = Strip("", at, writer.let("column", f"{s} * {width}"), width // lanes)
-            scales = self._scales(k, strip)
+        with self.strips("", at) as strip, writer.loop("k", self.k // BLOCK) as k:
+            scales = self.scales(strip, k)
             with writer.loop("j", BLOCK // 2, "T.unroll") as j:
                 pair = writer.let("pair", f"{k} * {BLOCK // 2} + {j}")
-                codes = self._bytes(self.packed.codes, f"{at}{pair}, {strip.column}")
-                for half, nibbles in enumerate(decoder.nibbles(codes)):
-                    numbers = decoder.numbers(nibbles)
-                    scaled = [f"{n} * {s}" for n, s in zip(numbers, scales, strict=True)]
-                    names = [writer.value("w", number, decoder.part) for number in scaled]
+                for half, nibbles in enumerate(self.codes(strip, pair)):
+                    products = zip(decoder.numbers(nibbles), scales, strict=True)
+                    names = [writer.value("w", f"{n} * {s}", decoder.part) for n, s in products]
                     for i, vector in enumerate(decoder.ordered(names, lanes)):
-                        bits = f'T.reinterpret("{lanes_of("uint32", lanes)}", {vector})'
-                        word = f'T.Cast("{lanes_of("uint16", lanes)}", T.shift_right({bits}, T.uint32(16)))'
+                        bits = f'T.shift_right(T.reinterpret("{kinds[0]}", {vector}), T.uint32(16))'
                         to = f"{pair} * 2 + {half}, {strip.column} + {i * lanes}"
-                        writer.store(local, to, word, lanes, raw=True)
+                        writer.store(local, to, f'T.Cast("{kinds[1]}", {bits})', lanes, raw=True)
         return local
-
-    def _scales(self, k: str, strip: Strip) -> list[str]:
-        """The scales of a block, in the decoder's order."""
-        index = f"{strip.at}{k}, {strip.column}"
-        return self.decoder.scales(self._bytes(self.packed.scales, index))
-
-    def _bytes(self, buffer: str, index: str) -> str:
-        writer, width = self.writer, self.decoder.width
-        return writer.value("bytes", writer.load(buffer, index, width, raw=True), width, "uint8")
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """Writes the decoding of four vectors of features.
-
-    Attributes:
-        writer: the kernel.
-        part: features of a vector: 8, or 4.
-        lookup: LLVM's byte shuffle of as many bytes as there are features, with its operands' order; empty where the
-            CPU has none.
-    """
-
-    writer: KernelWriter
-    part: int
-    lookup: str
-
-    @classmethod
-    def of(cls, writer: KernelWriter, target: CpuTarget, b: int) -> Self:
-        """The decoder of panels of b features, a multiple of 16, on a CPU."""
-        if b % 32 == 0 and "avx2" in target.features:
-            return cls(writer, 8, "llvm.x86.avx2.pshuf.b")
-        if "ssse3" in target.features:
-            return cls(writer, 4, "llvm.x86.ssse3.pshuf.b.128")
-        if target.architecture in ("aarch64", "arm64"):
-            return cls(writer, 4, "llvm.aarch64.neon.tbl1.v16i8")
-        return cls(writer, 4, "")
-
-    @property
-    def width(self) -> int:
-        """Features that are decoded at once."""
-        return 4 * self.part
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Which feature each element of the four vectors is, one vector after the other."""
-        pairs = [self._interleaving(half)[::2] for half in (0, 1)]
-        return tuple(n for pair in pairs for parity in (0, 1) for n in pair[parity::2])
-
-    def nibbles(self, codes: str) -> tuple[str, str]:
-        """The codes of even k and of odd k, a byte each."""
-        writer, n = self.writer, self.width
-        low = f"T.bitwise_and({codes}, T.Broadcast(T.uint8(15), {n}))"
-        high = f"T.shift_right({codes}, T.Broadcast(T.uint8(4), {n}))"
-        return (
-            writer.value("low", low, n, "uint8"),
-            writer.value("high", high, n, "uint8"),
-        )
-
-    def numbers(self, nibbles: str) -> list[str]:
-        """What codes stand for: four vectors of float32, in the decoder's order."""
-        return [
-            self._float(bits)
-            for words in self._bf16(nibbles)
-            for bits in (
-                f"T.shift_left({words}, T.uint32(16))",
-                f"T.bitwise_and({words}, T.uint32({0xFFFF0000}))",
-            )
-        ]
-
-    def scales(self, codes: str) -> list[str]:
-        """E4M3 numbers, of which none is negative or NaN, as four vectors of float32 in the decoder's order.
-
-        Exponent and mantissa are shifted to where float32 has them; the factor makes up for the different bias, and is
-        right for denormals too.
-        """
-        zeros = f"T.Broadcast(T.uint8(0), {self.width})"
-        bias = f"T.float32({2.0**120!r})"
-        return [
-            self._float(bits, f" * {bias}")
-            for words in self._words(codes, zeros)
-            for bits in (
-                f"T.shift_left({words}, T.uint32(20))",
-                f"T.shift_left(T.bitwise_and({words}, T.uint32({0xFFFF0000})), T.uint32(4))",
-            )
-        ]
-
-    def ordered(self, vectors: list[str], lanes: int) -> list[str]:
-        """Four vectors as vectors of so many lanes, features in their own order."""
-        order = self.order
-        places = [order.index(feature) for feature in range(self.width)]
-        joined = ", ".join(vectors)
-        return [
-            f"T.Shuffle([{joined}], {places[start : start + lanes]})"
-            for start in range(0, self.width, lanes)
-        ]
-
-    def _bf16(self, nibbles: str) -> list[str]:
-        """Codes as bf16, two in a word."""
-        if self.lookup:
-            return self._words(self._looked_up(_LOW, nibbles), self._looked_up(_TOP, nibbles))
-        words = self._words(nibbles, f"T.Broadcast(T.uint8(0), {self.width})")
-        return [self._computed(word) for word in words]
-
-    def _looked_up(self, magnitudes: tuple[int, ...], nibbles: str) -> str:
-        n = self.width
-        sign = 0x80 if magnitudes is _TOP else 0
-        table = bytes((*magnitudes, *(m | sign for m in magnitudes)))
-        numbers = [int.from_bytes(table[i : i + 4], "little") for i in (0, 4, 8, 12)] * (n // 16)
-        parts = ", ".join(f"T.uint32({number})" for number in numbers)
-        constant = f'T.reinterpret("uint8x{n}", T.Shuffle([{parts}], {list(range(n // 4))}))'
-        call = f'T.call_llvm_pure_intrin("uint8x{n}", "{self.lookup}", {constant}, {nibbles})'
-        return self.writer.value("found", call, n, "uint8")
-
-    def _computed(self, words: str) -> str:
-        """Two codes, one in each half of a word, as two bf16: of a magnitude above 1 its exponent and mantissa are
-        the code's, from 0.5 on; 0 and 1 are 0 and 0.5."""
-        both, kind = 0x00010001, lanes_of("uint16", 2 * self.part)
-
-        def each(text: str) -> str:
-            return f'T.reinterpret("{kind}", {text})'
-
-        size = each(f"T.bitwise_and({words}, T.uint32({7 * both}))")
-        sign = f"T.shift_left(T.bitwise_and({words}, T.uint32({8 * both})), T.uint32(12))"
-        size = self.writer.value("size", size, 2 * self.part, "uint16")
-        n = 2 * self.part
-        small = f"{size} * T.Broadcast(T.uint16({0x3F00}), {n})"
-        large = f"{size} * T.Broadcast(T.uint16(64), {n}) + T.Broadcast(T.uint16({0x3F00}), {n})"
-        bits = f"T.Select({size} < T.Broadcast(T.uint16(2), {n}), {small}, {large})"
-        number = f'T.bitwise_or(T.reinterpret("{lanes_of("uint32", self.part)}", {bits}), {sign})'
-        return self.writer.value("words", number, self.part, "uint32")
-
-    def _words(self, low: str, high: str) -> list[str]:
-        """Bytes that belong together side by side, so that a word of 32 bits has two features."""
-        kind = lanes_of("uint32", self.part)
-        return [
-            self.writer.value(
-                "words",
-                f'T.reinterpret("{kind}", T.Shuffle([{low}, {high}], {self._interleaving(half)}))',
-                self.part,
-                "uint32",
-            )
-            for half in (0, 1)
-        ]
-
-    def _interleaving(self, half: int) -> list[int]:
-        """Which bytes of two vectors a half is made of, as unpacking instructions take them: from every 16 bytes 8."""
-        n = self.width
-        own = [lane + half * 8 + i for lane in range(0, n, 16) for i in range(8)]
-        return [index for i in own for index in (i, n + i)]
-
-    def _float(self, bits: str, factor: str = "") -> str:
-        kind = lanes_of("float32", self.part)
-        return self.writer.value("v", f'T.reinterpret("{kind}", {bits}){factor}', self.part)

@@ -23,6 +23,7 @@ from nemoc.ir.ops import (
     GroupLimit,
     Reshape,
     RmsNorm,
+    RoundToInt8,
     Slice,
     Sum,
     TakeAlong,
@@ -30,6 +31,7 @@ from nemoc.ir.ops import (
     TakeRows,
     TopK,
 )
+from nemoc.ir.ops.int8 import LARGEST, SMALLEST_STEP
 from nemoc.ir.types import Value
 
 if TYPE_CHECKING:  # bodies are written by these
@@ -286,6 +288,48 @@ class _RmsNorm(RowOp[RmsNorm]):
         return f"{get(needs[0], at)} * {scale} * {get(needs[1], at)}"
 
 
+class _RoundToInt8(RowOp[RoundToInt8]):
+    """Prepared: the step of each block."""
+
+    whole_row = True
+
+    def needs(self, op: RoundToInt8, rows: Rows) -> Needs:
+        return (_plain(op.x, rows),)
+
+    def vectors(
+        self, op: RoundToInt8, rows: Rows, needs: Needs, aligned: bool, lanes: int
+    ) -> VectorNeeds | None:
+        return _in_groups(needs, rows, rows.width // op.block, aligned, lanes)
+
+    def in_place(self, rows: Rows, needs: Needs) -> bool:
+        return True
+
+    def prepare(self, body: "Body", op: RoundToInt8, rows: Rows, needs: Needs, row: str) -> None:
+        writer, (x,), block = body.writer, needs, op.block
+        expect_short(x)
+        body.keep_row(x, row)
+        steps = writer.local("steps", rows.width // block)
+        with writer.loop("g", rows.width // block) as group:
+            largest = writer.value("largest", "T.float32(0)")
+            with writer.loop("i", block) as i:
+                size = f"T.fabs({body.at(x, row, Column(i, group, block), 1)})"
+                # the operand order hands on NaN
+                writer.line(f"{largest} = T.max({largest}, {size})")
+            writer.line(f"{steps}[{group}] = {largest} / T.float32({LARGEST})")
+        body.note(rows.value, row, steps)
+
+    def elements(
+        self, get: "Elements", op: RoundToInt8, rows: Rows, needs: Needs, at: Place
+    ) -> str:
+        math = VectorMath(get.writer, at.lanes)
+        step = math.let("step", _of_group(get, rows, at, rows.width // op.block))
+        usable = f"{step} >= {math.const(SMALLEST_STEP)}"
+        inverse = f"{math.const(1.0)} / T.Select({usable}, {step}, {math.const(1.0)})"
+        rounded = math.let("rounded", f"{step} * T.nearbyint({get(needs[0], at)} * ({inverse}))")
+        vanishes = f"{step} < {math.const(SMALLEST_STEP)}"
+        return f"T.Select({vanishes}, {math.const(0.0)}, {rounded})"
+
+
 class _GroupLimit(RowOp[GroupLimit]):
     """Prepared: which groups stay."""
 
@@ -406,6 +450,7 @@ ROW_OPS: dict[type[Op], RowOp[Any]] = {
     Slice: _Slice(),
     Sum: _Sum(),
     RmsNorm: _RmsNorm(),
+    RoundToInt8: _RoundToInt8(),
     GroupLimit: _GroupLimit(),
     TopK: _TopK(),
     TakeAlong: _TakeAlong(),

@@ -24,6 +24,7 @@ from nemoc.ir.ops.elementwise import (
     Unary,
 )
 from nemoc.ir.ops.fp8 import Fp8Scale, QuantizeFp8
+from nemoc.ir.ops.int8 import RoundToInt8
 from nemoc.ir.ops.linear import GroupedLinear, Interleave, Linear
 from nemoc.ir.ops.mamba import CausalConv, SsdScan, SsdUpdate
 from nemoc.ir.ops.norm import RmsNorm
@@ -77,6 +78,7 @@ OPS: tuple[type[Op], ...] = (
     Linear,
     GroupedLinear,
     Interleave,
+    RoundToInt8,
     Nvfp4GlobalScale,
     Nvfp4BlockScales,
     QuantizeNvfp4,
@@ -145,6 +147,7 @@ __all__ = [
     "Relu",
     "Reshape",
     "RmsNorm",
+    "RoundToInt8",
     "Scale",
     "Shift",
     "Sigmoid",

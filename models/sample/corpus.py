@@ -76,6 +76,17 @@ def load() -> Corpus:
     return Corpus(**splits)
 
 
+def files_here(split: str) -> list[Path]:
+    """The files of a split as far as the running interpreter's library has them, whatever its version.
+
+    Args:
+        split: "held_out" for what the model has never seen; "library" for what it was trained on first of all.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    listed = json.loads(LISTING.read_text(encoding="utf-8"))["files"][split]
+    return [root / path for path in listed if (root / path).is_file()]
+
+
 def _read(root: Path, path: str, digest: str) -> str:
     try:
         data = (root / path).read_bytes()

@@ -74,10 +74,30 @@ _dtype = click.option(
     metavar="TYPE",
     help="Compute type of activations, f32 or bf16. Default: what keeps the checkpoint's precision.",
 )
-_quantize = click.option(
-    "--quantize",
-    metavar="FORMAT",
-    help="Fewer bits: nvfp4 (weights), nvfp4-w4a4 (activations too). Default: as the checkpoint stores them.",
+_QUANTIZE = (
+    "Fewer bits: nvfp4 (weights), nvfp4-w4a4 (activations too), fp8 (weights), as-released (like "
+    "NVIDIA's release of the family), or passes. Default: as the checkpoint stores them."
+)
+_SCOPE = (
+    "What a format is for: all linear layers but the head, those of experts, or what names of "
+    "weights begin with."
+)
+_quantize = (
+    click.option("--quantize", metavar="FORMAT", help=_QUANTIZE),
+    click.option("--scope", metavar="all|experts|REGEX", help=_SCOPE),
+    click.option(
+        "--error-budget",
+        type=click.FloatRange(min=0.0, min_open=True),
+        metavar="X",
+        help="Instead: the cheapest format of each weight that keeps KL on calibration text below X.",
+    ),
+)
+_calibration = click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    multiple=True,
+    help="Text to measure an error budget on. Repeatable; sample has some of its own.",
 )
 _verify_each = click.option(
     "--verify-each",
@@ -157,7 +177,7 @@ def nemoc() -> None:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="The artifact."
 )
-@_options(_target, _quantize, _dtype, _pipeline, _plugin)
+@_options(_target, *_quantize, _calibration, _dtype, _pipeline, _plugin)
 @click.option("--max-batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option(
     "--max-context",
@@ -214,6 +234,53 @@ def verify(source: str, quiet: bool, **options: Any) -> int:
     from nemoc.commands import verify
 
     return verify.run(source, quiet, options)
+
+
+@nemoc.command(short_help="Measure what quantizing costs; a table.")
+@click.argument("model")
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    metavar="FILES",
+    multiple=True,
+    help="Text to measure on, in UTF-8; sample has some of its own, which it was not trained on.",
+)
+@_options(_target)
+@click.option("--quantize", metavar="FORMAT", multiple=True, help=f"{_QUANTIZE} Repeatable.")
+@click.option("--scope", metavar="all|experts|REGEX", multiple=True, help=f"{_SCOPE} Repeatable.")
+@click.option(
+    "--error-budget",
+    type=click.FloatRange(min=0.0, min_open=True),
+    metavar="X",
+    multiple=True,
+    help="Also the cheapest formats that keep KL on calibration text below X. Repeatable.",
+)
+@_options(_calibration)
+@click.option(
+    "--against",
+    metavar="SOURCE",
+    help="What to compare with. Default: MODEL as it is stored; nothing if it is an artifact.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Tokens of a window; each is looked at by itself.",
+)
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens to measure on, at most.")
+@_options(_dtype, _threads, _quiet, _debug)
+def eval(model: str, files: tuple[Path, ...], text: tuple[Path, ...], **options: Any) -> None:
+    """Measure a model on text: bits per byte, and how far it is from the unquantized one.
+
+    MODEL is a SOURCE or an artifact. Of a source there is a row for each --quantize, one for each
+    --scope of a format, and one for each --error-budget; KL and the share of tokens with the same
+    likeliest next one are those against --against. FILES may also stand behind the first --text.
+    """
+    from nemoc.commands import eval
+
+    eval.run(model, (*text, *files), **options)
 
 
 @nemoc.command(short_help="Find the pass and the change that break a pipeline.")

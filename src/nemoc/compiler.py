@@ -3,7 +3,6 @@
 source --models--> graph --passes--> functions --codegen--> kernels --runtime--> artifact
 """
 
-import dataclasses
 import functools
 import importlib.metadata
 import platform
@@ -16,11 +15,10 @@ from nemoc.codegen.lower import corner_sizes, describe
 from nemoc.codegen.storage import Layout, Weight, bind_weights, weight_layout
 from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.codegen.triton.target import GPUS, INTERPRETER
+from nemoc.error_budget import calibrate
 from nemoc.gpu import BACKENDS, compiled_files, gpu_source, lower_gpu
 from nemoc.ir import DType, Graph, NemocError
-from nemoc.ir.scopes import scope_of
-from nemoc.models import Format, Fp8, Model, ModelConfig, Nvfp4, open_model
-from nemoc.models.released_maps import released_formats
+from nemoc.models import Model, open_model
 from nemoc.options import read_options
 from nemoc.passes import (
     Pass,
@@ -29,17 +27,14 @@ from nemoc.passes import (
     Remark,
     load_entry_points,
     load_plugin,
-    parse_pipeline,
-    passes_by_name,
     preset,
     print_pipeline,
     run_pipeline,
 )
 from nemoc.passes.check import NumericCheck
-from nemoc.passes.quantize_fp8 import QuantizeFp8
-from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
 from nemoc.passes.specialize_decode import SpecializeDecode
 from nemoc.progress import Progress
+from nemoc.quantizations import Quantize, quantization, read_passes
 from nemoc.runtime import Bounds, Contents, Executable, Generation, Machine, build
 from nemoc.runtime import load as load_artifact
 from nemoc.runtime.cpu import LIBRARY, kernel_record
@@ -59,12 +54,6 @@ GPU_STEP_TOKENS = 8192
 
 Pipeline = str | Sequence[Pass] | None
 """Text, passes, or none for the target's preset."""
-
-Quantize = str | Sequence[Pass] | None
-"""A name of `QUANTIZATIONS`, `AS_RELEASED`, passes or their text, or none."""
-
-AS_RELEASED = "as-released"
-"""Every module in the format that it has in NVIDIA's release of the model's family."""
 
 PIPELINES = "pipelines.txt"
 """The file of an artifact that says, line by line, which passes made each function."""
@@ -101,6 +90,8 @@ def compile(
     max_context: int = 4096,
     *,
     scope: str | None = None,
+    error_budget: float | None = None,
+    calibration: Sequence[str | Path] = (),
     plugins: Iterable[str | type[Pass]] = (),
     threads: int | None = None,
     destination: str | Path | None = None,
@@ -113,9 +104,10 @@ def compile(
         source: what `nemoc.models.open_model` takes: a Hugging Face directory, "sample", "random:PRESET",
             a transformers NemotronHForCausalLM in memory.
         target: what to compile for; None for the best target of this machine.
-        quantize: None keeps weights as the checkpoint stores them. The name of a format (`QUANTIZATIONS`) stands for
-            a pass with its defaults, "as-released" for the map of the model's family
-            (`nemoc.models.released_maps`); or passes that quantize, or their text. They run before all others.
+        quantize: None keeps weights as the checkpoint stores them. The name of a format
+            (`nemoc.quantizations.QUANTIZATIONS`) stands for a pass with its defaults, "as-released" for the map of
+            the model's family (`nemoc.models.released_maps`); or passes that quantize, or their text. They run
+            before all others.
         pipeline: passes or their text, for the general step (decode prepends `specialize-decode`);
             None for the target's preset.
         dtype: compute type of activations and the KV cache, "f32" or "bf16"; None for the target's best that keeps
@@ -124,6 +116,9 @@ def compile(
         max_context: most tokens of a row, prompt and generated ones together.
         scope: which weights a format is for: all, experts, or a regular expression that names begin with; None for
             the pass's default, all.
+        error_budget: instead of `quantize`: each weight in scope gets the cheapest format that keeps the model's
+            error, KL of the next token's distribution in nats, below this (`nemoc.error_budget`).
+        calibration: files of text to measure that on; the sample model has some of its own.
         plugins: passes of the user's own that the pipeline's text may name: modules or classes.
         threads: threads that the executable runs on; None for `NEMOC_THREADS`, else all cores.
         destination: where to write the artifact; None for a temporary place that goes with the executable.
@@ -134,8 +129,18 @@ def compile(
         NemocError: the source, an option or the machine does not allow it; one line.
     """
     threads = thread_count(threads if threads is not None else read_options().threads)
+    model = source if isinstance(source, Model) else open_model(source)
+    if model.parameters is None:
+        raise NemocError(
+            f"{model.name} has no weights; random:{model.name} compiles with random ones"
+        )
+    if error_budget is not None:
+        if quantize is not None:
+            raise NemocError(f"quantize is {quantize!r}, expected none beside an error budget")
+        quantize = calibrate(model, error_budget, calibration, scope, progress).passes
+        scope = None
     found = functions(
-        source,
+        model,
         target,
         pipeline,
         dtype,
@@ -148,11 +153,6 @@ def compile(
     on_gpu = found.target.partition(":")[0] in ("cuda", "hip")
     step = GPU_STEP_TOKENS if on_gpu else STEP_TOKENS
     bounds = Bounds(max_batch, max_context, max(step, check_count("max_batch", max_batch)))
-    model = found.model
-    if model.parameters is None:
-        raise NemocError(
-            f"{model.name} has no weights; random:{model.name} compiles with random ones"
-        )
     bound, weights = bind_weights(found.graphs)
     compiled = _generate(found.target, bound, weights, bounds, progress)
     contents = Contents(
@@ -267,80 +267,21 @@ def passes_of(
     target: str,
     pipeline: Pipeline,
     classes: tuple[type[Pass], ...] = (),
-    quantization: tuple[Pass, ...] = (),
+    first: tuple[Pass, ...] = (),
 ) -> tuple[Pass, ...]:
     """The passes that make one of `FUNCTIONS` from the general step.
 
     Args:
         function, target, pipeline: which.
         classes: passes of a user's own that the pipeline's text may name.
-        quantization: passes that run before all others but the one that derives the step of one token.
+        first: passes that run before all others but the one that derives the step of one token.
 
     Raises:
         NemocError: the pipeline cannot be read.
     """
     passes = _general_passes(function, target, pipeline, classes)
-    first = tuple(p for p in passes[:1] if isinstance(p, SpecializeDecode))
-    return (*first, *quantization, *passes[len(first) :])
-
-
-def quantization(
-    model: Model,
-    quantize: Quantize,
-    scope: str | None = None,
-    classes: tuple[type[Pass], ...] = (),
-) -> tuple[Pass, ...]:
-    """The passes that `quantize` stands for.
-
-    Args:
-        model: what is to be quantized.
-        quantize, scope: as for `compile`.
-        classes: passes of a user's own that text may name.
-
-    Raises:
-        NemocError: there is no such quantization, none for such a model, or the scope is none.
-    """
-    if isinstance(quantize, str) and quantize in QUANTIZATIONS:
-        named = QUANTIZATIONS[quantize]
-        return (named if scope is None else dataclasses.replace(named, scope=scope),)
-    if scope is not None:
-        known = ", ".join(QUANTIZATIONS)
-        raise NemocError(f"scope is {scope!r}: expected it with a quantization of {known}")
-    if quantize is None:
-        return ()
-    if quantize == AS_RELEASED:
-        return released_passes(model.config)
-    if not isinstance(quantize, str):
-        return _given(quantize, "quantize")
-    if quantize.partition("{")[0].partition(",")[0].strip() in passes_by_name(classes):
-        return parse_pipeline(quantize, classes)
-    known = ", ".join((*QUANTIZATIONS, AS_RELEASED))
-    raise NemocError(f"quantize is {quantize!r}, expected one of {known}, passes, or None")
-
-
-def released_passes(config: ModelConfig) -> tuple[Pass, ...]:
-    """The passes that give each module the format of its family's release.
-
-    Raises:
-        NemocError: there is no release of such a model.
-    """
-    formats = released_formats(config)
-    by_format: tuple[tuple[type[Format], type[QuantizeNvfp4 | QuantizeFp8]], ...] = (
-        (Nvfp4, QuantizeNvfp4),
-        (Fp8, QuantizeFp8),
-    )
-    scopes = (
-        (pass_, [name for name, found in formats.items() if isinstance(found, stored)])
-        for stored, pass_ in by_format
-    )
-    return tuple(pass_(scope=scope_of(names)) for pass_, names in scopes if names)
-
-
-QUANTIZATIONS: Mapping[str, Pass] = {
-    "nvfp4": QuantizeNvfp4(),
-    "nvfp4-w4a4": QuantizeNvfp4(mode="w4a4"),
-}
-"""What `quantize` may name, and the pass that it stands for."""
+    derive = tuple(p for p in passes[:1] if isinstance(p, SpecializeDecode))
+    return (*derive, *first, *passes[len(derive) :])
 
 
 def _general_passes(
@@ -350,31 +291,11 @@ def _general_passes(
     decode = function == "decode"
     if pipeline is None:
         return preset(target.partition(":")[0], "decode" if decode else "prefill")
-    given = (
-        parse_pipeline(pipeline, classes)
-        if isinstance(pipeline, str)
-        else _given(pipeline, "pipeline")
-    )
+    given = read_passes("pipeline", pipeline, classes)
     general = tuple(p for p in given if not isinstance(p, SpecializeDecode))
     if not decode:
         return general
     return given if len(general) < len(given) else (SpecializeDecode(), *given)
-
-
-def _given(passes: Sequence[Pass], what: str) -> tuple[Pass, ...]:
-    """Passes that a user made.
-
-    Raises:
-        NemocError: there is something else among them.
-    """
-    try:
-        found = tuple(passes)
-    except TypeError:
-        raise NemocError(f"{what} is {passes!r}, expected text or passes") from None
-    for item in found:
-        if not isinstance(item, Pass):
-            raise NemocError(f"{what}: found {item!r} among the passes, expected a pass")
-    return found
 
 
 def _quiet(stage: str, done: int, total: int) -> None:

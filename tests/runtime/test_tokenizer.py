@@ -32,6 +32,18 @@ def test_texts_round_trip(exe: Executable) -> None:
     assert tokenizer.size == 97
 
 
+def test_tokens_end_where_their_text_does(exe: Executable) -> None:
+    tokenizer = exe.tokenizer
+    text = "HELLO é € AB"
+    ids, ends = tokenizer.encode_with_ends(text)
+    assert ids == tokenizer.encode(text)
+    assert ends == sorted(ends)
+    assert ends[-1] == len(text)
+    for count, end in enumerate(ends, 1):
+        found = tokenizer.decode(ids[:count])
+        assert text[:end].startswith(found.rstrip("\ufffd"))
+
+
 def test_a_stream_never_splits_a_character(exe: Executable) -> None:
     tokenizer = exe.tokenizer
     stream = tokenizer.detokenizer()

@@ -458,6 +458,26 @@ OP_SAMPLES: dict[str, Samples] = {
             ("input %x: f32[]\nparam %w: f32[6]\n%y = rms_norm(%x, %w) {eps=0.1} : f32[]", "rank"),
         ),
     ),
+    "round_to_int8": Samples(
+        (
+            "input %x: f32[B, L, 32]\n%y = round_to_int8(%x) : f32[B, L, 32]",
+            "param %x: f32[3, 6]\n%y = round_to_int8(%x) {block=3} : f32[3, 6]",
+        ),
+        (
+            (
+                "input %x: f32[B, 24]\n%y = round_to_int8(%x) : f32[B, 24]",
+                "x is f32[B, 24], expected whole blocks of 16 columns",
+            ),
+            (
+                "input %x: f32[B, L]\n%y = round_to_int8(%x) {block=1} : f32[B, L]",
+                "expected whole blocks of 1 columns",
+            ),
+            (
+                "input %x: bf16[B, 16]\n%y = round_to_int8(%x) : bf16[B, 16]",
+                "x is bf16, expected f32",
+            ),
+        ),
+    ),
     "group_limit": Samples(
         ("input %x: f32[B, 8]\n%y = group_limit(%x) {groups=4, keep=2, fill=-inf} : f32[B, 8]",),
         (
