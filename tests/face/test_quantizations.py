@@ -1,0 +1,84 @@
+"""What `quantize` may name, and what that does to the graphs of released models."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from nemoc.ir import Graph, NemocError
+from nemoc.ir.ops import QuantizeFp8, QuantizeNvfp4
+from nemoc.models import Model, ModelConfig, open_model
+from nemoc.passes import Pass, PassContext, print_pipeline, run_pipeline
+from nemoc.quantizations import QUANTIZATIONS, quantization, released_passes
+
+
+@pytest.fixture(scope="module")
+def sample() -> Model:
+    return open_model("sample")
+
+
+def modules(graph: Graph) -> Counter[type]:
+    """How many matrices a graph quantizes, by op; experts count one by one."""
+    found: Counter[type] = Counter()
+    for node in graph.nodes:
+        if isinstance(node.op, QuantizeNvfp4 | QuantizeFp8):
+            found[type(node.op)] += math.prod(map(int, node.op.w.shape[:-2]))
+    return found
+
+
+def as_released(name: str) -> Counter[type]:
+    model = open_model(name)
+    return modules(run_pipeline(model.build_step(), released_passes(model.config), PassContext()))
+
+
+def test_nano_as_released_quantizes_the_modules_of_its_release() -> None:
+    assert as_released("nano") == {QuantizeNvfp4: 5968}
+
+
+def test_super_as_released_quantizes_the_modules_of_its_release() -> None:
+    assert as_released("super") == {QuantizeNvfp4: 40_961, QuantizeFp8: 139}
+
+
+@pytest.mark.parametrize(
+    ("quantize", "scope", "text"),
+    [
+        (None, None, ""),
+        ("nvfp4", None, "quantize-nvfp4"),
+        ("nvfp4", "experts", "quantize-nvfp4{scope=experts}"),
+        ("nvfp4-w4a4", None, "quantize-nvfp4{mode=w4a4}"),
+        ("fp8", "lm_head", "quantize-fp8{scope=lm_head}"),
+        ("quantize-fp8{scope=experts},cse", None, "quantize-fp8{scope=experts},cse"),
+        ([*QUANTIZATIONS.values()][:1], None, "quantize-nvfp4"),
+    ],
+)
+def test_a_quantization_stands_for_passes(
+    sample: Model, quantize: Any, scope: str | None, text: str
+) -> None:
+    found: tuple[Pass, ...] = quantization(sample, quantize, scope)
+    assert print_pipeline(found) == text
+
+
+@pytest.mark.parametrize(
+    ("quantize", "scope", "says"),
+    [
+        ("int4", None, "quantize is 'int4', expected one of nvfp4, "),
+        ("as-released", "all", "scope is 'all': goes with a format (nvfp4, "),
+        (None, "all", "scope is 'all': goes with a format (nvfp4, "),
+        ("fp8", "[", "pass quantize-fp8: option scope '[': expected all, experts or a regular"),
+        (5, None, "quantize is 5, expected text or passes"),
+        ([5], None, "quantize: found 5 among the passes, expected a pass"),
+    ],
+)
+def test_what_is_no_quantization_is_refused(
+    sample: Model, quantize: Any, scope: str | None, says: str
+) -> None:
+    with pytest.raises(NemocError) as caught:
+        quantization(sample, quantize, scope)
+    assert str(caught.value).startswith(says)
+
+
+def test_a_model_of_no_released_family_is_refused() -> None:
+    config: ModelConfig = open_model("nemotron-h-8b").config
+    with pytest.raises(NemocError, match=r"^as-released: found layers M-M-M-M\*"):
+        released_passes(config)
