@@ -32,7 +32,11 @@ from nemoc.ir.ops import (
     GroupedLinear,
     GroupLimit,
     Linear,
+    Nvfp4BlockScales,
+    Nvfp4GlobalScale,
+    QuantizeNvfp4,
     RmsNorm,
+    RoundToInt8,
     SsdScan,
     SsdUpdate,
     Sum,
@@ -49,7 +53,10 @@ from nemoc.passes.context import PassContext, Remark
 Wanted = Callable[[Node], bool]
 """Whether a pass wants a node in a region."""
 
-WHOLE_ROWS = (RmsNorm, TopK, GroupLimit, TakeAlong, TakeRows, TakeLast, Sum)
+QUANTIZERS = (Nvfp4GlobalScale, Nvfp4BlockScales, QuantizeNvfp4, RoundToInt8)
+"""The ops that quantize activations."""
+
+WHOLE_ROWS = (RmsNorm, TopK, GroupLimit, TakeAlong, TakeRows, TakeLast, Sum, *QUANTIZERS)
 """The ops besides element-wise ones whose results are made row by row."""
 
 PRODUCTS = (Linear, GroupedLinear)
@@ -72,6 +79,12 @@ def is_rowwise(node: Node) -> bool:
 def is_narrowing(node: Node) -> bool:
     """Whether a node is a cast to a narrower type."""
     return isinstance(node.op, Cast) and node.op.dtype.bytes < node.op.x.dtype.bytes
+
+
+def _is_unpacking_step(node: Node) -> bool:
+    """Whether a node may stand between what is packed, or rounded, and the product that reads it."""
+    step = node.op.is_unpacking or isinstance(node.op, TakeRows | RoundToInt8)
+    return step or is_narrowing(node)
 
 
 def takes_casts(node: Node) -> bool:
@@ -201,10 +214,21 @@ class Growth:
             self.absorb_producers(operand, wanted, shared, copies)
 
     def absorb_unpacking(self) -> None:
-        """Take in what unpacks the weights of products: unpacked they are never to be stored."""
+        """Take in what unpacks or rounds the operands of products: only products know how to read what it was."""
         for node in list(self.members):
             if isinstance(node.op, PRODUCTS):
-                self.absorb_producers(node.op.w, lambda n: n.op.is_unpacking or is_narrowing(n))
+                for value in (node.op.x, node.op.w):
+                    if self._is_unpacked(value):
+                        self.absorb_producers(value, _is_unpacking_step, copies=_is_unpacking_step)
+
+    def _is_unpacked(self, value: Value) -> bool:
+        """Whether a value is what something packed or rounded stands for, if by way of views, casts and gathers."""
+        node = self.graph.producers.get(value)
+        while node is not None and (node.op.is_view or _is_unpacking_step(node)):
+            if node.op.is_unpacking or isinstance(node.op, RoundToInt8):
+                return True
+            node = self.graph.producers.get(node.op.operands()[0])
+        return False
 
     def _inner_views(self, value: Value) -> Iterator[Node]:
         """The views of a value that only the region reads."""

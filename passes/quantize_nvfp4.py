@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from nemoc.ir.dims import product
 from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
 from nemoc.ir.nvfp4 import BLOCK, DIALECTS
@@ -116,16 +117,19 @@ def _as_they_are(options: QuantizeNvfp4, x: Value, rewriter: Rewriter) -> Value:
 
 
 def _rows_in_nvfp4(options: QuantizeNvfp4, x: Value, rewriter: Rewriter) -> Value:
-    """Activations [..., K] as matrices of one row each, which have a tensor scale each, quantized and decoded."""
+    """Activations [..., K] as matrices of one row each, which have a tensor scale each, quantized and decoded.
+
+    Their scales follow ModelOpt's arithmetic whatever the weights' do: no file holds them.
+    """
     gather = rewriter.producer(x)
     if isinstance(gather, TakeRows) and gather.table.shape[-1] == x.shape[-1]:
         table = _rows_in_nvfp4(options, gather.table, rewriter)
         return rewriter(replace(gather, table=table), f"{x.name}.nvfp4")
     names = iter(("scale", "scales", "codes"))
-    rows = rewriter(Reshape(x, (*x.shape[:-1], 1, x.shape[-1])), f"{x.name}.rows")
+    rows = rewriter(Reshape(x, (product(x.shape[:-1]), 1, x.shape[-1])), f"{x.name}.rows")
     append: Callable[[Op], Value] = lambda op: rewriter(op, f"{x.name}.{next(names)}")  # noqa: E731
-    codes, scales, scale = quantized(append, rows, options.dialect)
-    decoded = rewriter(DequantizeNvfp4(codes, scales, scale, options.dialect), f"{x.name}.decoded")
+    codes, scales, scale = quantized(append, rows)
+    decoded = rewriter(DequantizeNvfp4(codes, scales, scale), f"{x.name}.decoded")
     return rewriter(Reshape(decoded, x.shape), f"{x.name}.nvfp4")
 
 

@@ -52,6 +52,7 @@ class Body:
         self.site = site
         self._args = {value: Arg("operand", i) for i, value in enumerate(self.graph.inputs)}
         self._bound: dict[Value, Callable[[Seen, Place], str]] = {}
+        self._starts: dict[str, str] = {}
 
     def is_operand(self, value: Value) -> bool:
         """Whether a value comes from outside the region."""
@@ -124,9 +125,27 @@ class Body:
         """
         base = f"tl.arange(0, {columns})[None, :]"
         column = self.writer.let("column", base if start == "0" else f"{start} + {base}")
+        self._starts[column] = start
         whole = width == columns if start == "0" else width % columns == 0
         mask = "" if whole else self.writer.let("inside", f"{column} < {width}")
         return replace(place, column=column, columns=columns, mask=mask)
+
+    def resized(self, place: Place, columns: int, width: int) -> Place:
+        """The tile of so many columns of rows of a width that covers the part of them that a tile covers of its own.
+
+        A place that stands for whole rows stands for those of the other width.
+
+        Raises:
+            RegionError: the tile's columns do not follow one another as those of `span`.
+        """
+        if place.column == "0":
+            return place
+        start = self._starts.get(place.column)
+        if start is None or not columns:
+            raise RegionError(f"columns {place.column} do not follow one another")
+        if start != "0":
+            start = self.writer.let("start", f"{start} // {place.columns} * {columns}")
+        return self.span(start, columns, width, place)
 
     def operand_place(self, seen: Seen, operand: Value, place: Place) -> tuple[Seen, Place]:
         """Where elements of a value that is broadcast to another one are.

@@ -80,12 +80,77 @@ def from_e4m3(bits):
 
 
 @jit
+def to_e4m3(x):
+    """The E4M3 bits (u8) of f32 numbers from 0 to 448, rounded to nearest, ties to even."""
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 524287 + ((bits >> 20) & 1)) >> 20) - 960
+    small = ((x * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)
+    return tl.where(x < 0.015625, small, normal).to(tl.uint8)
+
+
+@jit
+def to_e2m1(x):
+    """The nearest E2M1 codes (i32, 0 to 15) of f32 numbers, ties to even; 0 has no sign."""
+    size = tl.abs(x)
+    code = (size > 0.25).to(tl.int32) + (size >= 0.75).to(tl.int32) + (size > 1.25).to(tl.int32)
+    code += (size >= 1.75).to(tl.int32) + (size > 2.5).to(tl.int32)
+    code += (size >= 3.5).to(tl.int32) + (size > 5.0).to(tl.int32)
+    return tl.where(x < 0, code + 8, code)
+
+
+@jit
+def block_scales(x, scale, rows: tl.constexpr, blocks: tl.constexpr):
+    """E4M3 bits [rows, blocks] of what makes 6 of the largest magnitude of each block of 16; x [rows, 16 blocks], f32.
+
+    In ModelOpt's arithmetic: from 2⁻⁹ to 448, and 1 of a block of zeros; `scale` is the rows' own, f32.
+    """
+    largest = tl.max(tl.reshape(tl.abs(x), [rows, blocks, 16]), axis=2)
+    ideal = tl.div_rn(largest, tl.broadcast_to(6.0 * scale, [rows, blocks]))
+    ideal = tl.minimum(tl.maximum(ideal, 0.001953125), 448.0)
+    return to_e4m3(tl.where(largest == 0.0, 1.0, ideal))
+
+
+@jit
+def nvfp4_codes(x, scales, scale, rows: tl.constexpr, blocks: tl.constexpr):
+    """E2M1 codes by twos, u8 [rows, 8 blocks], of x [rows, 16 blocks], f32, by E4M3 bits of their blocks' scales."""
+    step = tl.broadcast_to(from_e4m3(scales) * scale, [rows, blocks])
+    parts = tl.reshape(x, [rows, blocks, 16])
+    steps = tl.broadcast_to(tl.expand_dims(step, 2), [rows, blocks, 16])
+    codes = to_e2m1(tl.where(parts == 0.0, 0.0, tl.div_rn(parts, steps)))
+    even, odd = tl.split(tl.reshape(codes, [rows, blocks * 8, 2]))
+    return (even | (odd << 4)).to(tl.uint8)
+
+
+@jit
 def from_e2m1(code):
     """The f32 numbers of E2M1 codes (i32, 0 to 15): 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives."""
     size = code & 7
     normal = ((((size >> 1) + 126) << 23) | ((size & 1) << 22)).to(tl.float32, bitcast=True)
     value = tl.where(size < 2, size.to(tl.float32) * 0.5, normal)
     return tl.where((code & 8) != 0, -value, value)
+
+
+@jit
+def nvfp4_units(codes, scales, rows: tl.constexpr, blocks: tl.constexpr):
+    """code · s in bf16, exact: codes by twos, u8 [rows, 8 blocks], and E4M3 bits of scales [rows, blocks].
+
+    A code's bits are those of a number 2⁻¹²⁶ times as large, exponent and all, once they stand where f32 has them.
+    """
+    pairs = codes.to(tl.int32)
+    bits = tl.reshape(tl.join(pairs, pairs >> 4), [rows, blocks, 16])
+    tiny = ((bits & 7) << 22) | ((bits & 8) << 28)
+    steps = tl.expand_dims(from_e4m3(scales) * 1.2676506002282294e30, 2)
+    units = tiny.to(tl.float32, bitcast=True) * 6.7108864e7 * steps
+    return tl.reshape(units, [rows, blocks * 16]).to(tl.bfloat16)
+
+
+@jit
+def dot_nvfp4(a, a_scales, b, b_scales, acc):
+    """acc + a · bᵀ of codes by twos, u8 [M, K/2] and [N, K/2], times E4M3 bits of scales [M, K/16] and [N, K/16]."""
+    a_scales = a_scales.to(tl.float8e4nv, bitcast=True)
+    b_scales = b_scales.to(tl.float8e4nv, bitcast=True)
+    kind: tl.constexpr = tl.constexpr("e2m1")  # the interpreter would leave it a plain text
+    return tl.dot_scaled(a, a_scales, kind, tl.trans(b), b_scales, kind, acc)
 
 
 @jit

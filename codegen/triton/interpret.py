@@ -4,6 +4,7 @@
   imported. They are exchanged while kernels run, so that one process can do both.
 - Loops over numbers that a kernel is given or computes fail with Triton 3.6 and a current numpy.
 - Casts to bf16 cut bits off instead of rounding, and products of bf16 and FP8 are wrong. Both are done by torch.
+- Products of scaled blocks are not there, or take every scale for a power of two. Those of NVFP4 are done by torch.
 """
 
 import threading
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton._C.libtriton.ir import ScaleDotElemTypeTY
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
@@ -26,6 +28,7 @@ from nemoc.codegen.triton.target import INTERPRETER, gpu_target
 from nemoc.codegen.triton.writer import pointer_types
 from nemoc.ir.dims import evaluate_dim
 from nemoc.ir.dtypes import DType
+from nemoc.ir.nvfp4 import BLOCK, DIALECTS, decode
 
 
 class Interpreter:
@@ -134,12 +137,40 @@ def _dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
     return TensorHandle((product + wide).numpy(), d.dtype.scalar)
 
 
+def _dot_scaled(
+    self: Any,
+    a: Any,
+    a_scales: Any,
+    a_format: Any,
+    b: Any,
+    b_scales: Any,
+    b_format: Any,
+    fast: Any,
+    a_packed: Any,
+    b_packed: Any,
+    d: Any,
+) -> Any:
+    """a · b + d of E2M1 codes by twos along the reduction, every 16 of them times a scale in E4M3."""
+    assert a_format == b_format == ScaleDotElemTypeTY.E2M1 and a_packed and b_packed
+    wide = torch.from_numpy(np.ascontiguousarray(d.data))
+
+    def decoded(codes: Any, scales: Any) -> torch.Tensor:
+        numbers = decode(_tensor(codes).view(torch.uint8), DIALECTS["torchao"], wide.dtype)
+        blocks: torch.Tensor = numbers.unflatten(-1, (-1, BLOCK))
+        return (blocks * _tensor(scales).to(wide.dtype).unsqueeze(-1)).flatten(-2)
+
+    turned = TensorHandle(np.ascontiguousarray(b.data.T), b.dtype)
+    product = decoded(a, a_scales) @ decoded(turned, b_scales).mT
+    return TensorHandle((product + wide).numpy(), d.dtype.scalar)
+
+
 _OWN_PATCH = interpreter._patch_lang_tensor
 _OWN_CAST = InterpreterBuilder.cast_impl
 _REPAIRED = (
     (InterpreterBuilder, "cast_impl", _cast),
     (InterpreterBuilder, "create_fp_to_fp", _cast),
     (InterpreterBuilder, "create_dot", _dot),
+    (InterpreterBuilder, "create_dot_scaled", _dot_scaled),
     (interpreter, "_patch_lang_tensor", _patch_tensor),
 )
 
@@ -156,7 +187,7 @@ def _interpreting() -> Iterator[None]:
         try:
             triton.knobs.runtime.interpret = True
             for owner, name, function in _REPAIRED:
-                changed.append((owner, name, getattr(owner, name)))
+                changed.append((owner, name, getattr(owner, name, None)))
                 setattr(owner, name, function)
             for module in (tl.standard, tl):
                 for name, value in list(vars(module).items()):
@@ -167,8 +198,11 @@ def _interpreting() -> Iterator[None]:
                         setattr(module, name, made)
             yield
         finally:
-            for module, name, value in changed:
-                setattr(module, name, value)
+            for owner, name, value in changed:
+                if value is None:  # Triton has none of its own
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, value)
             triton.knobs.runtime.interpret = before
 
 

@@ -16,6 +16,7 @@ import sympy
 from nemoc.codegen.plan import Plan, RegionError, Site
 from nemoc.codegen.regions import as_region, body_of
 from nemoc.codegen.triton.body import Body, narrowest
+from nemoc.codegen.triton.operands import Packed, is_packed, operand
 from nemoc.codegen.triton.rows import cache_updates, row_place, stored_results, write_stores
 from nemoc.codegen.triton.seen import Place, Seen
 from nemoc.codegen.triton.target import GpuTarget
@@ -35,6 +36,7 @@ class Schedule:
         rows, columns, depth: the tile of a program, and how much of the reduction it takes at a time.
         warps, stages: as in `nemoc.codegen.triton.writer.GpuKernel`.
         neighbours: row blocks whose programs run side by side, so that they share weights in the cache.
+        native: whether NVFP4 is multiplied as it is, which needs both operands in it.
     """
 
     rows: int
@@ -43,6 +45,12 @@ class Schedule:
     warps: int
     stages: int
     neighbours: int = 8
+    native: bool = False
+
+    @property
+    def least_depth(self) -> int:
+        """How much of the reduction has to be taken at a time: what one matrix instruction does."""
+        return 64 if self.native else 16
 
 
 def emit_products(site: Site, target: GpuTarget) -> Plan:
@@ -89,6 +97,7 @@ class Product:
         features: N.
         groups: weights; 1 for a dense product.
         offsets: where each group's rows start; none for a dense product.
+        packed: whether each operand is NVFP4 and decoded here.
     """
 
     op: Linear | GroupedLinear
@@ -100,6 +109,12 @@ class Product:
     features: int
     groups: int
     offsets: Value | None
+    packed: tuple[bool, bool]
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether rows are multiplied as f32."""
+        return self.x.dtype == DType.F32 and not self.packed[0]
 
     @property
     def is_few(self) -> bool:
@@ -131,16 +146,18 @@ def _product(graph: Graph, op: Linear | GroupedLinear, result: Value) -> Product
         raise RegionError(f"%{result.name} has no fixed width")
     if op.interleave > 1 or op.acc != DType.F32:
         raise RegionError(f"%{result.name}: weights in another layout, or sums in {op.acc}")
+    x, w = narrowest(graph, op.x), narrowest(graph, op.w)
     return Product(
         op,
         result,
-        narrowest(graph, op.x),
-        narrowest(graph, op.w),
+        x,
+        w,
         product(op.x.shape[:-1]),
         width,
         features,
         groups,
         op.offsets if isinstance(op, GroupedLinear) else None,
+        (is_packed(graph, x), is_packed(graph, w)),
     )
 
 
@@ -158,11 +175,14 @@ def default_schedule(graph: Graph, products: list[Product], target: GpuTarget) -
 
 def _schedule(graph: Graph, products: list[Product], target: GpuTarget) -> Schedule:
     first = products[0]
-    wide = any(p.x.dtype == DType.F32 for p in products)
+    wide = any(p.is_wide for p in products)
     narrow = min(128, power_of_two(first.features))
     depth = min(64 if wide else 128, max(32, power_of_two(min(p.width for p in products))))
     if target.is_interpreter:
         return Schedule(16 if first.is_few else 64, max(16, min(256, narrow * 2)), 256, 4, 1)
+    native = all(all(p.packed) for p in products) and target.nvfp4_rows > 0
+    if native and (target.nvfp4_rows <= 16 or not first.is_few):
+        return _native_schedule(first, target, narrow)
     if first.is_few:
         columns = 32 if first.features * first.groups >= 32 * target.multiprocessors else 16
         return Schedule(16, max(16, min(columns, narrow)), depth, 4, 3 if wide else 4, 1)
@@ -173,6 +193,15 @@ def _schedule(graph: Graph, products: list[Product], target: GpuTarget) -> Sched
         )
         return Schedule(64, max(16, narrow), 32 if wide else 64, 8 if crowded else 4, 3)
     return Schedule(128, max(16, narrow), 64, 8, 3)
+
+
+def _native_schedule(made: Product, target: GpuTarget, narrow: int) -> Schedule:
+    """Tiles of NVFP4 as it is: a quarter of the bytes of bf16, so the reduction is taken in longer parts."""
+    narrow = max(16, narrow)
+    if made.is_few:
+        return Schedule(16, min(32, narrow), 256, 4, 4, 1, native=True)
+    depth = 256 if target.shared > 128 << 10 else 128
+    return Schedule(128, narrow, depth, 8, 3, native=True)
 
 
 def _dense_tile(writer: KernelWriter, made: Product, schedule: Schedule) -> Place:
@@ -255,33 +284,36 @@ def _most_tiles(made: Product, rows: int) -> Dim:
 def _write_product(body: Body, made: Product, schedule: Schedule, place: Place, group: str) -> str:
     """The loop over the reduction; returns the tile of sums."""
     writer = body.writer
-    x, w = Seen(made.x, made.width), Seen(made.w, made.width)
+    x, w = (operand(body, Seen(value, made.width)) for value in (made.x, made.w))
     rows = replace(place, column="0", columns=1, mask="")
-    body.prepare(x, rows)
+    x.prepare(rows)
     feature = writer.let("weight", f"tl.trans({place.column})")
     if place.mask:  # rows beyond the last would be another group's, or nobody's
         feature = writer.let("weight", f"tl.minimum({feature}, {made.features - 1})")
     if group:
         feature = writer.let("weight", f"{group} * {made.features} + {feature}")
     weights = Place(feature, "0", schedule.columns, 1)
-    body.prepare(w, weights)
+    w.prepare(weights)
     sums = writer.fresh("sums", f"tl.zeros([{schedule.rows}, {schedule.columns}], tl.float32)")
-    depth = min(schedule.depth, max(16, power_of_two(made.width)))
+    depth = min(schedule.depth, max(schedule.least_depth, power_of_two(made.width)))
     with writer.loop("k", str(made.width), step=depth) as k:
-        at = body.span(k, depth, made.width, rows)
-        left = body.tile(x, at)
-        if at.mask and not body.is_operand(
-            made.x
-        ):  # whatever became of the zeros beyond a row's end
-            left = writer.let("left", f"tl.where({at.mask}, {left}, 0.0)")
-        right = body.tile(w, body.span(k, depth, made.width, weights))
-        writer.line(f"{sums} = {_dot(made, left, right, sums)}")
-    return sums
+        at, across = (body.span(k, depth, made.width, p) for p in (rows, weights))
+        if schedule.native:
+            assert isinstance(x, Packed) and isinstance(w, Packed)
+            parts = ", ".join((*x.parts(at), *w.parts(across)))
+            writer.line(f"{sums} = dot_nvfp4({parts}, {sums})")
+        else:
+            left = x.tile(at)
+            if at.mask and not body.is_operand(made.x):  # whatever became of zeros beyond the end
+                left = writer.let("left", f"tl.where({at.mask}, {left}, 0.0)")
+            writer.line(f"{sums} = {_dot(x.dtype, w.dtype, left, w.tile(across), sums)}")
+    first = f"{group} * {made.features}" if group else "0"
+    matrix = Place(first if first == "0" else writer.let("first", first), "0", 1, 1)
+    return w.scaled(x.scaled(sums, rows), matrix)
 
 
-def _dot(made: Product, left: str, right: str, sums: str) -> str:
-    """The call that adds a part of the product."""
-    x, w = made.x.dtype, made.w.dtype
+def _dot(x: DType, w: DType, left: str, right: str, sums: str) -> str:
+    """The call that adds a part of the product of tiles of such types."""
     turned = f"tl.trans({right})"
     if x == w:
         return f"dot({left}, {turned}, {sums})"

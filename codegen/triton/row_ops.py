@@ -4,6 +4,7 @@ Element-wise ops are all one entry: a formula. The others say where their operan
 computed once for a whole row.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -12,13 +13,18 @@ from nemoc.codegen.triton.formulas import FORMULAS
 from nemoc.codegen.triton.seen import Place, Seen
 from nemoc.codegen.triton.writer import TYPE_NAMES, number_text, power_of_two, size_text
 from nemoc.ir.dims import Dim, dim, product
+from nemoc.ir.dtypes import DType
+from nemoc.ir.nvfp4 import BLOCK, LARGEST_CODE, LARGEST_SCALE, LARGEST_SCALE_OF_SIX
 from nemoc.ir.op import Op
 from nemoc.ir.ops import (
     Concat,
     DequantizeNvfp4,
     Full,
     GroupLimit,
+    Nvfp4BlockScales,
+    Nvfp4GlobalScale,
     Permute,
+    QuantizeNvfp4,
     Reshape,
     RmsNorm,
     Slice,
@@ -264,23 +270,40 @@ class _RmsNorm(RowOp[RmsNorm]):
         return body.writer.once(f"scale of {seen.value.name} in rows {place.row}", make)
 
     def _squares(self, body: "Body", x: Seen, place: Place) -> str:
-        writer = body.writer
+        return over_row(body, x, place, "tl.sum", "{} + {}", lambda tile: f"{tile} * {tile}")
 
-        def squares(at: Place) -> str:
-            tile = body.tile(x, at)
-            square = f"{tile} * {tile}"
-            return f"tl.where({at.mask}, {square}, 0.0)" if at.mask else square
 
-        columns = power_of_two(x.width)
-        if place.rows * columns <= _PART * 4:
-            return f"tl.sum({squares(body.whole(x.width, place))}, axis=1, keep_dims=True)"
-        part = max(32, min(_PART // place.rows, columns))
-        total = writer.fresh(
-            "squares", f"tl.zeros([{place.rows}, {part}], {TYPE_NAMES[x.value.dtype]})"
-        )
-        with writer.loop("start", str(x.width), step=part) as start:
-            writer.line(f"{total} += {squares(body.span(start, part, x.width, place))}")
-        return f"tl.sum({total}, axis=1, keep_dims=True)"
+def over_row(
+    body: "Body", x: Seen, place: Place, whole: str, two: str, of: Callable[[str], str]
+) -> str:
+    """What is left of every row of a value, as an expression: a tile of one column.
+
+    Long rows are read in parts.
+
+    Args:
+        body: what the value belongs to.
+        x: the value and its rows.
+        place: the rows.
+        whole: Triton's function that leaves one element of a row; 0 changes nothing.
+        two: what it makes of two elements, as a format of two expressions.
+        of: given a tile of the value, what is to be taken instead of its elements.
+    """
+    writer = body.writer
+
+    def part_of(at: Place) -> str:
+        taken = of(body.tile(x, at))
+        return f"tl.where({at.mask}, {taken}, 0.0)" if at.mask else taken
+
+    columns = power_of_two(x.width)
+    if place.rows * columns <= _PART * 4:
+        return f"{whole}({part_of(body.whole(x.width, place))}, axis=1, keep_dims=True)"
+    part = max(32, min(_PART // place.rows, columns))
+    dtype = x.value.dtype if x.value.dtype.bytes > 4 else DType.F32
+    left = writer.fresh("left", f"tl.zeros([{place.rows}, {part}], {TYPE_NAMES[dtype]})")
+    with writer.loop("start", str(x.width), step=part) as start:
+        taken = part_of(body.span(start, part, x.width, place))
+        writer.line(f"{left} = {two.format(left, taken)}")
+    return f"{whole}({left}, axis=1, keep_dims=True)"
 
 
 class _GroupLimit(RowOp[GroupLimit]):
@@ -406,17 +429,11 @@ class _DequantizeNvfp4(RowOp[DequantizeNvfp4]):
         _expect_width(seen, seen.value)
         writer, width = body.writer, seen.width
         byte = writer.let("byte", f"{place.column} // 2")
-        block = writer.let("block", f"{place.column} // 16")
-        rows = op.packed.shape[-2]
-        one = replace(place, column="0", columns=1, mask="")
-        if op.global_scale.type.rank == 0:
-            scale = replace(one, row="0", rows=1)
-        else:
-            scale = replace(one, row=writer.let("of", f"{place.row} // {size_text(rows)}"))
+        block = writer.let("block", f"{place.column} // {BLOCK}")
         return [
             (Seen(op.packed, width // 2), replace(place, column=byte)),
-            (Seen(op.scales, width // 16), replace(place, column=block)),
-            (Seen(op.global_scale, 1), scale),
+            (Seen(op.scales, width // BLOCK), replace(place, column=block)),
+            scale_of(body, op, place),
         ]
 
     def tile(self, body: "Body", op: DequantizeNvfp4, seen: Seen, place: Place) -> str:
@@ -429,6 +446,95 @@ class _DequantizeNvfp4(RowOp[DequantizeNvfp4]):
         divides = op.dialect == "compressed-tensors"
         step = writer.let("step", f"from_e4m3({scales}) {'/' if divides else '*'} {scale}")
         return f"{value} * {step}"
+
+
+class _Nvfp4GlobalScale(RowOp[Nvfp4GlobalScale]):
+    """The largest magnitude of a matrix, as a row."""
+
+    def sources(self, body: "Body", op: Nvfp4GlobalScale, seen: Seen, place: Place) -> Sources:
+        width = product(op.w.shape[-2:])
+        if seen.width != 1 or not isinstance(width, int):
+            raise RegionError(f"%{seen.value.name} is of a matrix of no fixed size")
+        return [(Seen(op.w, width), place)]
+
+    def prepare(self, body: "Body", op: Nvfp4GlobalScale, seen: Seen, place: Place) -> None:
+        self.tile(body, op, seen, place)
+
+    def tile(self, body: "Body", op: Nvfp4GlobalScale, seen: Seen, place: Place) -> str:
+        _expect_modelopt(op, seen.value)
+        ((w, at),) = self.sources(body, op, seen, place)
+        largest = LARGEST_SCALE_OF_SIX if op.four_over_six else LARGEST_SCALE
+
+        def make() -> str:
+            size = over_row(
+                body, w, at, "tl.max", "tl.maximum({}, {})", lambda x: f"tl.abs({x}.to(tl.float32))"
+            )
+            return body.writer.fresh("scale", f"tl.div_rn({size}, {LARGEST_CODE * largest!r})")
+
+        return body.writer.once(f"scale of {w.value.name} in rows {place.row}", make)
+
+
+class _Nvfp4BlockScales(RowOp[Nvfp4BlockScales]):
+    """A scale for each block of 16 of consecutive columns."""
+
+    def sources(self, body: "Body", op: Nvfp4BlockScales, seen: Seen, place: Place) -> Sources:
+        _expect_width(seen, seen.value)
+        wide = body.resized(place, place.columns * BLOCK, seen.width * BLOCK)
+        return [(Seen(op.w, seen.width * BLOCK), wide), scale_of(body, op, place)]
+
+    def tile(self, body: "Body", op: Nvfp4BlockScales, seen: Seen, place: Place) -> str:
+        _expect_modelopt(op, seen.value)
+        if op.four_over_six:
+            raise RegionError(f"%{seen.value.name} is chosen by the error of two scales")
+        (w, wide), scale = self.sources(body, op, seen, place)
+        x = _f32_tile(body, w, wide)
+        return f"block_scales({x}, {body.tile(*scale)}, {place.rows}, {place.columns})"
+
+
+class _QuantizeNvfp4(RowOp[QuantizeNvfp4]):
+    """Two codes a byte, of consecutive columns."""
+
+    def sources(self, body: "Body", op: QuantizeNvfp4, seen: Seen, place: Place) -> Sources:
+        _expect_width(seen, seen.value)
+        width, half = seen.width * 2, BLOCK // 2
+        wide = body.resized(place, place.columns * 2, width)
+        blocks = body.resized(place, place.columns // half, width // BLOCK)
+        scales = Seen(op.scales, width // BLOCK)
+        return [(Seen(op.w, width), wide), (scales, blocks), scale_of(body, op, place)]
+
+    def tile(self, body: "Body", op: QuantizeNvfp4, seen: Seen, place: Place) -> str:
+        _expect_modelopt(op, seen.value)
+        (w, wide), (scales, blocks), scale = self.sources(body, op, seen, place)
+        x = _f32_tile(body, w, wide)
+        operands = f"{x}, {body.tile(scales, blocks)}, {body.tile(*scale)}"
+        return f"nvfp4_codes({operands}, {place.rows}, {blocks.columns})"
+
+
+def scale_of(
+    body: "Body", op: DequantizeNvfp4 | Nvfp4BlockScales | QuantizeNvfp4, place: Place
+) -> tuple[Seen, Place]:
+    """Where the tensor scale of rows is: there is one, or one for each matrix of a stack."""
+    one = replace(place, column="0", columns=1, mask="")
+    matrix = op.packed if isinstance(op, DequantizeNvfp4) else op.w
+    if op.global_scale.type.rank == 0:
+        one = replace(one, row="0", rows=1)
+    elif matrix.shape[-2] != 1:
+        of = f"{place.row} // {size_text(matrix.shape[-2])}"
+        one = replace(one, row=body.writer.let("of", of))
+    return Seen(op.global_scale, 1), one
+
+
+def _f32_tile(body: "Body", seen: Seen, place: Place) -> str:
+    """A whole tile of a value in f32."""
+    text = body.tile(seen, place)
+    if seen.value.dtype != DType.F32:
+        text = body.writer.let("wide", f"{text}.to(tl.float32)")
+    return body.writer.let("x", f"tl.broadcast_to({text}, [{place.rows}, {place.columns}])")
+
+
+def _expect_modelopt(op: Nvfp4GlobalScale | Nvfp4BlockScales | QuantizeNvfp4, made: Value) -> None:
+    if op.dialect != "modelopt":
+        raise RegionError(f"%{made.name} is quantized in the arithmetic of {op.dialect}")
 
 
 def _expect_width(seen: Seen, like: Value) -> None:
@@ -452,6 +558,9 @@ _TABLE: dict[type[Op], RowOp] = {  # type: ignore[type-arg]
     TakeRows: _TakeRows(),
     TakeLast: _TakeLast(),
     DequantizeNvfp4: _DequantizeNvfp4(),
+    Nvfp4GlobalScale: _Nvfp4GlobalScale(),
+    Nvfp4BlockScales: _Nvfp4BlockScales(),
+    QuantizeNvfp4: _QuantizeNvfp4(),
 }
 
 

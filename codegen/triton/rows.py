@@ -14,7 +14,7 @@ from nemoc.codegen.triton.target import GpuTarget
 from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
 from nemoc.ir.dims import Dim, ceil_div, dim, product
 from nemoc.ir.graph import Graph
-from nemoc.ir.ops import CacheWrite, GroupLimit, RmsNorm, Sum, TopK
+from nemoc.ir.ops import CacheWrite, GroupLimit, Nvfp4GlobalScale, RmsNorm, Sum, TopK
 from nemoc.ir.types import Value
 
 _TILE = 2048
@@ -94,7 +94,7 @@ def _emit(site: Site, count: Dim) -> Plan:
     stores = stored_results(graph, count)
     widths = {s.seen.width for s in stores}
     whole = len(widths) > 1 or any(
-        isinstance(n.op, RmsNorm | TopK | GroupLimit) for n in graph.nodes
+        isinstance(n.op, RmsNorm | TopK | GroupLimit | Nvfp4GlobalScale) for n in graph.nodes
     )
     writer = KernelWriter("rows")
     body = Body(writer, site)

@@ -22,6 +22,7 @@ class GpuTarget:
         multiprocessors: of the usual device of that architecture.
         products: Triton's `input_precision` for products of f32.
         bandwidth: bytes per second from memory, nominal, of that device.
+        nvfp4_rows: the fewest rows of a tile of NVFP4 that its matrix units multiply as it is; 0 where they do not.
     """
 
     name: str
@@ -36,6 +37,7 @@ class GpuTarget:
     multiprocessors: int = 1
     products: str = "ieee"
     bandwidth: float = 20e9
+    nvfp4_rows: int = 0
 
     @property
     def is_interpreter(self) -> bool:
@@ -93,6 +95,7 @@ GPUS = {
             148,
             "tf32x3",
             8.0e12,
+            nvfp4_rows=128,
         ),
         GpuTarget(
             "cuda:sm_120",
@@ -107,6 +110,7 @@ GPUS = {
             170,
             "tf32x3",
             1.8e12,
+            nvfp4_rows=16,
         ),
         GpuTarget(
             "hip:gfx942",

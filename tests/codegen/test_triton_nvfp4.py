@@ -1,0 +1,134 @@
+"""GPU kernels that make NVFP4 of activations and multiply it, in Triton's interpreter and as machine code."""
+
+import pytest
+import torch
+
+from nemoc.codegen.plan import Site
+from nemoc.codegen.triton.build import Variant, compile_variants
+from nemoc.codegen.triton.emit import emit
+from nemoc.codegen.triton.target import gpu_target
+from nemoc.codegen.triton.writer import GpuKernel
+from nemoc.ir import parse
+from nemoc.ir.ops import Fused
+from support.gpu_kernels import check_kernel
+
+pytest.importorskip("triton")
+
+NATIVE = {
+    "cuda:sm_100": "tcgen05.mma.kind::mxf4nvf4",
+    "cuda:sm_120": "mma.sync.kind::mxf4nvf4",
+}
+"""GPUs whose matrix units multiply NVFP4 as it is, and by what instructions."""
+
+
+def region(text: str) -> Site:
+    """The dense site of a region whose body is that text."""
+    body = parse(f"graph @body {{\n{text}\n}}\n")
+    return Site.dense(Fused(body.inputs, body))
+
+
+def normed(width: int) -> Site:
+    """Rows that are normed and quantized."""
+    return region(f"""
+      input %h: bf16[B, L, {width}]
+      input %weight: f32[{width}]
+      %wide = cast(%h) {{dtype=f32}} : f32[B, L, {width}]
+      %n = rms_norm(%wide, %weight) {{eps=1e-05}} : f32[B, L, {width}]
+      %x = reshape(%n) {{shape=[B*L, 1, {width}]}} : f32[B*L, 1, {width}]
+      %g = nvfp4_global_scale(%x) : f32[B*L]
+      %s = nvfp4_block_scales(%x, %g) : f8e4m3[B*L, 1, {width // 16}]
+      %q = quantize_nvfp4(%x, %s, %g) : u8[B*L, 1, {width // 2}]
+      return %g, %s, %q
+    """)
+
+
+def dense(width: int, features: int) -> Site:
+    """A product of rows and a weight that are NVFP4, and what follows it."""
+    return region(f"""
+      input %xq: u8[B*L, 1, {width // 2}]
+      input %xs: f8e4m3[B*L, 1, {width // 16}]
+      input %xg: f32[B*L]
+      input %wq: u8[{features}, {width // 2}]
+      input %ws: f8e4m3[{features}, {width // 16}]
+      input %wg: f32[]
+      %d = dequantize_nvfp4(%xq, %xs, %xg) : f32[B*L, 1, {width}]
+      %x = reshape(%d) {{shape=[B, L, {width}]}} : f32[B, L, {width}]
+      %w = dequantize_nvfp4(%wq, %ws, %wg) : f32[{features}, {width}]
+      %y = linear(%x, %w) : f32[B, L, {features}]
+      %r = relu(%y) : f32[B, L, {features}]
+      return %r
+    """)
+
+
+def grouped(width: int, features: int, groups: int, rows: str = "B*L") -> Site:
+    """A product of gathered rows, as of experts."""
+    return region(f"""
+      input %xq: u8[{rows}, 1, {width // 2}]
+      input %xs: f8e4m3[{rows}, 1, {width // 16}]
+      input %xg: f32[{rows}]
+      input %token: i32[2*{rows}] < {rows}
+      input %wq: u8[{groups}, {features}, {width // 2}]
+      input %ws: f8e4m3[{groups}, {features}, {width // 16}]
+      input %wg: f32[{groups}]
+      input %offsets: i32[{groups + 1}]
+      %d = dequantize_nvfp4(%xq, %xs, %xg) : f32[{rows}, 1, {width}]
+      %t = reshape(%d) {{shape=[{rows}, {width}]}} : f32[{rows}, {width}]
+      %x = take_rows(%t, %token) : f32[2*{rows}, {width}]
+      %w = dequantize_nvfp4(%wq, %ws, %wg) {{dialect="compressed-tensors"}} : f32[{groups}, {features}, {width}]
+      %y = grouped_linear(%x, %w, %offsets) : f32[2*{rows}, {features}]
+      return %y
+    """)
+
+
+def packed(*shape: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and the tensor scales of random matrices [..., N, K]."""
+    generator = torch.Generator().manual_seed(seed)
+    *lead, rows, width = shape
+    codes = torch.randint(0, 256, (*lead, rows, width // 2), generator=generator)
+    scales = torch.rand(*lead, rows, width // 16, generator=generator).mul(8).exp2()
+    largest = torch.rand(lead, generator=generator) + 0.5
+    return codes.to(torch.uint8), scales.to(torch.float8_e4m3fn), largest
+
+
+@pytest.mark.parametrize("width,rows", [(48, 12), (16400, 2)])
+def test_rows_are_quantized_to_the_bit(width: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    h = torch.randn(1, rows, width, generator=generator).exp()
+    h[0, 1], h[0, 0, :16] = 0.0, 0.0
+    weight = torch.randn(width, generator=generator)
+    check_kernel(normed(width), {"B": 1, "L": rows}, h.bfloat16(), weight)
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_90", *NATIVE])
+@pytest.mark.parametrize("width,features", [(32, 5), (176, 40)])
+def test_products_of_nvfp4_are_exact(target: str, width: int, features: int) -> None:
+    operands = (*packed(15, 1, width, seed=2), *packed(features, width, seed=3))
+    site, gpu = dense(width, features), gpu_target(target)
+    check_kernel(site, {"B": 3, "L": 5}, *operands, target=gpu, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("rows", ["B", "B*L"])
+@pytest.mark.parametrize("target", ["cuda:sm_90", *NATIVE])
+def test_grouped_products_of_nvfp4_are_exact(target: str, rows: str) -> None:
+    token = torch.tensor([2, 0, 1, 1, 0, 2], dtype=torch.int32)
+    offsets = torch.tensor([0, 2, 2, 6], dtype=torch.int32)
+    stack = packed(3, 40, 176, seed=4)
+    operands = (*packed(3, 1, 176, seed=5), token, *stack, offsets)
+    site, gpu = grouped(176, 40, 3, rows), gpu_target(target)
+    check_kernel(site, {"B": 3, "L": 1}, *operands, target=gpu, tolerance=1e-6)
+
+
+def variant(site: Site, target: str) -> Variant:
+    (stage,) = emit(site, gpu_target(target)).stages
+    kernel = stage.kernel
+    assert isinstance(kernel, GpuKernel)
+    return Variant(kernel, (True,) * len(kernel.pointers))
+
+
+@pytest.mark.parametrize("target", NATIVE)
+def test_matrix_units_multiply_nvfp4_as_it_is(target: str) -> None:
+    sites = dense(2688, 1856), grouped(1856, 2688, 128)
+    found = compile_variants([variant(site, target) for site in sites], gpu_target(target))
+    for binary in found.values():
+        assert [kind for kind, _ in binary.report.matrix] == [NATIVE[target]]
+        assert (binary.report.spilled, binary.report.plain) == (0, ())
