@@ -109,7 +109,7 @@ def summarize(
         ssm_bytes=_state_bytes(graph, (".ssm",)),
         conv_bytes=_state_bytes(graph, (".conv",)),
         kv_bytes_per_token=_state_bytes(graph, (".k", ".v")),
-        step=_work(graph),
+        step=step_work(graph),
     )
 
 
@@ -142,9 +142,13 @@ def _chosen(graph: Graph, op: GroupedLinear) -> tuple[Dim, Dim] | None:
     return rows, each
 
 
-def _work(graph: Graph) -> Work:
-    """The sum over all nodes; nodes of one kind and type are costed once."""
-    kinds: Counter[object] = Counter()
+def step_work(graph: Graph) -> Work:
+    """The work of a step, op by op; weights are what the graph's parameters hold, in whatever form.
+
+    Args:
+        graph: a step whose regions are inlined.
+    """
+    kinds: Counter[object] = Counter()  # nodes of one kind and type are costed once
     example: dict[object, Node] = {}
     places = _Places.of(graph)
     for node in graph.nodes:

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 
 from nemoc.autotune.measure import interleaved, read_bandwidth
-from nemoc.ir import DType, NemocError
-from nemoc.models import ModelConfig
-from nemoc.models.summary import summarize
+from nemoc.ir import IRError, NemocError
+from nemoc.ir.fusion import inline
+from nemoc.ir.parser import parse
+from nemoc.models.summary import step_work
 from nemoc.options import read_options
 from nemoc.runtime import Executable
+from nemoc.runtime.manifest import GRAPHS
+from nemoc.runtime.program import DECODE
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class BenchReport:
         decode_tokens: tokens decoded behind it in one run.
         prefill_tokens_per_second, decode_tokens_per_second: medians.
         prefill_spread, decode_spread: half the quartile distance relative to the median.
-        decode_bytes_per_token: weights, state and cache that a token must move at least, in bytes.
+        decode_bytes_per_token: weights as the artifact has them, state and cache that a token must move at least, in
+            bytes; None if the model has ops of a user's own.
         memory_bandwidth: bytes per second that reading memory reached in the same run.
         threads: of the executable.
     """
@@ -34,13 +38,15 @@ class BenchReport:
     decode_tokens_per_second: float
     prefill_spread: float
     decode_spread: float
-    decode_bytes_per_token: int
+    decode_bytes_per_token: int | None
     memory_bandwidth: float
     threads: int
 
     @property
-    def bandwidth_share(self) -> float:
+    def bandwidth_share(self) -> float | None:
         """Part of the memory bandwidth that decoding used, counting only bytes that it must move."""
+        if self.decode_bytes_per_token is None:
+            return None
         return self.decode_bytes_per_token * self.decode_tokens_per_second / self.memory_bandwidth
 
     def to_json(self) -> dict[str, Any]:
@@ -82,7 +88,6 @@ def bench(
         for _ in range(decode):
             token = executable.decode(token, state).argmax(-1)
 
-    config = ModelConfig.from_dict(dict(executable.program.model), executable.program.name)
     timings = interleaved({"prefill": run_prefill, "decode": run_decode}, rounds)
     return BenchReport(
         prefill_tokens=prefill,
@@ -91,18 +96,34 @@ def bench(
         decode_tokens_per_second=decode / timings["decode"].median,
         prefill_spread=timings["prefill"].spread,
         decode_spread=timings["decode"].spread,
-        decode_bytes_per_token=decode_bytes(config, prefill + decode // 2),
+        decode_bytes_per_token=decode_bytes(executable, prefill + decode // 2),
         memory_bandwidth=read_bandwidth(),
         threads=read_options().threads or torch.get_num_threads(),
     )
 
 
-def decode_bytes(config: ModelConfig, cached: int) -> int:
-    """Bytes that decoding one token must move: its weights as stored, its state in and out, its cache.
+def decode_bytes(executable: Executable, cached: int) -> int | None:
+    """Bytes that decoding one token of one row must move: weights as the artifact has them, state in and out, cache.
+
+    Of experts those count that a token chooses. Codes and scales count where kernels unpack them, numbers where they
+    were unpacked when the artifact was built.
 
     Args:
-        config: the model.
+        executable: the model.
         cached: tokens before it.
+
+    Returns:
+        The bytes; None if the model has ops of a user's own, of which an artifact does not say what they read.
+
+    Raises:
+        NemocError: the artifact is gone.
     """
-    work = summarize(config, DType.F32).decode.at(1, 1, cached)
+    path = executable.folder / GRAPHS[DECODE]
+    try:
+        graph = parse(path.read_text("utf-8"), str(path))
+    except IRError:
+        return None
+    except OSError as error:
+        raise NemocError(f"{path}: cannot be read: {error.strerror}") from None
+    work = step_work(inline(graph, lambda node: True)).at(1, 1, cached)
     return int(work.weights + work.state)

@@ -29,6 +29,8 @@ def run(
         (f"decode of {found.decode_tokens} tokens", f"{found.decode_tokens_per_second:.1f}"),
     ]
     print_table(console, ("median of interleaved rounds", ">tokens/s"), rows)
+    if found.decode_bytes_per_token is None or found.bandwidth_share is None:
+        return
     console.print(
         f"\nDecoding reads {short(found.decode_bytes_per_token, 'B')} a token, "
         f"{found.bandwidth_share:.0%} of the {short(found.memory_bandwidth, 'B')}/s\n"
