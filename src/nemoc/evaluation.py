@@ -71,21 +71,26 @@ def evaluate(
     Raises:
         NemocError: a window is longer than an executable's context, or the vocabularies differ.
     """
-    runs = {name: _Run(executable) for name, executable in executables.items()}
-    expected = None if against is None else _Run(against)
     _check([*executables.values(), *([] if against is None else [against])], windows)
+    expected = None if against is None else _Run(against)
+    runs = {
+        name: expected if expected is not None and executable is against else _Run(executable)
+        for name, executable in executables.items()
+    }
     tallies = {name: _Tally() for name in runs}
     for number, window in enumerate(windows):
         if progress is not None:
             progress("measure quality", number, len(windows))
-        for run in (*runs.values(), *(() if expected is None else (expected,))):
+        for run in {*runs.values(), *(() if expected is None else (expected,))}:
             run.state.reset()
         for start in range(0, window.tokens, _STEP):
             seen = window.ids[start : min(start + _STEP, window.tokens)]
             following = window.ids[start + 1 : start + 1 + len(seen)]
             wanted = None if expected is None else expected.logits(seen)
             for name, run in runs.items():
-                tallies[name].add(run.logits(seen), following, wanted)
+                known = wanted if run is expected else None  # its state has seen these tokens
+                logits = run.logits(seen) if known is None else known
+                tallies[name].add(logits, following, wanted)
     size = sum(window.bytes for window in windows)
     return {name: tally.quality(size) for name, tally in tallies.items()}
 

@@ -168,7 +168,7 @@ def _print(
                 *(_compared_cells(quality) if compare_first or not stored else ("", "", "")),
             )
         )
-    columns = ("weights", ">size", ">bits/byte", ">change", ">KL", ">KL 99%", ">same top-1")
+    columns = ("weights", ">size", ">bits/byte", ">change", ">KL", ">KL 99%", ">top-1")
     print_table(console, columns, cells, wrap="weights")
 
 
