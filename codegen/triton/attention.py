@@ -223,7 +223,7 @@ def _parts(body: Body, made: Attended, schedule: Schedule, batch: str) -> tuple[
 def _keep(flash: Flash, made: Attended, schedule: Schedule, split: str) -> None:
     """Store the state of a part's softmax."""
     writer, place = flash.writer, flash.place
-    at = writer.let("part", f"{place.row} * {schedule.splits} + {split}")
+    at = writer.let("part", f"tl.cast({place.row}, tl.int64) * {schedule.splits} + {split}")
     masks = " & ".join(m for m in (place.exists, place.mask) if m)
     to_sums = f"{writer.pointer(_SUMS, DType.F32)} + {at} * {made.width} + {place.column}"
     writer.line(f"tl.store({to_sums}, {flash.sums}{f', mask={masks}' if masks else ''})")
@@ -243,7 +243,7 @@ def _combine(site: Site, made: Attended, schedule: Schedule, stores: list[Store]
     place = body.span("0", made.columns, made.width, Place(pid, "0", 1, 1))
     number = writer.let("number", f"tl.arange(0, {schedule.splits})[:, None]")
     there = writer.let("there", f"{number} < {parts}")
-    part = writer.let("part", f"{pid} * {schedule.splits} + {number}")
+    part = writer.let("part", f"tl.cast({pid}, tl.int64) * {schedule.splits} + {number}")
 
     def loaded(arg: Arg, at: str, mask: str, other: str) -> str:
         pointer = f"{writer.pointer(arg, DType.F32)} + {at}"

@@ -200,8 +200,8 @@ class Body:
             column = writer.let("column", f"{place.row} % {parts} * {width} + {place.column}")
         _, across = split_view(cache, across_all)
         terms = [
-            f"{wide(sequence, cache.strides[0])} * {size_text(cache.strides[0])}",
-            f"{wide(to, cache.strides[1])} * {size_text(cache.strides[1])}",
+            f"{wide(sequence, cache.strides[0], cache.shape[0])} * {size_text(cache.strides[0])}",
+            f"{wide(to, cache.strides[1], cache.shape[1])} * {size_text(cache.strides[1])}",
             offset(writer, column, across),
         ]
         base = writer.pointer(self.arg(op.cache), cache.dtype)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from nemoc.codegen.plan import RegionError
 from nemoc.codegen.triton.formulas import FORMULAS
-from nemoc.codegen.triton.seen import Place, Seen
+from nemoc.codegen.triton.seen import Place, Seen, wide
 from nemoc.codegen.triton.writer import TYPE_NAMES, number_text, power_of_two, size_text
 from nemoc.ir.dims import Dim, dim, product
 from nemoc.ir.dtypes import DType
@@ -99,7 +99,8 @@ class _Permute(RowOp[Permute]):
 
     def sources(self, body: "Body", op: Permute, seen: Seen, place: Place) -> Sources:
         writer = body.writer
-        at = writer.let("flat", f"{place.row} * {seen.width} + {place.column}")
+        row = wide(place.row, seen.width, seen.count)
+        at = writer.let("flat", f"{row} * {seen.width} + {place.column}")
         strides: list[Dim] = [1] * op.x.type.rank
         for axis in reversed(range(op.x.type.rank - 1)):
             strides[axis] = dim(strides[axis + 1] * op.x.shape[axis + 1])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from nemoc.codegen.plan import Arg, RegionError, View
 from nemoc.codegen.triton.writer import KernelWriter, size_text
 from nemoc.codegen.views import merge_axes, quotient
-from nemoc.ir.dims import Dim, dim, product
+from nemoc.ir.dims import Dim, dim, evaluate_dim, product, symbols_of
 from nemoc.ir.dtypes import DType
 from nemoc.ir.types import Value
 
@@ -18,6 +18,12 @@ Shape = tuple[Dim, ...]
 
 _NARROW = 1 << 11
 """Strides below which a million rows are reached with 32 bits."""
+
+_REACH = 1 << 31
+"""What 32 bits cannot count to."""
+
+_TOKENS = 1 << 13
+"""Tokens of a step, or sequences of a batch, whose elements are reached with 32 bits if each has few enough."""
 
 _ANY = DType.F32
 """An element type where none matters."""
@@ -165,7 +171,9 @@ def _strided(writer: KernelWriter, index: str, shape: Shape, strides: Shape) -> 
             part = step.divided(writer, rest)
             if number:
                 part = writer.let("i", f"{part} % {size_text(size)}")
-            terms.append(part if stride == 1 else f"{wide(part, stride)} * {size_text(stride)}")
+            terms.append(
+                part if stride == 1 else f"{wide(part, stride, size)} * {size_text(stride)}"
+            )
         step = step.over(size)
     return writer.let("at", " + ".join(reversed(terms))) if terms else "0"
 
@@ -183,11 +191,19 @@ class _Step:
         return index if self.size == 1 else writer.let("i", f"{index} // {size_text(self.size)}")
 
 
-def wide(index: str, stride: Dim) -> str:
-    """An index as a factor of a product that may exceed 32 bits: it does once sizes are large or unknown."""
-    if isinstance(stride, int) and stride < _NARROW:
-        return index
-    return f"tl.cast({index}, tl.int64)"
+def wide(index: str, stride: Dim, size: Dim) -> str:
+    """An index below a size, as a factor of a product that may exceed 32 bits where sizes are large or unknown."""
+    return f"tl.cast({index}, tl.int64)" if _reaches_far(stride, size) else index
+
+
+def _reaches_far(stride: Dim, size: Dim) -> bool:
+    """Whether 32 bits may be too few for offsets of that many steps; a cache has as many rows as anybody likes."""
+    if not isinstance(stride, int) or stride >= _NARROW:
+        return True
+    if isinstance(size, int):
+        return size * stride > _REACH
+    each = evaluate_dim(size, dict.fromkeys(symbols_of(size), 1))
+    return "C" in symbols_of(size) or each * stride * _TOKENS > _REACH
 
 
 def pointer_to(writer: KernelWriter, arg: Arg, view: View, width: int, place: Place) -> str:

@@ -1,11 +1,20 @@
 """GPU kernels of regions that are computed row by row, in Triton's interpreter."""
 
-import pytest
+from typing import Any
+from unittest import mock
 
-from nemoc.codegen.plan import Site, View
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from nemoc.codegen.plan import Arg, Site, View
 from nemoc.codegen.triton.emit import emit
+from nemoc.codegen.triton.interpret import Interpreter
+from nemoc.codegen.triton.seen import wide
 from nemoc.codegen.triton.target import gpu_target
-from nemoc.ir.dims import B, L, dim
+from nemoc.ir.dims import B, C, Dim, L, dim
 from nemoc.ir.dtypes import DType
 from support.gpu_kernels import INTERPRETER, check_kernel
 from support.regions import operands, region
@@ -135,6 +144,56 @@ def test_tokens_without_a_common_stride_are_found_by_sequence_and_number() -> No
     check_kernel(
         Site(op, (apart,), (View.dense(op.result_types()[0]),)), SIZES, *operands(op, SIZES)
     )
+
+
+def test_rows_beyond_two_thousand_million_elements_are_found() -> None:
+    count = (1 << 21) + 8
+    op = region(f"""
+        input %table: i8[{count}, 1024]
+        input %index: i32[B] < {count}
+        %r = take_rows(%table, %index) : i8[B, 1024]
+        %y = cast(%r) {{dtype=f32}} : f32[B, 1024]
+        return %y
+    """)
+    (stage,) = emit(Site.dense(op), INTERPRETER).stages
+    index = torch.tensor([0, count - 1], dtype=torch.int32)
+    start = torch.empty(1, dtype=torch.int8)  # of a table that nobody has memory for
+    given = {
+        Arg("operand", 0): start,
+        Arg("operand", 1): index,
+        Arg("result", 0): torch.empty(2, 1024),
+    }
+    offsets: list[int] = []
+    load = InterpreterBuilder.create_masked_load
+
+    def without_table(this: Any, pointers: Any, *rest: Any) -> Any:
+        if pointers.get_element_ty() != tl.int8:
+            return load(this, pointers, *rest)
+        offsets.extend(int(at) - start.data_ptr() for at in pointers.data.ravel())
+        return TensorHandle(np.zeros(pointers.data.shape, np.int8), tl.int8)
+
+    sizes = {"B": 2, "L": 1, "C": 1}
+    with mock.patch.object(InterpreterBuilder, "create_masked_load", without_table):
+        pointers = [given[arg] for arg in stage.args]
+        Interpreter([stage.kernel]).launch(stage.kernel.name, pointers, sizes)
+    assert set(offsets) == {int(row) * 1024 + i for row in index for i in range(1024)}
+
+
+@pytest.mark.parametrize(
+    ("stride", "size", "far"),
+    [
+        (2047, 1 << 20, False),
+        (2048, 5, True),
+        (1024, 1 << 21, False),
+        (1024, (1 << 21) + 1, True),
+        (64, dim(B * L * 256), False),
+        (128, dim(B * (1 << 13)), True),  # states of a recurrence
+        (128, dim(2 * B * C), True),
+        (C, 4, True),
+    ],
+)
+def test_offsets_have_64_bits_where_32_may_be_too_few(stride: Dim, size: Dim, far: bool) -> None:
+    assert wide("i", stride, size) == ("tl.cast(i, tl.int64)" if far else "i")
 
 
 def test_equal_ops_on_equal_views_have_equal_kernels() -> None:
