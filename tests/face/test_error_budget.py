@@ -1,10 +1,12 @@
 """The cheapest formats within an error budget: chosen by what is measured."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 
+from nemoc.__main__ import main
 from nemoc.compiler import compile
 from nemoc.error_budget import FP8, NVFP4, Budgeted, calibrate, within_budget
 from nemoc.evaluation import evaluate
@@ -159,3 +161,20 @@ def test_the_sample_model_keeps_a_budget_on_text_that_it_was_not_calibrated_with
     found = evaluate({"quantized": quantized}, windows, sample)["quantized"]
     assert found.kl is not None
     assert 0.6 * budget < found.kl <= budget
+
+
+def test_compile_says_what_each_choice_costs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "small.nemoc"
+    options = ["--error-budget", "0.001", "--scope", r"layers\.8\.", "--target", "reference", "-q"]
+    assert main(["compile", "sample", "-o", str(out), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in lines if line.startswith("layers.8.experts.down_proj ")]
+    _, alone_in_nvfp4, alone_in_fp8, chosen, *saved = row.split()
+    assert 0 < float(alone_in_fp8) < float(alone_in_nvfp4) < 0.01
+    assert (chosen, saved) == ("nvfp4", ["754", "kB"])
+    assert [line for line in lines if line.startswith("All together: KL 0.000")]
+    text = (out / "pipelines.txt").read_text().splitlines()[0]
+    assert text.startswith('prefill: quantize-nvfp4{scope="layers\\\\.8\\\\.mixer\\\\.')
+    assert lines[-1].startswith(f"{out}: sample for reference, ")
