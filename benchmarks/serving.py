@@ -1,0 +1,110 @@
+"""Engines in processes of their own: a request is a line of JSON on stdin, its answer one on stdout.
+
+An engine is an object whose methods take and return JSON data. Nothing here needs more than Python, so that an engine
+may live in another environment than nemoc's.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from benchmarks.watch import AnonymousPeak
+
+ROOT = Path(__file__).parent.parent
+
+
+class EngineError(Exception):
+    """What an engine could not do; one line."""
+
+
+def serve(engine: Callable[[], object]) -> None:
+    """Answer requests until there are no more.
+
+    What is printed meanwhile goes to stderr. The request `peak` ends the watch over this process's memory, so that
+    watching disturbs nothing that is timed later, and answers with the most anonymous memory so far, in bytes.
+
+    Args:
+        engine: makes the engine.
+    """
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    with contextlib.ExitStack() as watch:
+        peak = watch.enter_context(AnonymousPeak())
+        served = engine()
+        for line in sys.stdin:
+            name, arguments = json.loads(line)
+            try:
+                if name == "peak":
+                    watch.close()
+                    result: Any = peak.bytes
+                else:
+                    result = getattr(served, name)(**arguments)
+                answer = {"result": result}
+            except Exception as error:
+                answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+class Served:
+    """An engine in a process of its own, as the process that asks sees it; ends with a `with` block.
+
+    Args:
+        module: of this package; it is run.
+        python: the interpreter that runs it.
+    """
+
+    def __init__(self, module: str, python: str | Path = sys.executable) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the engine
+        self._process = subprocess.Popen(
+            [str(python), "-m", f"benchmarks.{module}"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def call(self, name: str, **arguments: Any) -> Any:
+        """What the engine's method returns.
+
+        Raises:
+            EngineError: it raised something, or the process has ended.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps([name, arguments]), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        if not line:
+            raise EngineError(self._last_words())
+        answer = json.loads(line)
+        if "error" in answer:
+            raise EngineError(answer["error"])
+        return answer["result"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()  # closes stdin, which ends it
+        self._errors.close()
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines: Sequence[str] = self._errors.read().strip().splitlines() or ("no message",)
+        return f"ended with code {code}: {lines[-1]}"
