@@ -10,12 +10,14 @@ import torch
 import nemoc
 from nemoc import NemocError, compiler
 from nemoc.__main__ import main
+from nemoc.codegen.triton import check
 from nemoc.codegen.triton.build import compile_variants, variants_of
 from nemoc.codegen.triton.target import GPUS, INTERPRETER, gpu_target
 from nemoc.gpu import REPORT
 from nemoc.verification import NARROW_BOUND, kernel_rows
 from support.checkpoints import VARIANTS, write_checkpoint
 from support.gpu_programs import program
+from support.watched import run_watched, watched_launches
 
 GPU_NAMES = [name for name in GPUS if name != INTERPRETER]
 
@@ -34,6 +36,13 @@ def checkpoint(
     return write_checkpoint(folder, seed=7, **VARIANTS[request.param]), folder
 
 
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks of kernels are under a watch."""
+    monkeypatch.setattr(check, "run_site", run_watched)
+
+
+@pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_every_kernel_equals_its_op(checkpoint: tuple[Any, Path], dtype: str) -> None:
     found = compiler.functions(
@@ -44,6 +53,7 @@ def test_every_kernel_equals_its_op(checkpoint: tuple[Any, Path], dtype: str) ->
     assert [(row.name, row.error) for row in rows if not row.ok] == []
 
 
+@pytest.mark.usefixtures("watched")
 def test_kernels_for_a_gpu_equal_their_ops_too(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, seed=8)
     found = compiler.functions(str(tmp_path), "cuda:sm_90", dtype="bf16", which=("decode",))
@@ -55,8 +65,9 @@ def test_a_whole_model_equals_transformers(checkpoint: tuple[Any, Path]) -> None
     executable = nemoc.compile(str(folder), target=INTERPRETER, max_batch=2, max_context=16)
     ids = torch.randint(0, 97, (2, 8), generator=torch.Generator().manual_seed(0))
     state = executable.new_state(2)
-    first = executable.prefill(ids[:, :7], state, lengths=torch.tensor([7, 3]))
-    second = executable.decode(ids[:, 7], state)
+    with watched_launches(scratch=executable._backend._scratch):  # type: ignore[attr-defined]
+        first = executable.prefill(ids[:, :7], state, lengths=torch.tensor([7, 3]))
+        second = executable.decode(ids[:, 7], state)
     for row, length in enumerate((7, 3)):
         alone = torch.cat([ids[row, :length], ids[row, 7:]])[None]
         with torch.inference_mode():
