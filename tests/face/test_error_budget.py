@@ -157,7 +157,7 @@ def test_the_sample_model_keeps_a_budget_on_text_that_it_was_not_calibrated_with
     text = (quantized.folder / "pipelines.txt").read_text()
     assert text.startswith('prefill: quantize-nvfp4{scope="layers')
     assert "quantize-fp8" in text
-    windows = read_windows(model_tokenizer(model), own_text(model), 256, 2048)
+    windows = read_windows(model_tokenizer(model), own_text(model), 256, 1024)
     found = evaluate({"quantized": quantized}, windows, sample)["quantized"]
     assert found.kl is not None
     assert 0.6 * budget < found.kl <= budget
@@ -166,15 +166,19 @@ def test_the_sample_model_keeps_a_budget_on_text_that_it_was_not_calibrated_with
 def test_compile_says_what_each_choice_costs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    out = tmp_path / "small.nemoc"
-    options = ["--error-budget", "0.001", "--scope", r"layers\.8\.", "--target", "reference", "-q"]
-    assert main(["compile", "sample", "-o", str(out), *options]) == 0
+    out, text = tmp_path / "small.nemoc", tmp_path / "text.py"
+    text.write_text(own_calibration(open_model("sample"))[0].read_text()[:3000])
+    scope = ["--error-budget", "0.002", "--scope", r"layers\.8\.", "--calibration", str(text)]
+    assert main(["compile", "sample", "-o", str(out), "--target", "reference", *scope, "-q"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (row,) = [line for line in lines if line.startswith("layers.8.experts.down_proj ")]
     _, alone_in_nvfp4, alone_in_fp8, chosen, *saved = row.split()
     assert 0 < float(alone_in_fp8) < float(alone_in_nvfp4) < 0.01
     assert (chosen, saved) == ("nvfp4", ["754", "kB"])
-    assert [line for line in lines if line.startswith("All together: KL 0.000")]
-    text = (out / "pipelines.txt").read_text().splitlines()[0]
-    assert text.startswith('prefill: quantize-nvfp4{scope="layers\\\\.8\\\\.mixer\\\\.')
+    assert [line for line in lines if line.startswith("All together: KL 0.00")]
+    assert (
+        (out / "pipelines.txt")
+        .read_text()
+        .startswith('prefill: quantize-nvfp4{scope="layers\\\\.8\\\\.mixer\\\\.')
+    )
     assert lines[-1].startswith(f"{out}: sample for reference, ")

@@ -2,13 +2,15 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from nemoc.ir import NemocError
 from nemoc.ir.scopes import read_scope, scope_of
-from nemoc.models import Fp8, ModelConfig, Nvfp4, build_step, preset, read_quantization
+from nemoc.models import Format, Fp8, ModelConfig, Nvfp4, build_step, preset, read_quantization
 from nemoc.models.names import is_stack, module_of
 from nemoc.models.released_maps import released_formats
 from nemoc.models.sample import CHECKPOINT
@@ -26,13 +28,18 @@ NANO_EXCLUDED = ["lm_head"] + [
 """What Nano's `hf_quant_config.json` excludes, but for the convolutions."""
 
 
-def modules(config: ModelConfig, kind: type) -> Counter[str]:
-    """How many modules on disk have a format, by what they are within their layers."""
+@cache
+def formats(name: str) -> Mapping[str, Format]:
+    return released_formats(preset(name))
+
+
+def modules(name: str, kind: type) -> Counter[str]:
+    """How many modules of a preset have a format on disk, by what they are within their layers."""
     found: Counter[str] = Counter()
-    for name, stored in released_formats(config).items():
+    for parameter, stored in formats(name).items():
         if isinstance(stored, kind):
-            leaf = re.sub(r"layers\.\d+\.mixer\.", "", module_of(name))
-            found[leaf] += config.n_routed_experts if is_stack(name) else 1
+            leaf = re.sub(r"layers\.\d+\.mixer\.", "", module_of(parameter))
+            found[leaf] += preset(name).n_routed_experts if is_stack(parameter) else 1
     return found
 
 
@@ -42,14 +49,13 @@ def test_nano_has_the_map_of_its_release(tmp_path: Path) -> None:
     said = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": NANO_EXCLUDED}
     edit_json(tmp_path / "hf_quant_config.json", quantization=said)
     expected = read_quantization(tmp_path / "config.json", config).formats
-    assert released_formats(config) == expected
-    assert sum(modules(config, Nvfp4).values()) == 5968
-    assert not modules(config, Fp8)
+    assert formats("nano") == expected
+    assert sum(modules("nano", Nvfp4).values()) == 5968
+    assert not modules("nano", Fp8)
 
 
 def test_super_has_the_counts_of_its_release() -> None:
-    config = preset("super")
-    nvfp4, fp8 = modules(config, Nvfp4), modules(config, Fp8)
+    nvfp4, fp8 = modules("super", Nvfp4), modules("super", Fp8)
     assert nvfp4 == {
         "experts.up_proj": 20_480,
         "experts.down_proj": 20_480,
@@ -68,19 +74,12 @@ def test_super_has_the_counts_of_its_release() -> None:
 
 
 def test_ultra_and_lightning_have_the_rules_of_theirs() -> None:
-    ultra, lightning = preset("ultra"), preset("lightning")
-    assert modules(ultra, Nvfp4) == {"experts.up_proj": 48 * 512, "experts.down_proj": 48 * 512}
-    assert modules(ultra, Fp8) == dict.fromkeys(
+    assert modules("ultra", Nvfp4) == {"experts.up_proj": 48 * 512, "experts.down_proj": 48 * 512}
+    assert modules("ultra", Fp8) == dict.fromkeys(
         ("in_proj", "out_proj", "shared_experts.up_proj", "shared_experts.down_proj"), 48
     )
-    assert modules(lightning, Nvfp4)["lm_head"] == 1
-    assert modules(lightning, Fp8) == {"in_proj": 23, "out_proj": 23}
-
-
-def test_what_is_quantized_are_matrices_of_the_model() -> None:
-    for name in ("lightning", "super"):
-        ranks = {p.name: p.type.rank for p in build_step(preset(name)).params}
-        assert {ranks[n] for n in released_formats(preset(name))} == {2, 3}
+    assert modules("lightning", Nvfp4)["lm_head"] == 1
+    assert modules("lightning", Fp8) == {"in_proj": 23, "out_proj": 23}
 
 
 def test_a_model_without_a_latent_space_has_nanos_rule() -> None:
@@ -98,8 +97,10 @@ def test_a_model_without_experts_is_refused() -> None:
 
 
 def test_a_scope_of_names_means_them_and_no_others() -> None:
-    params = [p.name for p in build_step(preset("super")).params]
-    for names in (list(released_formats(preset("super"))), params[5:9], ["lm_head.weight"]):
+    step = build_step(preset("super"))
+    params = [p.name for p in step.params]
+    assert {p.type.rank for p in step.params if p.name in formats("super")} == {2, 3}
+    for names in (list(formats("super")), params[5:9], ["lm_head.weight"]):
         pattern = read_scope(scope_of(names))
         assert [p for p in params if pattern.match(p)] == [p for p in params if p in names]
 
