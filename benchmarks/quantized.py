@@ -5,8 +5,8 @@ weights. Each engine lives in a process of its own, so that its memory is its ow
 medians. Weights start as a GGUF file in float32, from which llama.cpp's own quantizer makes its files; nemoc quantizes
 a file in bf16, so that what is not quantized is bf16. Caches of keys and values are float32 in all.
 
-llama.cpp is what llama-cpp-python has. If neither this interpreter nor that of `--llama-python` has it, its lines are
-left out.
+llama.cpp is what llama-cpp-python has (`CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python`, in an environment of
+its own). If the interpreter that `--llama-python` names has none, llama.cpp's lines are left out.
 """
 
 import contextlib
