@@ -92,13 +92,15 @@ class Entry:
         weights: size of its file of weights, in bytes.
         writer: who wrote it.
         bytes_per_token: what decoding a token must move.
-        peak: the most anonymous memory of its process from its start until it had run once, in bytes.
+        before: the most anonymous memory of its process before the model was opened, in bytes.
+        peak: the same until it had run once.
     """
 
     engine: Served
     weights: int
     writer: str
     bytes_per_token: int | None
+    before: int
     peak: int
 
 
@@ -283,7 +285,7 @@ def _opened(
         writer, weights = FILES[name][0], path
     engine.call("prefill", ids=prompt(config.vocab_size, sizes.prefill))
     engine.call("decode", steps=2)
-    return Entry(engine, weights.stat().st_size, writer, needed, engine.call("peak"))
+    return Entry(engine, weights.stat().st_size, writer, needed, *engine.call("peak"))
 
 
 def file_bytes_per_token(path: Path, config: ModelConfig, cached: int) -> int:
@@ -335,6 +337,7 @@ def measure(
                 "engine": name,
                 "weights_written_by": entry.writer,
                 "weights_bytes": entry.weights,
+                "anonymous_bytes_before_the_model": entry.before,
                 "peak_anonymous_bytes": entry.peak,
                 "prefill_tok_s": round(sizes.prefill / prefill[name].median, 2),
                 "prefill_spread": round(prefill[name].spread, 3),
@@ -411,7 +414,7 @@ def show(report: Mapping[str, Any]) -> None:
 def _titles() -> Iterator[tuple[str, int]]:
     yield from (("engine", 22), ("prefill tok/s", 16), ("decode tok/s", 16), ("ratio", 8))
     yield from (("to llama.cpp", 14), ("MB a token", 12), ("bandwidth", 11))
-    yield from (("weights MB", 12), ("anonymous MB", 14), ("error", 10))
+    yield from (("weights MB", 12), ("anonymous MB: before", 22), ("peak", 8), ("error", 10))
 
 
 def _cells(row: Mapping[str, Any]) -> Iterator[str]:
@@ -425,7 +428,9 @@ def _cells(row: Mapping[str, Any]) -> Iterator[str]:
     yield number("decode_ratio", 8, ".2f") + number("decode_ratio_to_llama_cpp", 14, ".2f")
     yield number("decode_bytes_per_token", 12, ".1f", 1e-6)
     yield number("decode_share_of_read_bandwidth", 11, ".0%")
-    yield number("weights_bytes", 12, ".0f", 1e-6) + number("peak_anonymous_bytes", 14, ".0f", 1e-6)
+    yield number("weights_bytes", 12, ".0f", 1e-6)
+    yield number("anonymous_bytes_before_the_model", 22, ".0f", 1e-6)
+    yield number("peak_anonymous_bytes", 8, ".0f", 1e-6)
     yield number("logits_error", 10, ".1e")
 
 

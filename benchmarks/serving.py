@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.watch import AnonymousPeak
+from benchmarks.watch import AnonymousPeak, anonymous_bytes
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +28,8 @@ def serve(engine: Callable[[], object]) -> None:
     """Answer requests until there are no more.
 
     What is printed meanwhile goes to stderr. The request `peak` ends the watch over this process's memory, so that
-    watching disturbs nothing that is timed later, and answers with the most anonymous memory so far, in bytes.
+    watching disturbs nothing that is timed later, and answers with two numbers of bytes: anonymous memory before the
+    first request, and the most since.
 
     Args:
         engine: makes the engine.
@@ -36,14 +37,15 @@ def serve(engine: Callable[[], object]) -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     with contextlib.ExitStack() as watch:
-        peak = watch.enter_context(AnonymousPeak())
         served = engine()
+        before = anonymous_bytes()
+        peak = watch.enter_context(AnonymousPeak())
         for line in sys.stdin:
             name, arguments = json.loads(line)
             try:
                 if name == "peak":
                     watch.close()
-                    result: Any = peak.bytes
+                    result: Any = [before, peak.bytes]
                 else:
                     result = getattr(served, name)(**arguments)
                 answer = {"result": result}

@@ -46,11 +46,11 @@ class AnonymousPeak:
         ended = False
         while not ended:
             stage = self.stage
-            self.stages[stage] = max(self.stages.get(stage, 0), _anonymous_bytes())
+            self.stages[stage] = max(self.stages.get(stage, 0), anonymous_bytes())
             ended = self._ended.wait(_INTERVAL_S)
 
 
-def _anonymous_bytes() -> int:
+def anonymous_bytes() -> int:
     """Anonymous memory of this process that is resident now."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")

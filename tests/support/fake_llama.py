@@ -45,6 +45,11 @@ class FakeLlama:
         with open(out, "wb") as file:
             array("f", [1.0] * (len(ids) * VOCABULARY)).tofile(file)
 
+    def hold(self, size: int) -> None:
+        """Keep so many bytes for long enough to be seen."""
+        self._held = b"x" * size
+        time.sleep(0.05)
+
     def leave(self) -> None:
         """End the process as a crash does."""
         print("a last word", file=sys.stderr, flush=True)
