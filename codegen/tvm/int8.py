@@ -220,7 +220,7 @@ class Int8Product(PackedProduct):
                 start = self._repeated(starts(i, k), "int16")
                 for half in (0, 1):
                     writer.line(f"{sums}[{i} * 2 + {half}] = {start}")
-            with writer.loop("j", BLOCK // 2, "T.unroll") as j:
+            with writer.loop("j", BLOCK // 2) as j:
                 pair = writer.let("pair", f"{k} * {BLOCK // 2} + {j}")
                 if rows == 1:
                     prefetch(writer, self.packed.codes, f"{strip.at}{pair}, 0")

@@ -224,7 +224,7 @@ class FloatProduct(PackedProduct):
         with writer.loop("k", self.k // BLOCK) as k:
             with writer.loop("v", 8, "T.unroll") as v:
                 writer.line(f"{sums}[{v}] = {zero}")
-            with writer.loop("j", BLOCK // 2, "T.unroll") as j:
+            with writer.loop("j", BLOCK // 2) as j:
                 pair = writer.let("pair", f"{k} * {BLOCK // 2} + {j}")
                 prefetch(writer, self.packed.codes, f"{strip.at}{pair}, 0")
                 for half, nibbles in enumerate(self.codes(strip, pair)):
@@ -245,7 +245,7 @@ class FloatProduct(PackedProduct):
         local = writer.matrix("panel", self.k, self.b, DType.BF16)
         with self.strips("", at) as strip, writer.loop("k", self.k // BLOCK) as k:
             scales = self.scales(strip, k)
-            with writer.loop("j", BLOCK // 2, "T.unroll") as j:
+            with writer.loop("j", BLOCK // 2) as j:
                 pair = writer.let("pair", f"{k} * {BLOCK // 2} + {j}")
                 for half, nibbles in enumerate(self.codes(strip, pair)):
                     products = zip(decoder.numbers(nibbles), scales, strict=True)

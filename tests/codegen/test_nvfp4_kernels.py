@@ -203,4 +203,4 @@ def _assembly(target: CpuTarget) -> str:
     ],
 )
 def test_codes_are_looked_up_by_byte_shuffles(cpu: str, lookup: str) -> None:
-    assert len(re.findall(lookup, _assembly(cpu_target(f"cpu:{cpu}")))) >= 32
+    assert len(re.findall(lookup, _assembly(cpu_target(f"cpu:{cpu}")))) >= 8
