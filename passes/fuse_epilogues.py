@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 
 from nemoc.ir.graph import Graph, Node
-from nemoc.ir.ops import Attention, CacheWrite, GroupedLinear, Linear, RmsNorm, TakeLast
+from nemoc.ir.ops import (
+    Attention,
+    CacheWrite,
+    GroupedLinear,
+    Linear,
+    RmsNorm,
+    RoundToInt8,
+    TakeLast,
+)
 from nemoc.ir.types import Value
 from nemoc.passes.base import Pass
 from nemoc.passes.context import PassContext
@@ -23,10 +31,10 @@ class FuseEpilogues(Pass):
     """Fuse matrix products with what comes before and behind them.
 
     - Behind (`epilogues`): whatever works element by element on the product (bias, activation, cast, residual sum, a
-      scale) and writing its rows to a cache. It happens in registers. All products get theirs before any of them
-      looks at what comes before it, since an epilogue costs nothing.
-    - Before (`prologues`): a norm of the rows, choosing the last row, element-wise ops. Each product that reads a norm
-      computes it again.
+      scale), quantizing it in blocks, and writing its rows to a cache. It happens in registers. All products get theirs
+      before any of them looks at what comes before it, since an epilogue costs nothing.
+    - Before (`prologues`): a norm of the rows, rounding them, choosing the last row, element-wise ops. Each product
+      that reads a norm computes it again.
     - Beside (`sums`): a product that is as wide and is added to this one.
 
     Attention, two products over the cache, takes the casts around it and nothing else: queries that are widened for it
@@ -84,7 +92,8 @@ class FuseEpilogues(Pass):
         def behind(node: Node) -> bool:
             if isinstance(node.op, CacheWrite):
                 return elements(node.op.rows) == elements(result)
-            return is_elementwise(node) and elements(node.results[0]) == elements(result)
+            alike = is_elementwise(node) and elements(node.results[0]) == elements(result)
+            return alike or growth.is_blockwise(node, result)
 
         def beside(node: Node) -> bool:
             if isinstance(node.op, Linear):
@@ -122,7 +131,7 @@ class FuseEpilogues(Pass):
 
 
 def _is_prologue(node: Node) -> bool:
-    return is_elementwise(node) or isinstance(node.op, RmsNorm | TakeLast)
+    return is_elementwise(node) or isinstance(node.op, RmsNorm | RoundToInt8 | TakeLast)
 
 
 def _only_products(growth: Growth, value: Value) -> bool:

@@ -6,11 +6,12 @@ import sympy
 
 from nemoc.ir.dims import Dim, product
 from nemoc.ir.graph import Graph, Node
-from nemoc.ir.ops import GroupBy, GroupedLinear, Linear, RmsNorm, Sum, TakeRows
+from nemoc.ir.ops import GroupBy, GroupedLinear, Linear, RmsNorm, RoundToInt8, Sum, TakeRows
 from nemoc.ir.types import Value
 from nemoc.passes.base import Pass
 from nemoc.passes.context import PassContext, Remark
 from nemoc.passes.growth import (
+    QUANTIZERS,
     Facts,
     Growth,
     Wanted,
@@ -28,7 +29,8 @@ class FuseMoeDispatch(Pass):
     """Fuse the choice of experts into one region, and what surrounds each product of experts into it.
 
     - The router (`route`): the product that scores experts and the norm before it, what is computed from a row of
-      scores (sigmoid, bias, limits, the k best, their weights), and the sorting of the choices by expert.
+      scores (sigmoid, bias, limits, the k best, their weights), and the sorting of the choices by expert. Where experts
+      read the normed rows quantized, that too.
     - Products of experts (`experts`): rows are gathered inside the product that reads them, activations follow it.
     - The combination (`combine`): the outputs of a token's experts are weighted and summed in the product that makes
       them. With `shared` the product that is added to them, the shared expert's, belongs to the same region if it is as
@@ -104,6 +106,8 @@ class FuseMoeDispatch(Pass):
             growth.absorb_consumers(slot, of_a_slot)
         if scored in growth:
             growth.absorb_producers(scored.op.operands()[0], normed, shared=normed)
+            for node in [n for n in growth.members if normed(n)]:
+                growth.absorb_consumers(node.results[0], lambda n: isinstance(n.op, QUANTIZERS))
         return make_region(growth, ctx, self.name, "router")
 
     def _product(self, graph: Graph, facts: Facts, node: Node, ctx: PassContext) -> Graph:
@@ -120,10 +124,16 @@ class FuseMoeDispatch(Pass):
         if not self.experts:
             return graph
         growth.absorb_consumers(
-            result, lambda n: is_elementwise(n) and elements(n.results[0]) == elements(result)
+            result,
+            lambda n: (
+                (is_elementwise(n) and elements(n.results[0]) == elements(result))
+                or growth.is_blockwise(n, result)
+            ),
         )
         growth.absorb_sides(is_elementwise)
-        growth.absorb_producers(op.x, lambda n: isinstance(n.op, TakeRows) or _is_index(n))
+        growth.absorb_producers(
+            op.x, lambda n: isinstance(n.op, TakeRows | RoundToInt8) or _is_index(n)
+        )
         return make_region(growth, ctx, self.name, "experts")
 
     def _ending(self, op: GroupedLinear, routed: Value) -> Wanted:

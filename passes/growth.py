@@ -53,10 +53,20 @@ from nemoc.passes.context import PassContext, Remark
 Wanted = Callable[[Node], bool]
 """Whether a pass wants a node in a region."""
 
-QUANTIZERS = (Nvfp4GlobalScale, Nvfp4BlockScales, QuantizeNvfp4, RoundToInt8)
+QUANTIZERS = (Nvfp4GlobalScale, Nvfp4BlockScales, QuantizeNvfp4)
 """The ops that quantize activations."""
 
-WHOLE_ROWS = (RmsNorm, TopK, GroupLimit, TakeAlong, TakeRows, TakeLast, Sum, *QUANTIZERS)
+WHOLE_ROWS = (
+    RmsNorm,
+    TopK,
+    GroupLimit,
+    TakeAlong,
+    TakeRows,
+    TakeLast,
+    Sum,
+    RoundToInt8,
+    *QUANTIZERS,
+)
 """The ops besides element-wise ones whose results are made row by row."""
 
 PRODUCTS = (Linear, GroupedLinear)
@@ -153,6 +163,16 @@ class Growth:
             node is not None
             and not isinstance(node.op, Region)
             and not all(v in self.facts.constant for v in node.results)
+        )
+
+    def is_blockwise(self, node: Node, result: Value) -> bool:
+        """Whether a node quantizes the elements of a result in blocks, by a tensor scale that is known already."""
+        op = node.op
+        return (
+            isinstance(op, Nvfp4BlockScales | QuantizeNvfp4)
+            and op.global_scale in self.facts.constant
+            and elements(op.w) == elements(result)
+            and op.w.shape[-1] == result.shape[-1]
         )
 
     def is_widening(self, node: Node) -> bool:

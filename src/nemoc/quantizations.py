@@ -14,6 +14,7 @@ from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
 
 QUANTIZATIONS: Mapping[str, QuantizeNvfp4 | QuantizeFp8] = {
     "nvfp4": QuantizeNvfp4(),
+    "nvfp4-w4a8": QuantizeNvfp4(mode="w4a8"),
     "nvfp4-w4a4": QuantizeNvfp4(mode="w4a4"),
     "fp8": QuantizeFp8(),
 }

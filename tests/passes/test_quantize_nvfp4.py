@@ -7,11 +7,12 @@ from nemoc.ir import DType, Graph, NemocError, TensorType, parse
 from nemoc.ir.dims import B
 from nemoc.ir.interpreter import interpret
 from nemoc.ir.nvfp4 import BLOCK
-from nemoc.ir.ops import DequantizeNvfp4, Folded, Fused, Interleave, Nvfp4GlobalScale
+from nemoc.ir.ops import DequantizeNvfp4, Folded, Fused, Interleave, Linear, Nvfp4GlobalScale
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models.graph import build_step
 from nemoc.passes import PassContext, TargetInfo, parse_pipeline, run_pipeline
 from nemoc.passes.check import NumericCheck
+from nemoc.passes.growth import QUANTIZERS
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
 from support.kernels import relative_error
 from support.models import SMALL
@@ -133,6 +134,15 @@ def test_activations_are_quantized_row_by_row_and_no_row_knows_of_others() -> No
     assert 0.01 < relative_error(together, expected) < 0.25
 
 
+def test_a_known_scale_lets_a_product_quantize_what_it_makes() -> None:
+    text = "quantize-nvfp4{mode=w4a4,input-scale=0.5},fold-constants,dce,fuse-epilogues,fuse-rows"
+    graph, _ = run(STEP, text)
+    regions = [n.op.body for n in graph.nodes if isinstance(n.op, Fused)]
+    makers = [body for body in regions if any(isinstance(n.op, Linear) for n in body.nodes)]
+    assert any({v.dtype for v in body.outputs} == {DType.U8, DType.F8E4M3} for body in makers)
+    assert not any(isinstance(node.op, QUANTIZERS) for node in graph.nodes)
+
+
 def test_rows_of_a_table_are_quantized_before_they_are_gathered() -> None:
     graph = parse("""
     graph @step {
@@ -153,7 +163,11 @@ def test_rows_of_a_table_are_quantized_before_they_are_gathered() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("quantize-nvfp4{mode=w3a3}", "option mode is 'w3a3', expected one of w4a16, w4a4"),
+        ("quantize-nvfp4{mode=w3a3}", "option mode is 'w3a3', expected one of w4a16"),
+        (
+            "quantize-nvfp4{input-scale=-1.0}",
+            "option input-scale is -1.0, expected 0 or a positive",
+        ),
         ("quantize-nvfp4{dialect=mine}", "option dialect is 'mine'"),
         ('quantize-nvfp4{scope="("}', "option scope '(': expected all, experts or a regular"),
     ],
