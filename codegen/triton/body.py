@@ -53,6 +53,7 @@ class Body:
         self._args = {value: Arg("operand", i) for i, value in enumerate(self.graph.inputs)}
         self._bound: dict[Value, Callable[[Seen, Place], str]] = {}
         self._starts: dict[str, str] = {}
+        self._blocks: dict[str, str] = {}
 
     def is_operand(self, value: Value) -> bool:
         """Whether a value comes from outside the region."""
@@ -130,6 +131,20 @@ class Body:
         mask = "" if whole else self.writer.let("inside", f"{column} < {width}")
         return replace(place, column=column, columns=columns, mask=mask)
 
+    def part(self, block: str, columns: int, width: int, place: Place) -> Place:
+        """The tile number `block` of so many columns, in rows of a width, for the rows of a place."""
+        if block == "0":
+            return self.span("0", columns, width, place)
+        text = f"{block} * {columns} + tl.arange(0, {columns})[None, :]"
+        column = self.writer.let("column", text)
+        self._blocks[column] = block
+        mask = "" if width % columns == 0 else self.writer.let("inside", f"{column} < {width}")
+        return replace(place, column=column, columns=columns, mask=mask)
+
+    def is_run(self, place: Place) -> bool:
+        """Whether a tile's columns follow one another from a multiple of their number on."""
+        return place.column in self._blocks or place.column in self._starts
+
     def resized(self, place: Place, columns: int, width: int) -> Place:
         """The tile of so many columns of rows of a width that covers the part of them that a tile covers of its own.
 
@@ -140,12 +155,16 @@ class Body:
         """
         if place.column == "0":
             return place
-        start = self._starts.get(place.column)
-        if start is None or not columns:
-            raise RegionError(f"columns {place.column} do not follow one another")
-        if start != "0":
-            start = self.writer.let("start", f"{start} // {place.columns} * {columns}")
-        return self.span(start, columns, width, place)
+        block = self._blocks.get(place.column)
+        if block is None:
+            start = self._starts.get(place.column)
+            if start is None:
+                raise RegionError(f"columns {place.column} do not follow one another")
+            whole = start == "0"
+            block = "0" if whole else self.writer.let("block", f"{start} // {place.columns}")
+        if not columns:
+            raise RegionError(f"{place.columns} columns are too few to be looked at in blocks")
+        return self.part(block, columns, width, place)
 
     def operand_place(self, seen: Seen, operand: Value, place: Place) -> tuple[Seen, Place]:
         """Where elements of a value that is broadcast to another one are.

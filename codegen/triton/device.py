@@ -131,17 +131,23 @@ def from_e2m1(code):
 
 
 @jit
-def nvfp4_units(codes, scales, rows: tl.constexpr, blocks: tl.constexpr):
-    """code · s in bf16, exact: codes by twos, u8 [rows, 8 blocks], and E4M3 bits of scales [rows, blocks].
+def nvfp4_numbers(codes, steps, rows: tl.constexpr, blocks: tl.constexpr):
+    """code · step in f32 [rows, 16 blocks]: codes by twos, u8 [rows, 8 blocks], and f32 steps of blocks [rows, blocks].
 
     A code's bits are those of a number 2⁻¹²⁶ times as large, exponent and all, once they stand where f32 has them.
     """
     pairs = codes.to(tl.int32)
     bits = tl.reshape(tl.join(pairs, pairs >> 4), [rows, blocks, 16])
     tiny = ((bits & 7) << 22) | ((bits & 8) << 28)
-    steps = tl.expand_dims(from_e4m3(scales) * 1.2676506002282294e30, 2)
-    units = tiny.to(tl.float32, bitcast=True) * 6.7108864e7 * steps
-    return tl.reshape(units, [rows, blocks * 16]).to(tl.bfloat16)
+    steps = tl.expand_dims(tl.broadcast_to(steps, [rows, blocks]), 2)
+    numbers = tiny.to(tl.float32, bitcast=True) * 8.507059173023462e37 * steps
+    return tl.reshape(numbers, [rows, blocks * 16])
+
+
+@jit
+def nvfp4_units(codes, scales, rows: tl.constexpr, blocks: tl.constexpr):
+    """code · s in bf16, exact: codes by twos, u8 [rows, 8 blocks], and E4M3 bits of scales [rows, blocks]."""
+    return nvfp4_numbers(codes, from_e4m3(scales), rows, blocks).to(tl.bfloat16)
 
 
 @jit

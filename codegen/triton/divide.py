@@ -21,6 +21,9 @@ from nemoc.ir.ops import (
     GroupedLinear,
     GroupLimit,
     Linear,
+    Nvfp4BlockScales,
+    Nvfp4GlobalScale,
+    QuantizeNvfp4,
     Reshape,
     RmsNorm,
     SsdScan,
@@ -36,7 +39,7 @@ _ANCHORS = (Linear, GroupedLinear, GroupBy, Attention)
 _WHOLE = (SsdScan, SsdUpdate)
 """Anchors whose skeletons divide regions themselves."""
 
-_WHOLE_ROWS = (RmsNorm, TopK, GroupLimit)
+_WHOLE_ROWS = (RmsNorm, TopK, GroupLimit, Nvfp4GlobalScale)
 
 FEW = 64
 """Rows that are few enough for every program to prepare them by itself."""
@@ -261,8 +264,9 @@ class _Cuts:
 
 
 def _is_tilewise(op: Op) -> bool:
-    """Whether an op's result at a tile needs its operands at that tile alone."""
-    return op.is_elementwise or isinstance(op, Reshape | CacheWrite)
+    """Whether an op's result at a tile needs its operands at that tile alone; tiles are whole blocks of NVFP4."""
+    blockwise = Nvfp4BlockScales | QuantizeNvfp4
+    return op.is_elementwise or isinstance(op, Reshape | CacheWrite | blockwise)
 
 
 def _size(op: Op) -> tuple[Dim, Dim] | None:
@@ -280,7 +284,9 @@ def _is_few(rows: Dim) -> bool:
 
 
 def _count(node: Node) -> Dim:
-    return product(node.results[0].shape[:-1])
+    """How many rows a node makes; a scale of a matrix is a row of one element."""
+    shape = node.results[0].shape
+    return product(shape if isinstance(node.op, Nvfp4GlobalScale) else shape[:-1])
 
 
 def _kind(nodes: Iterable[Node]) -> str:

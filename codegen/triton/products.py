@@ -24,7 +24,14 @@ from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
 from nemoc.ir.dims import Dim, ceil_div, dim, product, symbols_of
 from nemoc.ir.dtypes import DType
 from nemoc.ir.graph import Graph
-from nemoc.ir.ops import GroupedLinear, Linear, Sum
+from nemoc.ir.ops import (
+    GroupedLinear,
+    Linear,
+    Nvfp4BlockScales,
+    QuantizeNvfp4,
+    Reshape,
+    Sum,
+)
 from nemoc.ir.types import Value
 
 
@@ -67,11 +74,11 @@ def emit_products(site: Site, target: GpuTarget) -> Plan:
     body = Body(writer, site)
     stores = stored_results(graph, products[0].count)
     for store in stores:
-        if store.seen.width != products[0].features:
+        if store.seen.width != products[0].features and not _is_blockwise(graph, store.seen.value):
             raise RegionError(f"rows of %{store.seen.value.name} are not those of the product")
     group = ""
     if products[0].offsets is None:
-        place = _dense_tile(writer, products[0], schedule)
+        place = _dense_tile(body, products[0], schedule)
         tasks = ceil_div(products[0].count, schedule.rows)
     else:
         place, group = _grouped_tile(body, products[0], schedule)
@@ -79,7 +86,10 @@ def emit_products(site: Site, target: GpuTarget) -> Plan:
     for made in products:
         sums = _write_product(body, made, schedule, place, group)
         body.bind(Seen(made.result, made.features), place, sums)
-    write_stores(body, stores, place)
+    for store in stores:
+        width = store.seen.width
+        columns = schedule.columns * width // products[0].features
+        write_stores(body, [store], body.resized(place, columns, width))
     blocks = -(-products[0].features // schedule.columns)
     stage = writer.finish(dim(tasks * blocks), schedule.warps, schedule.stages)
     return Plan((stage,), updates=cache_updates(site, stores))
@@ -122,6 +132,13 @@ class Product:
         if isinstance(self.count, int):
             return self.count <= 64
         return symbols_of(self.count) <= {"B"}
+
+
+def _is_blockwise(graph: Graph, value: Value) -> bool:
+    """Whether a value's elements each stand for neighbouring ones of a row, as codes and scales do."""
+    while value in graph.producers and isinstance(op := graph.producers[value].op, Reshape):
+        value = op.x
+    return isinstance(graph.producers[value].op, Nvfp4BlockScales | QuantizeNvfp4)
 
 
 def _products(graph: Graph) -> list[Product]:
@@ -183,16 +200,20 @@ def _schedule(graph: Graph, products: list[Product], target: GpuTarget) -> Sched
     native = all(all(p.packed) for p in products) and target.nvfp4_rows > 0
     if native and (target.nvfp4_rows <= 16 or not first.is_few):
         return _native_schedule(first, target, narrow)
+    unpacked = any(node.op.is_unpacking for node in graph.nodes)
+    # Scales are a 32nd of the bytes of bf16: of a shorter part each thread's are too few to be loaded ahead.
+    longer = unpacked and target.shared > 200 << 10
     if first.is_few:
         columns = 32 if first.features * first.groups >= 32 * target.multiprocessors else 16
+        depth = 256 if unpacked and not wide else depth
         return Schedule(16, max(16, min(columns, narrow)), depth, 4, 3 if wide else 4, 1)
     if first.offsets is not None or wide:
         # Sums of gathered rows need a second tile of registers beside the product's, as unpacked weights do.
-        crowded = len(products) > 1 or any(
-            isinstance(node.op, Sum) or node.op.is_unpacking for node in graph.nodes
-        )
-        return Schedule(64, max(16, narrow), 32 if wide else 64, 8 if crowded else 4, 3)
-    return Schedule(128, max(16, narrow), 64, 8, 3)
+        sums = any(isinstance(node.op, Sum) for node in graph.nodes)
+        crowded = len(products) > 1 or sums or unpacked
+        deep = 128 if longer else 64
+        return Schedule(64, max(16, narrow), 32 if wide else deep, 8 if crowded else 4, 3)
+    return Schedule(128, max(16, narrow), 128 if longer else 64, 8, 3)
 
 
 def _native_schedule(made: Product, target: GpuTarget, narrow: int) -> Schedule:
@@ -204,8 +225,9 @@ def _native_schedule(made: Product, target: GpuTarget, narrow: int) -> Schedule:
     return Schedule(128, narrow, depth, 8, 3, native=True)
 
 
-def _dense_tile(writer: KernelWriter, made: Product, schedule: Schedule) -> Place:
+def _dense_tile(body: Body, made: Product, schedule: Schedule) -> Place:
     """Which tile of the result a program makes."""
+    writer = body.writer
     pid = writer.let("pid", "tl.program_id(0)")
     blocks = -(-made.features // schedule.columns)
     if schedule.neighbours == 1:
@@ -220,17 +242,7 @@ def _dense_tile(writer: KernelWriter, made: Product, schedule: Schedule) -> Plac
         row_block = writer.let("row_block", f"{first} + {pid} % {batch} % {size}")
         column_block = writer.let("column_block", f"{pid} % {batch} // {size}")
     place = row_place(writer, row_block, schedule.rows, made.count)
-    return _with_columns(writer, made, schedule, place, column_block)
-
-
-def _with_columns(
-    writer: KernelWriter, made: Product, schedule: Schedule, place: Place, block: str
-) -> Place:
-    feature = f"{block} * {schedule.columns} + tl.arange(0, {schedule.columns})[None, :]"
-    column = writer.let("feature", feature)
-    exact = made.features % schedule.columns == 0
-    mask = "" if exact else writer.let("inside", f"{column} < {made.features}")
-    return replace(place, column=column, columns=schedule.columns, mask=mask)
+    return body.part(column_block, schedule.columns, made.features, place)
 
 
 def _grouped_tile(body: Body, made: Product, schedule: Schedule) -> tuple[Place, str]:
@@ -270,7 +282,7 @@ def _grouped_tile(body: Body, made: Product, schedule: Schedule) -> tuple[Place,
     exists = writer.let("exists", f"{number} < {end}")
     place = Place(row, "0", schedule.rows, 1, exists=exists)
     block = writer.let("block", f"{pid} % {blocks}")
-    return _with_columns(writer, made, schedule, place, block), group
+    return body.part(block, schedule.columns, made.features, place), group
 
 
 def _most_tiles(made: Product, rows: int) -> Dim:

@@ -438,15 +438,29 @@ class _DequantizeNvfp4(RowOp[DequantizeNvfp4]):
         ]
 
     def tile(self, body: "Body", op: DequantizeNvfp4, seen: Seen, place: Place) -> str:
-        writer = body.writer
+        writer, whole = body.writer, body.is_run(place) and place.columns % BLOCK == 0
+        sources = self._blocks if whole else self.sources
         codes, scales, scale = (
-            body.tile(source, at) for source, at in self.sources(body, op, seen, place)
+            body.tile(source, at) for source, at in sources(body, op, seen, place)
         )
-        pair = f"{codes}.to(tl.int32) >> (({place.column} % 2) * 4)"
-        value = writer.let("value", f"from_e2m1(({pair}) & 15)")
         divides = op.dialect == "compressed-tensors"
         step = writer.let("step", f"from_e4m3({scales}) {'/' if divides else '*'} {scale}")
+        if whole:
+            return f"nvfp4_numbers({codes}, {step}, {place.rows}, {place.columns // BLOCK})"
+        pair = f"{codes}.to(tl.int32) >> (({place.column} % 2) * 4)"
+        value = writer.let("value", f"from_e2m1(({pair}) & 15)")
         return f"{value} * {step}"
+
+    def _blocks(self, body: "Body", op: DequantizeNvfp4, seen: Seen, place: Place) -> Sources:
+        """Each byte and each scale once, of columns that follow one another."""
+        _expect_width(seen, seen.value)
+        halves = body.resized(place, place.columns // 2, seen.width // 2)
+        blocks = body.resized(place, place.columns // BLOCK, seen.width // BLOCK)
+        return [
+            (Seen(op.packed, seen.width // 2), halves),
+            (Seen(op.scales, seen.width // BLOCK), blocks),
+            scale_of(body, op, place),
+        ]
 
 
 class _Nvfp4GlobalScale(RowOp[Nvfp4GlobalScale]):

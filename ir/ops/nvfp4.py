@@ -1,12 +1,13 @@
-"""Weights in NVFP4 and back, and the layout of block scales that Blackwell's tensor cores read.
+"""Matrices in NVFP4 and back, and the layout of block scales that Blackwell's tensor cores read.
 
 `nemoc.ir.nvfp4` has the format and its dialects. Quantizing is three ops with one result each, because each can then be
 computed in slices: the scale of a tensor needs all of it, but given that scale every block has its scale, and
 given both every block its codes, by itself. `quantized` appends the three.
 
-A weight is w [..., N, K] of f32, bf16 or f16, widened to f32; K is a multiple of 16. Leading axes stack matrices that
-have a tensor scale each, f32 [...], as experts do in released checkpoints; f32[] is one for all of them. It is what
-the dialect's files hold: a factor, or for compressed-tensors a divisor.
+A matrix is w [..., N, K] of f32, bf16 or f16, widened to f32; K is a multiple of 16. Mostly it is a weight. Leading
+axes stack matrices that have a tensor scale each, f32 [...], as experts do in released checkpoints, and as rows of
+activations do, matrices of one row; f32[] is one for all of them. It is what the dialect's files hold: a factor, or for
+compressed-tensors a divisor.
 
 NaN and infinity are refused when they are met. Rounding to codes and scales is what these ops mean, not an error of
 arithmetic, so in float64 evaluation they give the same codes and scales.
@@ -254,10 +255,14 @@ class SwizzleScales(Op):
 
 
 def quantized(
-    append: Callable[[Op], Value], w: Value, dialect: str = "modelopt", four_over_six: bool = False
+    append: Callable[[Op], Value],
+    w: Value,
+    dialect: str = "modelopt",
+    four_over_six: bool = False,
+    scale: Value | None = None,
 ) -> tuple[Value, Value, Value]:
-    """Append the ops that quantize a weight; gives codes, block scales and tensor scale."""
-    g = append(Nvfp4GlobalScale(w, dialect, four_over_six))
+    """Append the ops that quantize a matrix; gives codes, block scales and tensor scale, which may be given."""
+    g = append(Nvfp4GlobalScale(w, dialect, four_over_six)) if scale is None else scale
     s = append(Nvfp4BlockScales(w, g, dialect, four_over_six))
     return append(QuantizeNvfp4(w, s, g, dialect)), s, g
 

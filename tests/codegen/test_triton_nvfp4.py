@@ -80,6 +80,22 @@ def grouped(width: int, features: int, groups: int, rows: str = "B*L") -> Site:
     """)
 
 
+def active(width: int, features: int) -> Site:
+    """A product whose activation is quantized by a tensor scale that is known before."""
+    return region(f"""
+      input %x: bf16[B, L, {width}]
+      input %w: bf16[{features}, {width}]
+      input %g: f32[]
+      %y = linear(%x, %w) : f32[B, L, {features}]
+      %r = relu(%y) : f32[B, L, {features}]
+      %a = square(%r) : f32[B, L, {features}]
+      %v = reshape(%a) {{shape=[B*L, 1, {features}]}} : f32[B*L, 1, {features}]
+      %s = nvfp4_block_scales(%v, %g) : f8e4m3[B*L, 1, {features // 16}]
+      %q = quantize_nvfp4(%v, %s, %g) : u8[B*L, 1, {features // 2}]
+      return %s, %q
+    """)
+
+
 def packed(*shape: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scales and the tensor scales of random matrices [..., N, K]."""
     generator = torch.Generator().manual_seed(seed)
@@ -116,6 +132,14 @@ def test_grouped_products_of_nvfp4_are_exact(target: str, rows: str) -> None:
     operands = (*packed(3, 1, 176, seed=5), token, *stack, offsets)
     site, gpu = grouped(176, 40, 3, rows), gpu_target(target)
     check_kernel(site, {"B": 3, "L": 1}, *operands, target=gpu, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("target", ["triton-interpret", "cuda:sm_90"])
+def test_activations_are_quantized_by_the_product_that_makes_them(target: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    x, w = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((3, 5, 24), (80, 24)))
+    scale, gpu = torch.tensor(0.01), gpu_target(target)
+    check_kernel(active(24, 80), {"B": 3, "L": 5}, x, w, scale, target=gpu)
 
 
 def variant(site: Site, target: str) -> Variant:

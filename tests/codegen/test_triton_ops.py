@@ -21,6 +21,7 @@ from nemoc.ir.ops import (
     Fused,
     Interleave,
     QuantizeFp8,
+    RoundToInt8,
     SwizzleScales,
 )
 from nemoc.ir.region import evaluate_op
@@ -38,6 +39,7 @@ WITHOUT: dict[type[Op], str] = {
     Interleave: _FOLDED,
     Fp8Scale: _FOLDED,
     QuantizeFp8: _FOLDED,
+    RoundToInt8: "for integer products, which CPUs have kernels for",
     SwizzleScales: _FOLDED,
 }
 
