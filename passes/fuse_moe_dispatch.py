@@ -6,7 +6,7 @@ import sympy
 
 from nemoc.ir.dims import Dim, product
 from nemoc.ir.graph import Graph, Node
-from nemoc.ir.ops import GroupBy, GroupedLinear, Linear, RmsNorm, Sum, TakeRows
+from nemoc.ir.ops import GroupBy, GroupedLinear, Linear, RmsNorm, RoundToInt8, Sum, TakeRows
 from nemoc.ir.types import Value
 from nemoc.passes.base import Pass
 from nemoc.passes.context import PassContext, Remark
@@ -131,7 +131,9 @@ class FuseMoeDispatch(Pass):
             ),
         )
         growth.absorb_sides(is_elementwise)
-        growth.absorb_producers(op.x, lambda n: isinstance(n.op, TakeRows) or _is_index(n))
+        growth.absorb_producers(
+            op.x, lambda n: isinstance(n.op, TakeRows | RoundToInt8) or _is_index(n)
+        )
         return make_region(growth, ctx, self.name, "experts")
 
     def _ending(self, op: GroupedLinear, routed: Value) -> Wanted:
