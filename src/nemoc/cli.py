@@ -75,16 +75,19 @@ _dtype = click.option(
     help="Compute type of activations, f32 or bf16. Default: what keeps the checkpoint's precision.",
 )
 _QUANTIZE = (
-    "Fewer bits: nvfp4 (weights), nvfp4-w4a4 (activations too), fp8 (weights), as-released (like "
-    "NVIDIA's release of the family), or passes. Default: as the checkpoint stores them."
+    "Fewer bits: nvfp4 (weights), nvfp4-w4a8 or nvfp4-w4a4 (activations too), fp8 (weights), "
+    "as-released (like NVIDIA's release of the family), or passes. Default: as they are stored."
 )
 _SCOPE = (
     "What a format is for: all linear layers but the head, those of experts, or what names of "
     "weights begin with."
 )
-_quantize = (
+_formats = (
     click.option("--quantize", metavar="FORMAT", help=_QUANTIZE),
     click.option("--scope", metavar="all|experts|REGEX", help=_SCOPE),
+)
+_quantize = (
+    *_formats,
     click.option(
         "--error-budget",
         type=click.FloatRange(min=0.0, min_open=True),
@@ -224,7 +227,7 @@ def run(artifact: Path, prompt: str, **options: Any) -> None:
 
 @nemoc.command(short_help="Check passes, kernels and model; a table.")
 @click.argument("source")
-@_options(_target, _dtype, _pipeline, _plugin, _quiet, _debug)
+@_options(_target, _dtype, *_formats, _pipeline, _plugin, _quiet, _debug)
 def verify(source: str, quiet: bool, **options: Any) -> int:
     """Check each pass, each kernel and the whole model against eager PyTorch; exit 1 on a miss.
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from nemoc.__main__ import main
 from nemoc.ir import Graph, NemocError
 from nemoc.ir.ops import QuantizeFp8, QuantizeNvfp4
 from nemoc.models import Model, ModelConfig, open_model
 from nemoc.passes import Pass, PassContext, print_pipeline, run_pipeline
-from nemoc.quantizations import QUANTIZATIONS, quantization, released_passes
+from nemoc.quantizations import AS_RELEASED, QUANTIZATIONS, quantization, released_passes
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,13 @@ def test_what_is_no_quantization_is_refused(
     with pytest.raises(NemocError) as caught:
         quantization(sample, quantize, scope)
     assert str(caught.value).startswith(says)
+
+
+@pytest.mark.parametrize("command", ["compile", "eval"])
+def test_help_names_every_format(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, "--help"]) == 0
+    text = "".join(capsys.readouterr().out.split())  # lines break at hyphens too
+    assert [name for name in (*QUANTIZATIONS, AS_RELEASED) if name not in text] == []
 
 
 def test_a_model_of_no_released_family_is_refused() -> None:
