@@ -1,18 +1,21 @@
 """GPU kernels that make NVFP4 of activations and multiply it, in Triton's interpreter and as machine code."""
 
+import functools
+
 import pytest
 import torch
 
+from nemoc.codegen.check import check_site
 from nemoc.codegen.plan import Site
 from nemoc.codegen.triton.build import Variant, compile_variants
 from nemoc.codegen.triton.emit import emit
+from nemoc.codegen.triton.interpret import run_site
 from nemoc.codegen.triton.target import gpu_target
 from nemoc.codegen.triton.writer import GpuKernel
 from nemoc.ir import parse
 from nemoc.ir.ops import Fused
 from support.gpu_kernels import check_kernel
-
-pytest.importorskip("triton")
+from support.kernels import relative_error
 
 NATIVE = {
     "cuda:sm_100": "tcgen05.mma.kind::mxf4nvf4",
@@ -113,6 +116,22 @@ def test_rows_are_quantized_to_the_bit(width: int, rows: int) -> None:
     h[0, 1], h[0, 0, :16] = 0.0, 0.0
     weight = torch.randn(width, generator=generator)
     check_kernel(normed(width), {"B": 1, "L": rows}, h.bfloat16(), weight)
+
+
+def test_what_is_rounded_before_is_held_against_what_is_rounded() -> None:
+    site = region("""
+      input %h: f32[B, 320]
+      %n = cast(%h) {dtype=bf16} : bf16[B, 320]
+      %x = reshape(%n) {shape=[B, 1, 320]} : bf16[B, 1, 320]
+      %g = nvfp4_global_scale(%x) : f32[B]
+      %s = nvfp4_block_scales(%x, %g) : f8e4m3[B, 1, 20]
+      %q = quantize_nvfp4(%x, %s, %g) : u8[B, 1, 160]
+      return %g, %s, %q
+    """)
+    operands = (torch.randn(9, 320, generator=torch.Generator().manual_seed(7)),)
+    sizes, plan = {"B": 9, "L": 1, "C": 1}, emit(site, gpu_target("cuda:sm_90"))
+    run = functools.partial(run_site, site, plan, sizes, operands)
+    assert check_site(site, plan, operands, sizes, run, relative_error).error == 0.0
 
 
 @pytest.mark.parametrize("target", ["cuda:sm_90", *NATIVE])

@@ -152,6 +152,13 @@ def test_a_kernel_of_each_kind_compiles_for_every_gpu(target: str) -> None:
     assert all(binary.shared <= gpu_target(target).shared for binary in binaries.values())
 
 
+def test_nvfp4_reaches_matrix_units_as_it_is_in_every_projection() -> None:
+    found = program("sample", "cuda:sm_120", quantize="nvfp4-w4a4")
+    sources = [kernel.source for kernel in found.kernels]
+    assert sum("dot_nvfp4(" in source for source in sources) > 10
+    assert not any("nvfp4_numbers(" in s or "nvfp4_units(" in s for s in sources)
+
+
 @pytest.mark.targets
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", GPU_NAMES)
