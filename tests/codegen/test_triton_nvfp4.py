@@ -1,6 +1,8 @@
 """GPU kernels that make NVFP4 of activations and multiply it, in Triton's interpreter and as machine code."""
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +10,13 @@ import torch
 from nemoc.codegen.check import check_site
 from nemoc.codegen.plan import Site
 from nemoc.codegen.triton.build import Variant, compile_variants
+from nemoc.codegen.triton.children import Children, answers
 from nemoc.codegen.triton.emit import emit
 from nemoc.codegen.triton.interpret import run_site
+from nemoc.codegen.triton.module import module_source
 from nemoc.codegen.triton.target import gpu_target
 from nemoc.codegen.triton.writer import GpuKernel
-from nemoc.ir import parse
+from nemoc.ir import DType, parse
 from nemoc.ir.ops import Fused
 from support.gpu_kernels import check_kernel
 from support.kernels import relative_error
@@ -175,3 +179,35 @@ def test_matrix_units_multiply_nvfp4_as_it_is(target: str) -> None:
     for binary in found.values():
         assert [kind for kind, _ in binary.report.matrix] == [NATIVE[target]]
         assert (binary.report.spilled, binary.report.plain) == (0, ())
+
+
+def test_codes_of_weights_are_loaded_by_sixteen_bytes_and_ahead(tmp_path: Path) -> None:
+    made = variant(
+        region("""
+      input %x: bf16[B, 2688]
+      input %q: u8[1856, 1344]
+      input %s: f8e4m3[1856, 168]
+      input %g: f32[]
+      %d = dequantize_nvfp4(%q, %s, %g) : f32[1856, 2688]
+      %w = cast(%d) {dtype=bf16} : bf16[1856, 2688]
+      %y = linear(%x, %w) : f32[B, 1856]
+      return %y
+    """),
+        "cuda:sm_90",
+    ).kernel
+    module = tmp_path / "kernel.py"
+    module.write_text(module_source([made], "tf32x3"))
+    types = {DType.BF16: "*bf16", DType.U8: "*u8", DType.F32: "*fp32"}
+    pointers = {f"p{i}": types[dtype] for i, dtype in enumerate(made.pointers)}
+    request = {
+        "module": str(module),
+        "kernel": made.name,
+        "signature": pointers | dict.fromkeys("BLC", "i32"),
+        "aligned": list(range(len(pointers))),
+        "warps": made.warps,
+        "stages": made.stages,
+    }
+    setup = {"backend": "cuda", "arch": 90, "warp": 32}
+    ((_, answer),) = answers([request], setup, Children(jobs=1, seconds=100), tmp_path)
+    assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10", answer["assembly"])
+    assert not re.search(r"ld\.global\S*\.[bu]8 ", answer["assembly"])
