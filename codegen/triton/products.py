@@ -206,7 +206,8 @@ def _schedule(graph: Graph, products: list[Product], target: GpuTarget) -> Sched
     if first.is_few:
         columns = 32 if first.features * first.groups >= 32 * target.multiprocessors else 16
         depth = 256 if unpacked and not wide else depth
-        return Schedule(16, max(16, min(columns, narrow)), depth, 4, 3 if wide else 4, 1)
+        stages = 3 if wide or (unpacked and not longer) else 4
+        return Schedule(16, max(16, min(columns, narrow)), depth, 4, stages, 1)
     if first.offsets is not None or wide:
         # Sums of gathered rows need a second tile of registers beside the product's, as unpacked weights do.
         sums = any(isinstance(node.op, Sum) for node in graph.nodes)
