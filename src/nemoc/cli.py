@@ -227,7 +227,7 @@ def run(artifact: Path, prompt: str, **options: Any) -> None:
 
 @nemoc.command(short_help="Check passes, kernels and model; a table.")
 @click.argument("source")
-@_options(_target, _dtype, _pipeline, _plugin, _quiet, _debug)
+@_options(_target, _dtype, *_formats, _pipeline, _plugin, _quiet, _debug)
 def verify(source: str, quiet: bool, **options: Any) -> int:
     """Check each pass, each kernel and the whole model against eager PyTorch; exit 1 on a miss.
 

@@ -1,8 +1,9 @@
 """Proof on the user's own model: each pass, each kernel, and the whole against eager PyTorch."""
 
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from nemoc.codegen.triton.target import GPUS
 from nemoc.compiler import Functions, Pipeline
 from nemoc.gpu import runnable
 from nemoc.graph_file import read_graph
-from nemoc.ir import DType, NemocError, Op, TensorType
+from nemoc.ir import Graph, NemocError, Op, TensorType
+from nemoc.ir.ops import Cast, Folded, Fused, QuantizeNvfp4, RoundToInt8
 from nemoc.ir.params import LazyArguments, ParameterSource
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models import Model, eager_reference, open_model
@@ -23,6 +25,7 @@ from nemoc.passes import Effect, Pass, PassContext, PassRun
 from nemoc.passes.check import CHECK_SIZES, Divergence, NumericCheck, relative_error, replay
 from nemoc.passes.reproducer import Reproducer, read_reproducer
 from nemoc.progress import Progress
+from nemoc.quantizations import Quantize
 from nemoc.runtime import Executable
 from nemoc.runtime.manifest import read_manifest
 from nemoc.runtime.reference import ReferenceBackend
@@ -36,7 +39,7 @@ KERNEL_BOUND = 1e-5
 """‖kernel − op‖ / ‖op‖ of each result, the op evaluated in float64."""
 
 NARROW_BOUND = 1e-2
-"""Both, where activations are rounded to bf16: what lies near the middle between two numbers rounds either way."""
+"""Both, where activations are rounded: what lies near the middle between two numbers goes either way."""
 
 _SHORTEST = 10
 """Tokens that the ways of running a model need."""
@@ -88,17 +91,22 @@ def verify_model(
     target: str | None = None,
     pipeline: Pipeline = None,
     dtype: str | None = None,
+    quantize: Quantize = None,
     *,
+    scope: str | None = None,
     plugins: Iterable[str | type[Pass]] = (),
     executable: Executable | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Check every pass, every distinct kernel and the whole executable of a model.
 
-    For a GPU that is not at hand, Triton's interpreter runs the kernels that were generated for it.
+    For a GPU that is not at hand, Triton's interpreter runs the kernels that were generated for it. What is quantized
+    is another model than the source, so its executable is held against the interpreter of the same graphs: what
+    quantizing changes is for the check of its pass, and for `nemoc eval`.
 
     Args:
-        source, target, pipeline, dtype, plugins, progress: as for `nemoc.compile`. The source needs weights.
+        source, target, pipeline, dtype, quantize, scope, plugins, progress: as for `nemoc.compile`. The source needs
+            weights.
         executable: compiled from them already, for two rows; None: compile one.
 
     Returns:
@@ -115,12 +123,13 @@ def verify_model(
     tell("check passes", 0, 0)
     recorder = PassRecorder()
     # The passes of prefill_all are those of prefill; its kernels are not all the same.
-    compiler.functions(
-        model, target, pipeline, dtype, plugins=plugins, which=("prefill", "decode"), check=recorder
+    graphs = functools.partial(
+        compiler.functions, model, target, pipeline, dtype, quantize, scope=scope, plugins=plugins
     )
+    graphs(which=("prefill", "decode"), check=recorder)
     rows.extend(recorder.rows)
     tell("check kernels", 0, 0)
-    found = compiler.functions(model, target, pipeline, dtype, plugins=plugins)
+    found = graphs()
     rows.extend(kernel_rows(found))
     if executable is None:
         executable = compiler.compile(
@@ -128,21 +137,39 @@ def verify_model(
             target,
             pipeline=pipeline,
             dtype=dtype,
+            quantize=quantize,
+            scope=scope,
             plugins=plugins,
             max_batch=2,
             max_context=64,
             progress=progress,
         )
         executable = runnable(executable)
-    tell("check the model against eager PyTorch", 0, 0)
-    bound = NARROW_BOUND if _rounds(found) else MODEL_BOUND
-    rows.extend(model_rows(executable, model, bound))
+    bound = NARROW_BOUND if _rounds(found.graphs) else MODEL_BOUND
+    if quantize is None:
+        tell("check the model against eager PyTorch", 0, 0)
+        rows.extend(model_rows(executable, model, bound))
+    else:
+        tell("check the model against the interpreter", 0, 0)
+        rows.extend(_way_rows("quantized", executable, _interpreted(executable), bound))
     return VerifyReport(tuple(rows))
 
 
-def _rounds(found: Functions) -> bool:
-    """Whether activations are rounded to less than float32."""
-    return found.dtype != DType.F32
+def _rounds(graphs: Mapping[str, Graph]) -> bool:
+    """Whether steps round activations to less than float32."""
+    ops = (
+        inner.op
+        for graph in graphs.values()
+        for node in graph.nodes
+        if not isinstance(node.op, Folded)
+        for inner in (node.op.body.nodes if isinstance(node.op, Fused) else (node,))
+    )
+    return any(map(_is_rounding, ops))
+
+
+def _is_rounding(op: Op) -> bool:
+    narrow = isinstance(op, Cast) and op.dtype.is_float and op.dtype.bytes < op.x.dtype.bytes
+    return narrow or isinstance(op, QuantizeNvfp4 | RoundToInt8)
 
 
 @dataclass
@@ -184,7 +211,7 @@ def kernel_rows(found: Functions) -> Iterator[VerifyRow]:
         _checked_backend(found.target),
         relative_error,
     )
-    bound = NARROW_BOUND if _rounds(found) else KERNEL_BOUND
+    bound = NARROW_BOUND if _rounds(found.graphs) else KERNEL_BOUND
     started = time.perf_counter()
     for check in checks:
         now = time.perf_counter()
@@ -248,19 +275,31 @@ def verify_artifact(folder: Path, progress: Progress | None = None) -> VerifyRep
     seconds = time.perf_counter() - started
     detail = f"{len(manifest.files)} files, against their SHA-256"
     rows = [VerifyRow("artifact", "files", detail, 0.0, 0.0, seconds)]
-    graphs = {name: read_graph(folder / file) for name, file in manifest.graphs.items()}
-    weights = open_weights(folder, manifest, verify="headers")
-    interpreted = Executable(
-        executable.program, ReferenceBackend(graphs, weights), folder, manifest
-    )
     if progress is not None:
         progress("check the code against the graphs", 0, 0)
+    bound = NARROW_BOUND if _rounds(_graphs(executable)) else MODEL_BOUND
+    rows.extend(_way_rows("artifact", executable, _interpreted(executable), bound))
+    return VerifyReport(tuple(rows))
+
+
+def _graphs(executable: Executable) -> dict[str, Graph]:
+    """The graphs of an artifact."""
+    files = read_manifest(executable.folder).graphs
+    return {name: read_graph(executable.folder / file) for name, file in files.items()}
+
+
+def _interpreted(executable: Executable) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An executable's own graphs and weights in the interpreter: int64 [B, L] to the logits f32 [B, L, V]."""
+    folder, manifest = executable.folder, read_manifest(executable.folder)
+    weights = open_weights(folder, manifest, verify="headers")
+    interpreted = Executable(
+        executable.program, ReferenceBackend(_graphs(executable), weights), folder, manifest
+    )
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
         return interpreted.prefill(tokens, interpreted.new_state(len(tokens)), all_logits=True)
 
-    rows.extend(_way_rows("artifact", executable, logits))
-    return VerifyReport(tuple(rows))
+    return logits
 
 
 def _way_rows(

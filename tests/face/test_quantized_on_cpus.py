@@ -9,6 +9,7 @@ from safetensors import safe_open
 import nemoc
 from nemoc.compiler import functions
 from nemoc.ir.ops import DequantizeNvfp4, Folded, Fused, GroupedLinear, Linear, RoundToInt8
+from nemoc.verification import MODEL_BOUND, NARROW_BOUND, verify_artifact, verify_model
 from support.checkpoints import write_checkpoint
 from support.quantized import WIDE
 from support.stepping import relative_error
@@ -60,6 +61,11 @@ def test_the_executable_computes_what_the_interpreter_does(
     bound = 1e-5 if quantize == "nvfp4" else 5e-3
     assert relative_error(torch.cat(found, 1), torch.cat(expected, 1)) < bound
 
+    rows = verify_artifact(tmp_path / "cpu").rows
+    assert all(row.ok for row in rows)
+    bounds = {row.bound for row in rows if row.name != "files"}
+    assert bounds == {MODEL_BOUND if quantize == "nvfp4" else NARROW_BOUND}
+
     with safe_open(str(tmp_path / "cpu" / "weights.safetensors"), "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     wide = [
@@ -68,3 +74,16 @@ def test_the_executable_computes_what_the_interpreter_does(
     # the head, the embeddings and the routers, but no projection
     assert not [n for n in wide if "proj" in n]
     assert sum(s.get_dtype() == "U8" for s in slices.values()) >= 6
+
+
+def test_verify_holds_quantized_models_against_the_interpreter(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    executable = nemoc.compile(
+        str(checkpoint), target="reference", quantize="nvfp4", max_context=CAPACITY
+    )
+    found = verify_model(str(checkpoint), "reference", quantize="nvfp4", executable=executable)
+    kinds = [row.kind for row in found.rows]
+    assert "quantized" in kinds and "model" not in kinds
+    assert any(row.name == "quantize-nvfp4" and row.error > 1e-3 for row in found.rows)
+    assert found.ok

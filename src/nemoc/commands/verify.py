@@ -22,6 +22,7 @@ _TITLES = {
     "pass": "Passes: the graph before against the graph after",
     "kernel": "Kernels: generated code against the ops it stands for",
     "model": "Model: the executable against eager PyTorch",
+    "quantized": "Model: the executable against the interpreter, both quantized",
     "artifact": "Artifact: its files, and its code against its own graphs",
 }
 
@@ -57,7 +58,7 @@ def _replay(folder: Path, plugins: tuple[str, ...]) -> int:
 
 def _refuse(source: str, options: dict[str, Any]) -> None:
     """An artifact is compiled already."""
-    for name in ("target", "pipeline"):
+    for name in ("target", "pipeline", "quantize", "scope"):
         if options[name] is not None:
             raise NemocError(f"{source}: --{name} needs a model, found an artifact")
 
