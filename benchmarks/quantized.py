@@ -35,15 +35,18 @@ from nemoc.models.gguf_file import read_gguf
 from nemoc.models.gguf_writer import GgufType
 from nemoc.models.quantize import Written
 from nemoc.models.summary import summarize
-from nemoc.quantizations import QUANTIZATIONS
 
 BASE = "nemoc f32"
 """What all are compared with."""
 
-COMPILED = {BASE: ("f32", None), "nemoc bf16": ("bf16", None)} | {
-    f"nemoc {mode}": ("bf16", mode) for mode in QUANTIZATIONS if mode.startswith("nvfp4")
+COMPILED: dict[str, tuple[GgufType, str | None, str | None]] = {
+    BASE: ("f32", None, None),
+    "nemoc bf16": ("bf16", None, None),
+    **{f"nemoc {mode}": ("bf16", mode, None) for mode in ("nvfp4", "nvfp4-w4a8")},
+    "nemoc nvfp4-w4a8, head too": ("bf16", "nvfp4-w4a8", r"(?!.*\.gate\.)"),
 }
-"""nemoc's executables: the file of weights, and how it is quantized."""
+"""nemoc's executables: the file of weights, how it is quantized, and its scope. llama.cpp's files have the head
+quantized too, to 6.6 bits in Q4_0's."""
 
 FILES: dict[str, tuple[str, str]] = {
     "llama.cpp Q4_0": ("llama.cpp", "Q4_0"),
@@ -216,11 +219,12 @@ def make_files(
         click.echo(f"making {name}", err=True)
         try:
             if name in COMPILED:
-                start, mode = COMPILED[name]
+                start, mode, scope = COMPILED[name]
                 nemoc.compile(
-                    plain_file(model, folder, "f32" if start == "f32" else "bf16"),
+                    plain_file(model, folder, start),
                     target=sizes.target,
                     quantize=mode,
+                    scope=scope,
                     max_context=sizes.context,
                     threads=sizes.threads,
                     destination=path,
