@@ -6,7 +6,7 @@ that multiplies bytes wants one side unsigned; what that adds, 12 times the sum 
 begin from, negated. They may wrap on the way.
 
 That is half the instructions of the product in float32 for one row, and fewer still for several, which share the
-decoding. Where a CPU has no such instruction the rounded numbers are multiplied in float32 (`RoundedRows.tile`).
+decoding. Where a CPU has no such instruction the rounded numbers are multiplied in float32.
 """
 
 from collections.abc import Iterator
@@ -165,8 +165,8 @@ class _Arrays:
             both = f"T.bitwise_or({start}, T.shift_left({start}, T.int32(16)))"
             writer.line(f"{self.starts}[{row}, {at}] = {both}")
             # Where a block has a NaN its total is one, which the integers do not tell.
-            step = f"({self.steps}[{row}, {at}] + {total} * {math.const(0.0)})"
-            writer.line(f"{self.steps}[{row}, {at}] = {step} * {math.const(_UNIT)}")
+            step = f"{self.steps}[{row}, {at}] * {math.const(_UNIT)}"
+            writer.line(f"{self.steps}[{row}, {at}] = T.Select(T.isnan({total}), {total}, {step})")
 
     def _block(self, b: str) -> list[str]:
         """The elements of a block, in two vectors."""

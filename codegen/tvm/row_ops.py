@@ -311,11 +311,12 @@ class _RoundToInt8(RowOp[RoundToInt8]):
         steps = writer.local("steps", rows.width // block)
         with writer.loop("g", rows.width // block) as group:
             largest = writer.value("largest", "T.float32(0)")
+            spoiled = writer.value("spoiled", "T.float32(0)")
             with writer.loop("i", block) as i:
-                size = f"T.fabs({body.at(x, row, Column(i, group, block), 1)})"
-                # the operand order hands on NaN
-                writer.line(f"{largest} = T.max({largest}, {size})")
-            writer.line(f"{steps}[{group}] = {largest} / T.float32({LARGEST})")
+                element = body.at(x, row, Column(i, group, block), 1)
+                writer.line(f"{largest} = T.max({largest}, T.fabs({element}))")
+                writer.line(f"{spoiled} = T.Select(T.isnan({element}), {element}, {spoiled})")
+            writer.line(f"{steps}[{group}] = {largest} / T.float32({LARGEST}) + {spoiled}")
         body.note(rows.value, row, steps)
 
     def elements(

@@ -137,6 +137,15 @@ def test_numbers_are_rounded_by_themselves_to_the_bit() -> None:
     ALONE.check({}, x)
 
 
+def test_a_block_by_itself_is_spoiled_by_what_is_no_number() -> None:
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+    x[3, 17], x[4, 40] = float("nan"), float("inf")
+    (y,) = ALONE.run({}, x)
+    spoiled = torch.zeros(5, 96, dtype=torch.bool)
+    spoiled[3, 16:32], spoiled[4, 32:48] = True, True
+    assert torch.equal(y.isnan(), spoiled)
+
+
 def _special(case: CompiledSite, special: float) -> torch.Tensor:
     op = case.site.op
     assert isinstance(op, Fused)
