@@ -110,7 +110,10 @@ def test_stopped_pass_keeps_the_results(pass_: Pass, data: st.DataObject, graph:
     for a, b in zip(
         (*new.outputs, *new.states.values()), (*old.outputs, *old.states.values()), strict=True
     ):
-        assert same_bits(a, b) if exact else relative_error(a, b) < 1e-9
+        if pass_.effect is Effect.PRECISION:  # a budget is for models, which do not cancel
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        else:
+            assert same_bits(a, b) if exact else relative_error(a, b) < 1e-9
 
 
 @pytest.mark.parametrize("pass_", [cls() for cls in PASSES], ids=lambda p: p.name)
