@@ -193,6 +193,16 @@ class Body:
         self.hold(rows.value, row, lambda at, n: f"{name}[{ramp(at, n)}]")
         return name
 
+    def compute(self, rows: Rows, row: str, put: Callable[[str, int, str], None]) -> None:
+        """Write a whole row somewhere, with all that it needs: `put(column, lanes, elements)`."""
+        self.prepare(row, rows)
+        each_vector(
+            self.writer,
+            rows.width,
+            self.lanes(rows),
+            lambda at, n: put(at, n, self.at(rows, row, at, n)),
+        )
+
     def keep_row(self, rows: Rows, row: str) -> None:
         """Materialize a row that will be read several times, unless it can be read as well where it is."""
         if not self.is_direct(rows):

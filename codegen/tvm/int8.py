@@ -17,8 +17,7 @@ from typing import Self
 from nemoc.codegen.rows import Rows
 from nemoc.codegen.tvm.body import Body
 from nemoc.codegen.tvm.e2m1 import OFFSET
-from nemoc.codegen.tvm.linear import RowBlock, Strip, prefetch, rows_in_matrix
-from nemoc.codegen.tvm.loops import each_vector
+from nemoc.codegen.tvm.linear import RowBlock, Strip, prefetch, row_blocks, rows_in_matrix
 from nemoc.codegen.tvm.nvfp4 import PackedProduct
 from nemoc.codegen.tvm.place import ramp
 from nemoc.codegen.tvm.row_ops import expect_short
@@ -80,17 +79,13 @@ class RoundedRows:
         width = rows.width
         most = max(1, _ARRAY_BYTES // (3 * width))
         arrays = _Arrays.of(writer, most, width)
-        with writer.loop("t", f"({count} + {most - 1}) // {most}") as t:
-            start = writer.let("start", f"{first} + {t} * {most}")
-            some = writer.let("some", f"T.min({most}, {first} + {count} - {start})")
+        with row_blocks(writer, first, count, most) as (start, some):
             with writer.loop("r", some) as r, body.bindings():
-                row = writer.let("row", f"{start} + {r}")
 
-                def keep(at: str, n: int) -> None:
-                    writer.line(f"{arrays.values}[{ramp(at, n)}] = {body.at(rows, row, at, n)}")
+                def keep(at: str, n: int, elements: str) -> None:
+                    writer.line(f"{arrays.values}[{ramp(at, n)}] = {elements}")
 
-                body.prepare(row, rows)
-                each_vector(writer, width, body.lanes(rows), keep)
+                body.compute(rows, writer.let("row", f"{start} + {r}"), keep)
                 arrays.round(r)
             yield RoundedBlock(
                 start,

@@ -250,6 +250,16 @@ class GatheredRows(StoredRows):
         return lambda i, k: self.writer.load(self.buffer, f"{picks}[{i}], {k}")
 
 
+@contextmanager
+def row_blocks(
+    writer: KernelWriter, first: str, count: str, most: int
+) -> Iterator[tuple[str, str]]:
+    """A loop over the rows `first` to `first + count`, at most `most` at once: the first of them, and how many."""
+    with writer.loop("t", f"({count} + {most - 1}) // {most}") as t:
+        start = writer.let("start", f"{first} + {t} * {most}")
+        yield start, writer.let("some", f"T.min({most}, {first} + {count} - {start})")
+
+
 def rows_in_matrix(matrix: str, first: str, count: str) -> RowBlock:
     """Rows in local memory.
 

@@ -29,6 +29,7 @@ from nemoc.codegen.tvm.linear import (
     most_panels,
     obstacle,
     panel_lanes,
+    row_blocks,
     rows_in_matrix,
     stored,
     write_groups,
@@ -343,17 +344,13 @@ class _ComputedRows:
         stride = (-(-rows.width // lanes) + 1) * lanes
         most = _rows_at_once(stride)
         computed = writer.matrix("computed", most, stride)
-        with writer.loop("t", f"({count} + {most - 1}) // {most}") as t:
-            start = writer.let("start", f"{first} + {t} * {most}")
-            some = writer.let("some", f"T.min({most}, {first} + {count} - {start})")
+        with row_blocks(writer, first, count, most) as (start, some):
             with writer.loop("r", some) as r, body.bindings():
-                row = writer.let("row", f"{start} + {r}")
 
-                def keep(at: str, n: int) -> None:
-                    writer.line(f"{computed}[{r}, {ramp(at, n)}] = {body.at(rows, row, at, n)}")
+                def keep(at: str, n: int, elements: str) -> None:
+                    writer.line(f"{computed}[{r}, {ramp(at, n)}] = {elements}")
 
-                body.prepare(row, rows)
-                each_vector(writer, rows.width, body.lanes(rows), keep)
+                body.compute(rows, writer.let("row", f"{start} + {r}"), keep)
             yield rows_in_matrix(computed, start, some)
 
 
