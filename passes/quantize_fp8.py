@@ -3,16 +3,14 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
-from nemoc.ir.op import Op
-from nemoc.ir.ops import Cast, GroupedLinear, Linear
+from nemoc.ir.ops import GroupedLinear, Linear
 from nemoc.ir.ops.fp8 import dequantized_fp8, quantized_fp8
-from nemoc.ir.rewrite import Replacement, Rewriter, Rule, rewrite
-from nemoc.ir.scopes import read_scope
+from nemoc.ir.rewrite import Replacement, Rewriter
 from nemoc.ir.types import Value
 from nemoc.passes.base import Effect, Pass
-from nemoc.passes.context import PassContext, Remark
+from nemoc.passes.context import PassContext
+from nemoc.passes.quantize_products import beside, check_scope, rewrite_products, weights_in
 
 
 @dataclass(frozen=True)
@@ -43,35 +41,20 @@ class QuantizeFp8(Pass):
     budget: float = 0.5
 
     def __post_init__(self) -> None:
-        try:
-            read_scope(self.scope)
-        except NemocError as error:
-            raise NemocError(f"pass {self.name}: option {error}") from None
+        check_scope(self.name, self.scope)
 
     def error_budget(self) -> float:
         return self.budget
 
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
-        begins = read_scope(self.scope)
-        chosen = {p for p in graph.params if begins.match(p.name)}
+        chosen = weights_in(graph, self.scope)
 
-        def apply(op: Op, rewriter: Rewriter) -> Replacement:
-            assert isinstance(op, Linear | GroupedLinear)
-            if op.interleave != 1 or op.w not in chosen:
+        def apply(op: Linear | GroupedLinear, rewriter: Rewriter) -> Replacement:
+            if op.w not in chosen:
                 return None
             return rewriter(replace(op, w=_decoded(op.w, op.x, rewriter)))
 
-        return rewrite(
-            graph,
-            (Rule("quantize-weight", (Linear, GroupedLinear), apply),),
-            on_apply=lambda _, node: ctx.allows(
-                Remark(
-                    self.name,
-                    f"{graph.name}/%{node.results[0].name}",
-                    f"{node.op.w.name} in FP8",  # type: ignore[attr-defined]
-                )
-            ),
-        )
+        return rewrite_products(graph, ctx, self.name, "FP8", apply)
 
 
 def _decoded(w: Value, x: Value, rewriter: Rewriter) -> Value:
@@ -80,6 +63,4 @@ def _decoded(w: Value, x: Value, rewriter: Rewriter) -> Value:
     numbers, scale = quantized_fp8(lambda op: rewriter(op, f"{w.name}.{next(encoding)}"), w)
     decoding = iter((*(("scale.view",) if scale.type.rank else ()), "wide", "fp8"))
     decoded = dequantized_fp8(lambda op: rewriter(op, f"{w.name}.{next(decoding)}"), numbers, scale)
-    if decoded.dtype.bytes <= x.dtype.bytes:
-        return decoded
-    return rewriter(Cast(decoded, x.dtype), f"{w.name}.fp8.{x.dtype}")
+    return beside(x, decoded, rewriter)

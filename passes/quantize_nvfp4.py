@@ -22,11 +22,11 @@ from nemoc.ir.ops import (
     TakeRows,
 )
 from nemoc.ir.ops.nvfp4 import quantized
-from nemoc.ir.rewrite import Replacement, Rewriter, Rule, rewrite
-from nemoc.ir.scopes import read_scope
+from nemoc.ir.rewrite import Replacement, Rewriter
 from nemoc.ir.types import Value
 from nemoc.passes.base import Effect, Pass
 from nemoc.passes.context import PassContext, Remark
+from nemoc.passes.quantize_products import beside, check_scope, rewrite_products, weights_in
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,16 @@ class QuantizeNvfp4(Pass):
             raise NemocError(
                 f"pass {self.name}: option input-scale is {self.input_scale}, expected 0 or a positive number"
             )
-        try:
-            read_scope(self.scope)
-        except NemocError as error:
-            raise NemocError(f"pass {self.name}: option {error}") from None
+        check_scope(self.name, self.scope)
 
     def error_budget(self) -> float:
         return self.budget
 
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
-        begins = read_scope(self.scope)
-        chosen = {p for p in graph.params if begins.match(p.name)}
+        chosen = weights_in(graph, self.scope)
 
-        def apply(op: Op, rewriter: Rewriter) -> Replacement:
-            assert isinstance(op, Linear | GroupedLinear)
-            if op.interleave != 1 or op.w not in chosen or not _has_blocks(op.w):
+        def apply(op: Linear | GroupedLinear, rewriter: Rewriter) -> Replacement:
+            if op.w not in chosen or not _has_blocks(op.w):
                 return None
             x = MODES[self.mode](self, op.x, rewriter)
             return rewriter(replace(op, x=x, w=self._decoded(op.w, x, rewriter)))
@@ -104,17 +99,7 @@ class QuantizeNvfp4(Pass):
         for param in graph.params:
             if param in chosen and graph.uses.get(param) and not _has_blocks(param):
                 self._note_left(graph, param, ctx)
-        return rewrite(
-            graph,
-            (Rule("quantize-weight", (Linear, GroupedLinear), apply),),
-            on_apply=lambda _, node: ctx.allows(
-                Remark(
-                    self.name,
-                    f"{graph.name}/%{node.results[0].name}",
-                    f"{node.op.w.name} in NVFP4",  # type: ignore[attr-defined]
-                )
-            ),
-        )
+        return rewrite_products(graph, ctx, self.name, "NVFP4", apply)
 
     def _note_left(self, graph: Graph, param: Value, ctx: PassContext) -> None:
         if any(isinstance(n.op, Linear | GroupedLinear) for n in graph.uses[param]):
@@ -127,9 +112,7 @@ class QuantizeNvfp4(Pass):
         append: Callable[[Op], Value] = lambda op: rewriter(op, f"{w.name}.{next(names)}")  # noqa: E731
         codes, scales, scale = quantized(append, w, self.dialect, self.four_over_six)
         decoded = rewriter(DequantizeNvfp4(codes, scales, scale, self.dialect), f"{w.name}.nvfp4")
-        if decoded.dtype.bytes <= x.dtype.bytes:
-            return decoded
-        return rewriter(Cast(decoded, x.dtype), f"{w.name}.nvfp4.{x.dtype}")
+        return beside(x, decoded, rewriter)
 
 
 def _as_they_are(options: QuantizeNvfp4, x: Value, rewriter: Rewriter) -> Value:
