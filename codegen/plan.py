@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
+from nemoc.codegen.tunables import Choices
 from nemoc.ir.dims import Dim, dim, dims, product, substitute_dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
@@ -164,11 +165,13 @@ class Site:
         op: the op; emitters read its attributes, never its values.
         operands: views in the order of `op.operands()`, absent optional operands left out.
         results: views in the order of the op's results.
+        choices: where emitters ask for the settings of their tunables; no part of what the site is.
     """
 
     op: Op
     operands: tuple[View, ...]
     results: tuple[View, ...]
+    choices: Choices = field(default_factory=Choices, repr=False, compare=False)
     _index: dict[str, int | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ def alone(site: Site) -> Site:
     values = site.op.operands()
     inputs = iter([builder.input(f"x{i}", v.dtype, v.shape, v.bound) for i, v in enumerate(values)])
     results = builder.all(site.op.map_operands(lambda _: next(inputs)))
-    return Site(Fused(values, builder.finish(results)), site.operands, site.results)
+    return Site(Fused(values, builder.finish(results)), site.operands, site.results, site.choices)
 
 
 def as_region(site: Site) -> Site:

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from typing import Any
 
 import sympy
 
+from nemoc.codegen.children import Children, answers
 from nemoc.codegen.plan import StepFunction
 from nemoc.codegen.triton.binary import Binary
-from nemoc.codegen.triton.children import DEFAULT_CHILDREN, Children, answers
 from nemoc.codegen.triton.inspect_binary import check_fits, inspect_output
 from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.codegen.triton.module import module_source
@@ -35,6 +36,17 @@ ALIGNMENT = 16
 
 That every arena starts at a multiple, inputs and outputs too, is taken for granted.
 """
+
+COMPILERS = Children(
+    command=(sys.executable, "-P", str(Path(__file__).with_name("worker.py"))),
+    variables=(
+        ("TRITON_HOME", "{folder}"),
+        ("TRITON_CACHE_DIR", "{folder}/triton"),
+        ("TRITON_DISABLE_LINE_INFO", "1"),  # or binaries would name the folder
+        ("TRITON_DUMP_PTXAS_LOG", "1"),
+    ),
+)
+"""Processes in which Triton compiles."""
 
 _FORMAT = 1
 """Raised whenever stored kernels would be inspected differently."""
@@ -100,7 +112,7 @@ def _is_aligned(offset: Dim) -> bool:
 def compile_variants(
     variants: Iterable[Variant],
     target: GpuTarget,
-    children: Children = DEFAULT_CHILDREN,
+    children: Children = COMPILERS,
     store: KernelStore | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[Variant, Binary]:
@@ -128,7 +140,7 @@ def compile_variants(
 def try_variants(
     variants: Iterable[Variant],
     target: GpuTarget,
-    children: Children = DEFAULT_CHILDREN,
+    children: Children = COMPILERS,
     store: KernelStore | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[Variant, Binary | NemocError]:

@@ -5,19 +5,20 @@ values are read in their natural layout, one broadcast element at a time, each u
 along lanes and nothing is reduced across them. Softmax is online (Milakov and Gimelshein, arXiv 1805.02867):
 
     queries into a tile [D, rows];  m ← −1e30, l ← 0, o[D, rows] ← 0
-    for each block of KEYS cached rows, widened to f32 into a tile [KEYS, D], zeros behind the last one that is seen:
+    for each block of keys (cached rows), widened to f32 into a tile [keys, D], zeros behind the last one that is seen:
         s[key, rows] = Σ k[key, d] · q[d, rows], or −1e30 where the row does not see the key
         m' = max(m, max s);  p = exp(s − m');  l ← l · exp(m − m') + Σ p
         o ← o · exp(m − m') + Σ v[key, d] · p[key, rows];  m ← m'
     y = o / l
 
 Prefill has a task for each kv head and block of query rows. Decode (L = 1) splits the cached rows instead: a task takes
-up to 1 / SPLITS of them with all their heads, which makes one stream through memory, and leaves (o, m, l) in scratch;
+up to 1 / splits of them with all their heads, which makes one stream through memory, and leaves (o, m, l) in scratch;
 a second launch merges the parts.
 """
 
 from nemoc.codegen.plan import Arg, Plan, Site, Stage, View
-from nemoc.codegen.tvm.flash import KEYS, MASKED, Flash
+from nemoc.codegen.tunables import Tunable
+from nemoc.codegen.tvm.flash import MASKED, Flash
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.vmath import VectorMath
 from nemoc.codegen.tvm.writer import KernelWriter, size_text
@@ -26,13 +27,13 @@ from nemoc.ir.dtypes import DType
 from nemoc.ir.ops.attention import Attention
 from nemoc.ir.types import TensorType
 
-SPLITS = 16
+SPLITS = Tunable("splits", 16, (8, 16, 32), keeps_bits=False)
 """Parts of the cached rows in decode, at most."""
 
-KEYS_PER_SPLIT = 64
-"""Cached rows that a decode task takes, at least; a multiple of KEYS."""
+KEYS_PER_SPLIT = Tunable("keys_per_split", 64, (32, 64, 128, 256), keeps_bits=False)
+"""Cached rows that a decode task takes, at least; a multiple of those of a block."""
 
-VECTORS = 2
+_VECTORS = Tunable("vectors", 2, (1, 2, 4), keeps_bits=False)
 """Vectors of query rows in a prefill task."""
 
 _Y = Arg("result", 0)
@@ -49,8 +50,8 @@ def emit_attention(site: Site, target: CpuTarget) -> Plan:
 
 
 def _prefill(site: Site, target: CpuTarget) -> Stage:
-    w = KernelWriter("attention")
-    flash = Flash(w, site, target, target.lanes, VECTORS, heads=1)
+    w = KernelWriter("attention", site.choices)
+    flash = Flash(w, site, target, target.lanes, w.pick(_VECTORS), heads=1)
     batch, length = site.view(_Y).shape[:2]
     blocks = ceil_div(dim(length * flash.shared), flash.rows)
     number = w.let("number", f"task % {size_text(blocks)}")
@@ -72,11 +73,19 @@ def _decode(site: Site, target: CpuTarget) -> Plan:
     shared = int(heads) // int(kv_heads)
     lanes = next(n for n in (4, 8, 16) if n >= min(shared, target.lanes))
     vectors = -(-shared // lanes)
-    lead = (batch, SPLITS, kv_heads)
+    splits = int(site.choices.pick(SPLITS))
+    lead = (batch, splits, kv_heads)
     sums = View.dense(TensorType.of(DType.F32, (*lead, width * vectors * lanes)))
     softmax = View.dense(TensorType.of(DType.F32, (*lead, 2, vectors * lanes)))
     split, merge = (
-        Flash(KernelWriter(f"attention_{stem}"), site, target, lanes, vectors, heads=int(kv_heads))
+        Flash(
+            KernelWriter(f"attention_{stem}", site.choices),
+            site,
+            target,
+            lanes,
+            vectors,
+            heads=int(kv_heads),
+        )
         for stem in ("split", "merge")
     )
     stages = (_split(split, sums, softmax), _merge(merge, sums, softmax))
@@ -86,8 +95,9 @@ def _decode(site: Site, target: CpuTarget) -> Plan:
 def _split(flash: Flash, sums: View, softmax: View) -> Stage:
     """o, m and l over one part of the cached rows; nothing for a part without rows."""
     w = flash.writer
-    split = w.let("split", f"task % {SPLITS}")
-    flash.begin(f"task // {SPLITS}", "0", "0")
+    splits = w.pick(SPLITS)
+    split = w.let("split", f"task % {splits}")
+    flash.begin(f"task // {splits}", "0", "0")
     size = _part(flash)
     first = w.let("start", f"{split} * {size}")
     with w.block(f"if {first} >= {flash.reach}:"):
@@ -96,7 +106,7 @@ def _split(flash: Flash, sums: View, softmax: View) -> Stage:
     flash.attend(first, w.let("end", f"T.min({first} + {size}, {flash.reach})"))
     lead = f"{flash.batch}, {split}"
     flash.store_state(w.buffer("sums", _SUMS, sums), w.buffer("softmax", _SOFTMAX, softmax), lead)
-    return w.finish(product((sums.shape[0], SPLITS)))
+    return w.finish(product((sums.shape[0], splits)))
 
 
 def _merge(flash: Flash, sums: View, softmax: View) -> Stage:
@@ -112,7 +122,7 @@ def _merge(flash: Flash, sums: View, softmax: View) -> Stage:
     def part(name: str, s: str, index: str) -> str:
         return w.load(name, f"{flash.batch}, {s}, {flash.head}, {index}", lanes)
 
-    weights, row = w.local("weights", SPLITS, lanes), w.local("row", lanes)
+    weights, row = w.local("weights", w.pick(SPLITS), lanes), w.local("row", lanes)
     for first in range(0, flash.rows, lanes):
         top = w.value("top", math.const(MASKED), lanes)
         with w.loop("s", count) as s:
@@ -136,5 +146,7 @@ def _merge(flash: Flash, sums: View, softmax: View) -> Stage:
 
 def _part(flash: Flash) -> str:
     """Cached rows in each part: as equal as whole blocks of keys allow."""
-    blocks = f"({flash.reach} + {SPLITS * KEYS - 1}) // {SPLITS * KEYS}"
-    return flash.writer.let("size", f"T.max({KEYS_PER_SPLIT}, {blocks} * {KEYS})")
+    writer, keys = flash.writer, flash.keys
+    together = writer.pick(SPLITS) * keys
+    blocks = f"({flash.reach} + {together - 1}) // {together}"
+    return writer.let("size", f"T.max({writer.pick(KEYS_PER_SPLIT)}, {blocks} * {keys})")

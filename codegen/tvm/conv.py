@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from nemoc.codegen.plan import Arg, Plan, Site, Stage
 from nemoc.codegen.regions import alone, body_of
+from nemoc.codegen.tunables import Tunable
 from nemoc.codegen.tvm.body import Body, Rows, Source, ramp, rows_view
 from nemoc.codegen.tvm.loops import each_vector
 from nemoc.codegen.tvm.target import CpuTarget
@@ -25,7 +26,7 @@ from nemoc.ir.ops.mamba import CausalConv
 CHANNELS = 256
 """Channels of one task: 1 KB of each row."""
 
-TOKENS = 64
+_TOKENS = Tunable("tokens", 64, (16, 32, 64, 128, 256))
 """Tokens of one task."""
 
 
@@ -212,12 +213,13 @@ def _one_token(site: Site, target: CpuTarget, op: CausalConv) -> Stage:
 def _all_tokens(site: Site, target: CpuTarget, op: CausalConv) -> Stage:
     """y of a block of tokens."""
     batch, length = op.x.shape[:2]
-    blocks = ceil_div(length, TOKENS)
     task = _ChannelTask("conv", site, target, op)
     w = task.writer
+    tokens = w.pick(_TOKENS)
+    blocks = ceil_div(length, tokens)
     b = w.let("b", f"{task.row} // {size_text(blocks)}")
-    first = w.let("first", f"{task.row} % {size_text(blocks)} * {TOKENS}")
-    count = w.let("count", f"T.min({TOKENS}, {size_text(length)} - {first})")
+    first = w.let("first", f"{task.row} % {size_text(blocks)} * {tokens}")
+    count = w.let("count", f"T.min({tokens}, {size_text(length)} - {first})")
     task.load_taps()
     start = f"{b} * {size_text(length)} + {first}"
     task.conv.for_each_token(
@@ -238,7 +240,7 @@ class _ChannelTask:
     """
 
     def __init__(self, stem: str, site: Site, target: CpuTarget, op: CausalConv) -> None:
-        self.writer = w = KernelWriter(stem)
+        self.writer = w = KernelWriter(stem, site.choices)
         self._site = site
         self._body = Body(w, site, target)
         self._y = self._body.graph.outputs[0]

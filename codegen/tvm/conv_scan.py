@@ -8,6 +8,7 @@ has, as norms of wider groups do, are computed from y row by row.
 
 from nemoc.codegen.mixer import Mixer, take_apart
 from nemoc.codegen.plan import Arg, Plan, Site, Stage, View
+from nemoc.codegen.tunables import Tunable
 from nemoc.codegen.tvm.body import Body, Rows, rows_view
 from nemoc.codegen.tvm.conv import shift_state
 from nemoc.codegen.tvm.loops import each_vector
@@ -19,8 +20,8 @@ from nemoc.codegen.tvm.writer import KernelWriter
 from nemoc.ir.dims import product
 from nemoc.ir.ops import SsdScan
 
-STATE = 256 * 1024
-"""Bytes of state that a task of a scan keeps on its stack at most, unless a single head has more."""
+_STATE_KIB = Tunable("state_kib", 256, (64, 128, 256, 512))
+"""KiB of state that a task of a scan keeps on its stack at most, unless a single head has more."""
 
 
 def emit_conv_scan(site: Site, target: CpuTarget) -> Plan:
@@ -32,7 +33,10 @@ def emit_conv_scan(site: Site, target: CpuTarget) -> Plan:
     """
     mixer = take_apart(site)
     scan = isinstance(mixer.op, SsdScan)
-    room = STATE // (4 * mixer.width * mixer.columns) if scan else mixer.heads
+    room = mixer.heads
+    if scan and mixer.conv is not None:
+        state = int(site.choices.pick(_STATE_KIB)) << 10
+        room = state // (4 * mixer.width * mixer.columns)
     heads = heads_per_task(mixer, room)
     whole = {
         i: rows for i, rows in mixer.rows.items() if not mixer.by_column(rows, heads * mixer.width)

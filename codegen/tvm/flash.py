@@ -1,13 +1,14 @@
 """The inner part of attention kernels: online softmax of a tile of query rows over a range of cached rows."""
 
 from nemoc.codegen.plan import Arg, Site
+from nemoc.codegen.tunables import Tunable
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.vectors import prefetch, vector_pieces
 from nemoc.codegen.tvm.vmath import VectorMath
 from nemoc.codegen.tvm.writer import KernelWriter, size_text
 from nemoc.ir.ops.attention import Attention
 
-KEYS = 16
+KEYS = Tunable("keys", 16, (8, 16, 32), keeps_bits=False)
 """Cached rows of a block: a power of 2, as the depths of register tiles are."""
 
 MASKED = -1e30
@@ -28,6 +29,7 @@ class Flash:
         site: the attention op.
         lanes: lanes of every vector.
         rows: query rows of a tile.
+        keys: cached rows of a block.
         shared: query heads of each kv head.
         kv_heads: how many kv heads there are.
         heads: kv heads of a tile, each with `rows` query rows.
@@ -54,7 +56,11 @@ class Flash:
         self.heads = heads
         self._lanes_wide = target.lanes
         self._vectors = vectors
+        self.keys = writer.pick(KEYS)
         self._deep = 1 << max(0, (target.registers // (2 * vectors)).bit_length() - 1)
+        writer.require(
+            self.keys >= self._deep, f"{self.keys} keys, fewer than a tile of {self._deep} takes"
+        )
         self._math = VectorMath(writer, lanes)
 
     def begin(self, batch: str, head: str, first: str) -> None:
@@ -87,8 +93,8 @@ class Flash:
     def attend(self, start: str, end: str) -> None:
         """o, m and l over the cached rows from start to end, of which each query row sees at least the first."""
         w, vectors = self.writer, self._vectors
-        self._tile = w.local("tile", KEYS * self.width)
-        self._p = w.local("p", KEYS * self.rows)
+        self._tile = w.local("tile", self.keys * self.width)
+        self._p = w.local("p", self.keys * self.rows)
         self._o = w.local("o", self.heads * self.width * self.rows)
         self._m, self._l = (w.local(name, self.heads * vectors, self.lanes) for name in "ml")
         self._top, self._alpha = (w.local(name, vectors, self.lanes) for name in ("top", "alpha"))
@@ -98,9 +104,9 @@ class Flash:
         with w.loop("j", self.heads * vectors) as j:
             w.line(f"{self._m}[{j}] = {self._math.const(MASKED)}")
             w.line(f"{self._l}[{j}] = {self._math.const(0.0)}")
-        with w.loop("block", f"({end} - {start} + {KEYS - 1}) // {KEYS}") as block:
-            key = w.let("key", f"{start} + {block} * {KEYS}")
-            count = w.let("count", f"T.min({KEYS}, {end} - {key})")
+        with w.loop("block", f"({end} - {start} + {self.keys - 1}) // {self.keys}") as block:
+            key = w.let("key", f"{start} + {block} * {self.keys}")
+            count = w.let("count", f"T.min({self.keys}, {end} - {key})")
             groups = w.let("groups", f"({count} + {self._deep - 1}) // {self._deep}")
             with w.loop("i", self.heads) as i:
                 self._fill(self._k, i, key, count, groups)
@@ -168,7 +174,7 @@ class Flash:
             with w.loop("j", self._deep * vectors, "T.unroll") as j:
                 w.line(f"{acc}[{j}] = {self._math.const(0.0)}")
             with w.loop("d", self.width) as d:
-                done = f"({i} * {KEYS // self._deep} + {group}) * {self.width} + {d}"
+                done = f"({i} * {self.keys // self._deep} + {group}) * {self.width} + {d}"
                 self._prefetch(self._k, key, done)
                 q = self._vector_row(self._queries, f"({i} * {self.width} + {d})")
                 with w.loop("j", self._deep, "T.unroll") as j:
@@ -218,7 +224,7 @@ class Flash:
                 with w.loop("k", f"{groups} * {self._deep}") as k:
                     if deep == self._deep:
                         column = f"({i} * {self.width} + {first}) // {self._deep}"
-                        self._prefetch(self._v, key, f"{column} * {KEYS} + {k}")
+                        self._prefetch(self._v, key, f"{column} * {self.keys} + {k}")
                     p = self._vector_row(self._p, k)
                     with w.loop("j", deep, "T.unroll") as j:
                         element = f"{self._tile}[{k} * {self.width} + {first} + {j}]"
@@ -230,7 +236,7 @@ class Flash:
             return
         row = self.kv_heads * self.width
         at = self.writer.let("at", f"({step}) * {self._deep}")
-        index = f"{self.batch}, {key} + {KEYS} + {at} // {row}, {at} % {row} // {self.width}, {at} % {self.width}"
+        index = f"{self.batch}, {key} + {self.keys} + {at} // {row}, {at} % {row} // {self.width}, {at} % {self.width}"
         prefetch(self.writer, source, index)
 
     def _accumulate(self, acc: str, j: str, element: str, vectors: list[str]) -> None:

@@ -38,6 +38,7 @@ def emit_fused(site: Site, target: CpuTarget) -> Plan:
             return skeleton(site, target)
         except RegionError as error:
             reasons.append(str(error))
+            site.choices.forget()
     raise RegionError("; ".join(reasons))
 
 

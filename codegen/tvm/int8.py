@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from nemoc.codegen.rows import Rows
+from nemoc.codegen.tunables import Tunable
 from nemoc.codegen.tvm.body import Body
 from nemoc.codegen.tvm.e2m1 import OFFSET
 from nemoc.codegen.tvm.linear import RowBlock, Strip, prefetch, row_blocks, rows_in_matrix
@@ -34,7 +35,7 @@ _UNIT = 2.0**-17
 _LANES = BLOCK // 2
 """Elements of a vector while rows are rounded."""
 
-_ROWS = 4
+_ROWS = Tunable("shared_rows", 4, (2, 3, 4, 6))
 """Rows that share the decoding of a panel."""
 
 _ARRAY_BYTES = 320 << 10
@@ -194,10 +195,11 @@ class Int8Product(PackedProduct):
 
     def write_panel(self, block: RowBlock, panel: str, at: str) -> None:
         assert isinstance(block, RoundedBlock)
+        together = int(_ROWS.default) if self.few else self.writer.pick(_ROWS)
         with self.strips(panel, at) as strip:
-            with self.writer.loop("t", f"{block.count} // {_ROWS}") as t:
-                self._rows(block, f"{block.first} + {t} * {_ROWS}", _ROWS, strip)
-            rest = self.writer.let("rest", f"{block.count} % {_ROWS}")
+            with self.writer.loop("t", f"{block.count} // {together}") as t:
+                self._rows(block, f"{block.first} + {t} * {together}", together, strip)
+            rest = self.writer.let("rest", f"{block.count} % {together}")
             with self.writer.loop("t", rest) as t:
                 self._rows(block, f"{block.first} + {block.count} - {rest} + {t}", 1, strip)
 

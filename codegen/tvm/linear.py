@@ -10,6 +10,7 @@ interleaved chains in low tiles), in f32 with fused multiply-add.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,24 +18,32 @@ from typing import Protocol, Self
 
 from nemoc.codegen.plan import Arg, Plan, Site, View
 from nemoc.codegen.rows import Rows
+from nemoc.codegen.tunables import Tunable
 from nemoc.codegen.tvm.place import ramp, rows_view
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.vmath import VectorMath
 from nemoc.codegen.tvm.writer import KernelWriter, size_text
-from nemoc.ir.dims import Dim, ceil_div, dim
+from nemoc.ir.dims import Dim, ceil_div, dim, symbols_of
+from nemoc.ir.dims import product as count_rows
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 from nemoc.ir.ops.linear import GroupedLinear, Linear
 from nemoc.ir.types import Value
 
-_AHEAD = 4096
-"""Bytes between a load of a panel and the prefetch issued with it."""
+_AHEAD = Tunable("ahead", 4096, (0, 1024, 2048, 4096, 8192, 16384))
+"""Bytes between a load of a panel and the prefetch issued with it; 0: none is issued."""
 
-_BLOCK_BYTES = 1 << 20
-"""Bytes of x that one task may go through for each panel: they should stay in the L2 cache."""
+_BLOCK_KIB = Tunable("block_kib", 1024, (256, 512, 1024, 2048))
+"""KiB of x that one task may go through for each panel: they should stay in the L2 cache."""
 
-_BLOCK_ROWS = 240
+_BLOCK_ROWS = Tunable("block_rows", 240, (48, 96, 240, 480))
 """Rows of x in one task at most."""
+
+PANELS = Tunable("panels", 1, (1, 2, 4, 8))
+"""Panels that a task takes of a weight without groups, rows of x being in memory."""
+
+_SUMS = Tunable("sums", 8, (4, 8, 16), keeps_bits=False)
+"""Vectors of sums under way at least in low tiles, whose sums go in several chains if they have fewer columns."""
 
 _LEAST_TASKS = 32
 """Tasks at least into which whole panels are divided, where there are so many."""
@@ -54,14 +63,15 @@ def emit_linear(site: Site, target: CpuTarget) -> Plan:
     y = rows_view(site.results[0], Rows.of(Value("y", *op.result_types())))
     if op.interleave == 1:
         return _plain(site, x, y, target)
-    writer = KernelWriter(op.mnemonic())
+    writer = KernelWriter(op.mnemonic(), site.choices)
     source = StoredRows(writer, writer.buffer("x", site.arg("x"), x))
     w = writer.buffer("w", site.arg("w"), site.view(site.arg("w")))
     lanes = panel_lanes(op, target)
     sink = stored(writer, writer.buffer("y", Arg("result", 0), y), lanes)
     product = Product.of(writer, target, op, w, sink)
     if isinstance(op, Linear):
-        tasks = write_row_blocks(product, source, y.shape[0], Panels(product.panels))
+        panels = Panels(product.panels, writer.pick(PANELS))
+        tasks = write_row_blocks(product, source, y.shape[0], panels)
     else:
         offsets = writer.buffer("offsets", site.arg("offsets"), site.view(site.arg("offsets")))
         panels = Panels(product.panels, most_panels(product))
@@ -84,6 +94,15 @@ def obstacle(op: Linear | GroupedLinear, target: CpuTarget) -> str | None:
             f"expected a multiple of {target.lanes}"
         )
     return None
+
+
+def _tile(low: int) -> tuple[Tunable, Tunable, Tunable]:
+    """Rows and vectors of the highest tile, and steps that are written out in it."""
+    return (
+        Tunable("tile_rows", 3 * low, (2 * low, 3 * low, 4 * low)),
+        Tunable("tile_vectors", 2, (1, 2, 4)),
+        Tunable("unroll", 2, (1, 2, 4)),
+    )
 
 
 def panel_lanes(op: Linear | GroupedLinear, target: CpuTarget) -> int:
@@ -120,8 +139,9 @@ class Panels:
 
 
 def most_panels(product: "Product", tasks: int = _LEAST_TASKS) -> int:
-    """As many panels in a part as leave enough tasks."""
-    return -(-product.panels // tasks)
+    """As many panels in a part as leave so many tasks, or what was tuned."""
+    least = product.writer.pick(Tunable("least_tasks", tasks, (4, 8, 16, 32, 64)))
+    return -(-product.panels // least)
 
 
 def write_row_blocks(product: "Product", source: "RowSource", rows: Dim, panels: Panels) -> Dim:
@@ -134,7 +154,7 @@ def write_row_blocks(product: "Product", source: "RowSource", rows: Dim, panels:
         panels: how they are divided.
     """
     writer = product.writer
-    block = _row_block(product.k, product.high)
+    block = _row_block(product)
     blocks = ceil_div(rows, block)
     # Panels before rows: a thread's consecutive tasks then read one stretch of the weight, which the
     # memory delivers a quarter faster than every other panel, and each thread has all rows to do.
@@ -180,9 +200,14 @@ def write_panels(
         product.write(block, panel, group)
 
 
-def _row_block(k: int, high: int) -> int:
+def _row_block(product: "Product") -> int:
     """Rows of x that a task goes through, a multiple of the highest tile."""
-    fitting = min(_BLOCK_ROWS, _BLOCK_BYTES // (4 * k))
+    writer, high = product.writer, product.high
+    rows, kib = (
+        tunable.default if product.few else writer.pick(tunable)
+        for tunable in (_BLOCK_ROWS, _BLOCK_KIB)
+    )
+    fitting = min(int(rows), (int(kib) << 10) // (4 * product.k))
     return max(high, fitting // high * high)
 
 
@@ -310,7 +335,11 @@ class Product:
         sink: where sums go.
         n, k, b: output features, reduction width, features per panel.
         lanes: f32 elements per vector.
-        high: rows of the highest tile.
+        low: rows of a low tile; fewer go one by one.
+        high: rows of the highest tile, a multiple of that: so what is summed in which order does not depend on it.
+        vectors: of columns that the highest tile has at once.
+        unroll: steps of the reduction that are written out in the highest tile.
+        few: whether rows are the sequences of a batch in a step of one token.
     """
 
     writer: KernelWriter
@@ -320,7 +349,11 @@ class Product:
     k: int
     b: int
     lanes: int
+    low: int
     high: int
+    vectors: int
+    unroll: int
+    few: bool
 
     @classmethod
     def of(
@@ -335,8 +368,17 @@ class Product:
         *_, k, b = op.w.shape
         n = op.width
         assert isinstance(k, int) and isinstance(b, int) and isinstance(n, int)
-        high = 12 if target.registers >= 32 else 6
-        return cls(writer, w, sink, n, k, b, panel_lanes(op, target), high)
+        low = 4 if target.registers >= 32 else 2
+        few = symbols_of(count_rows(op.x.shape[:-1])) == {"B"}
+        high, vectors, unroll = (
+            int(tunable.default) if few else writer.pick(tunable) for tunable in _tile(low)
+        )
+        writer.require(
+            few or vectors * (high + 1) < target.registers,
+            f"a tile of {high} rows by {vectors} vectors takes more than {target.registers} registers",
+        )
+        lanes = panel_lanes(op, target)
+        return cls(writer, w, sink, n, k, b, lanes, low, high, vectors, unroll, few)
 
     @property
     def panels(self) -> int:
@@ -350,7 +392,7 @@ class Product:
 
     def write_strip(self, block: RowBlock, strip: "Strip") -> None:
         """A block of rows times some columns of a panel."""
-        writer, low = self.writer, self.high // 3
+        writer, low = self.writer, self.low
         first, count = block.first, block.count
         with writer.loop("t", f"{count} // {self.high}") as t:
             self._high_tile(block, f"{first} + {t} * {self.high}", strip)
@@ -362,8 +404,8 @@ class Product:
             self._tile(block, 1, f"{first} + {count} - {rest} + {t}", strip)
 
     def _high_tile(self, block: RowBlock, row: str, strip: "Strip") -> None:
-        """A tile of the full height, in strips of two vectors, as many sums as there are registers for."""
-        wide = 2 - strip.wide % 2
+        """A tile of the full height, in strips of some vectors, as many sums as there are registers for."""
+        wide = math.gcd(self.vectors, strip.wide)
         strips = strip.wide // wide
         if strips == 1:
             self._tile(block, self.high, row, strip)
@@ -376,8 +418,8 @@ class Product:
     def _tile(self, block: RowBlock, rows: int, row: str, strip: "Strip") -> None:
         """`rows` rows by a strip, all sums in registers."""
         writer, lanes, wide = self.writer, self.lanes, strip.wide
-        chains = max(1, 8 // (rows * wide)) if rows < self.high else 1
-        unroll = 2 if rows == self.high else chains
+        chains = max(1, writer.pick(_SUMS) // (rows * wide)) if rows < self.high else 1
+        unroll = self.unroll if rows == self.high else chains
         first = writer.let("row", row)
         element = block.tile(first, rows)
         acc = writer.local("acc", chains * rows * wide, lanes)
@@ -463,8 +505,11 @@ class Product:
 
 
 def prefetch(writer: KernelWriter, buffer: str, index: str) -> None:
-    """Fetch the line that lies `_AHEAD` bytes behind an element, which may be past the buffer's end."""
-    ahead = f"T.handle_add_byte_offset(T.address_of({buffer}[{index}]), {_AHEAD})"
+    """Fetch the line that lies some bytes behind an element, which may be past the buffer's end."""
+    distance = writer.pick(_AHEAD)
+    if distance == 0:
+        return
+    ahead = f"T.handle_add_byte_offset(T.address_of({buffer}[{index}]), {distance})"
     hint = "T.int32(0), T.int32(3), T.int32(1)"
     writer.line(f'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", {ahead}, {hint}))')
 

@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from nemoc.codegen.plan import Arg, Plan, RegionError, Site, View
+from nemoc.codegen.tunables import Tunable
 from nemoc.codegen.tvm.body import Body, Rows, Source, ramp, rows_view
 from nemoc.codegen.tvm.e2m1 import Decoder
 from nemoc.codegen.tvm.int8 import Int8Product, RoundedRows
 from nemoc.codegen.tvm.linear import (
+    PANELS,
     GatheredRows,
     Panels,
     Product,
@@ -56,8 +58,8 @@ from nemoc.ir.ops import (
 )
 from nemoc.ir.types import Value
 
-_WEIGHT_BYTES = 384 << 10
-"""Bytes of weight that a task takes, where there are so many, if it computes rows of x for them."""
+_WEIGHT_KIB = Tunable("weight_kib", 384, (96, 192, 384, 768))
+"""KiB of weight that a task takes, where there are so many, if it computes rows of x for them."""
 
 _LEAST_TASKS = 8
 """Tasks at least of a product that computes rows of x for packed weights."""
@@ -82,12 +84,13 @@ def emit_linear_region(site: Site, target: CpuTarget) -> Plan:
             return emit(site, target)
         except RegionError as error:
             reasons.append(str(error))
+            site.choices.forget()
     raise RegionError("; ".join(dict.fromkeys(reasons)))
 
 
 def _emit_in_registers(site: Site, target: CpuTarget) -> Plan:
     """The plan where every element of a result needs the sum at its own place."""
-    writer = KernelWriter("fused_linear")
+    writer = KernelWriter("fused_linear", site.choices)
     body = Body(writer, site, target)
     anchor, *others = _anchors(body)
     if others:
@@ -111,7 +114,7 @@ def _emit_in_registers(site: Site, target: CpuTarget) -> Plan:
 
     made = anchor.product(Sink(put, results.lanes(anchor.op)))
     if isinstance(anchor.op, Linear):
-        panels = Panels(made.panels, _panels_at_once(made, anchor) if anchor.computes else 1)
+        panels = Panels(made.panels, _panels_at_once(made, anchor))
         tasks = write_row_blocks(made, anchor.source, anchor.rows, panels)
     else:
         panels = Panels(made.panels, _most_panels(made, anchor))
@@ -122,7 +125,7 @@ def _emit_in_registers(site: Site, target: CpuTarget) -> Plan:
 
 def _emit_by_columns(site: Site, target: CpuTarget) -> Plan:
     """The plan where elements of a result need sums of their own column only."""
-    writer = KernelWriter("fused_columns")
+    writer = KernelWriter("fused_columns", site.choices)
     body = Body(writer, site, target)
     anchors = _anchors(body)
     op = anchors[0].op
@@ -170,8 +173,11 @@ def _column_of(writer: KernelWriter, value: Value, buffer: str, own: str) -> Sou
 
 
 def _panels_at_once(made: Product, anchor: "_Anchor") -> int:
-    """Panels of a task that computes rows of x, which then serve all of them."""
-    return min(_most_panels(made, anchor), -(-_WEIGHT_BYTES // anchor.panel_bytes))
+    """Panels of a task: computed rows of x then serve all of them."""
+    if not anchor.computes:
+        return made.writer.pick(PANELS)
+    bytes_ = made.writer.pick(_WEIGHT_KIB) << 10
+    return min(_most_panels(made, anchor), -(-bytes_ // anchor.panel_bytes))
 
 
 def _most_panels(made: Product, anchor: "_Anchor") -> int:

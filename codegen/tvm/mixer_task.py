@@ -99,7 +99,7 @@ class MixerTask:
         heads: int,
         scratch: bool = False,
     ) -> None:
-        self.writer = w = KernelWriter(stem)
+        self.writer = w = KernelWriter(stem, site.choices)
         self.body = Body(w, site, target)
         self._site = site
         self._target = target

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from nemoc.codegen.plan import Arg, Plan, RegionError, Site
+from nemoc.codegen.tunables import Tunable
 from nemoc.codegen.tvm.body import Body
 from nemoc.codegen.tvm.e2m1 import Decoder
 from nemoc.codegen.tvm.elementwise import unflatten
@@ -26,8 +27,8 @@ from nemoc.ir.nvfp4 import BLOCK, DIALECTS
 from nemoc.ir.ops import DequantizeNvfp4, GroupedLinear, Linear
 from nemoc.ir.types import Value
 
-_FEW = 6
-"""Rows of x for which decoding a panel beforehand does not pay."""
+_DECODED = Tunable("decoded", 6, (2, 4, 6, 12, 24), keeps_bits=False)
+"""Rows of x from which on decoding a panel beforehand pays."""
 
 _PANEL_BYTES = 1 << 20
 """Bytes of a decoded panel at most: it lies on the stack."""
@@ -200,12 +201,13 @@ class FloatProduct(PackedProduct):
         if 2 * self.k * self.b > _PANEL_BYTES:
             self._row_by_row(block, panel, at)
             return
-        with self.writer.block(f"if {block.count} < {_FEW}:"):
+        few = int(_DECODED.default) if self.few else self.writer.pick(_DECODED)
+        with self.writer.block(f"if {block.count} < {few}:"):
             self._row_by_row(block, panel, at)
         with self.writer.block("else:"):
             unpacked = self._unpacked(at)
-            fields = (self.n, self.k, self.b, self.lanes, self.high)
-            decoded = Product(self.writer, unpacked, self.sink, *fields)
+            fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Product)}
+            decoded = Product(**fields | {"w": unpacked})
             decoded.write_strip(block, Strip(panel, "", "0", self.b // self.lanes))
 
     def _row_by_row(self, block: RowBlock, panel: str, at: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from nemoc.codegen.plan import Arg, Plan, RegionError, Site, View
 from nemoc.codegen.regions import body_of
+from nemoc.codegen.tunables import Tunable
 from nemoc.codegen.tvm.body import Body, Rows, ramp
 from nemoc.codegen.tvm.linear import (
     Element,
@@ -31,8 +32,8 @@ from nemoc.ir.graph import Graph
 from nemoc.ir.ops import GroupBy, GroupedLinear, Linear
 from nemoc.ir.types import Value
 
-_ROWS = 12
-"""Rows of a block: as many as the highest tile of a product has, or twice as many."""
+_ROWS = Tunable("rows", 12, (12, 24, 48))
+"""Rows of a block: a multiple of those of the highest tile of a product."""
 
 _FEW = 64
 """Rows that one task does, where their number is fixed."""
@@ -50,10 +51,10 @@ def emit_router(site: Site, target: CpuTarget) -> Plan:
     if reason is not None:
         raise RegionError(reason)
     choices, scratch = _choices(parts, site)
-    writer = KernelWriter("router")
+    writer = KernelWriter("router", site.choices)
     body = Body(writer, site, target)
     block = _Block(body, site, parts, choices)
-    blocks = ceil_div(parts.count, _ROWS)
+    blocks = ceil_div(parts.count, block.rows)
     if parts.is_small:
         with writer.loop("t", size_text(blocks)) as t:
             block.write(t)
@@ -181,12 +182,16 @@ class _Block:
         site: the region.
         parts: what it consists of.
         choices: where the choices go if they are sorted.
+
+    Attributes:
+        rows: how many a block has at most.
     """
 
     def __init__(
         self, body: Body, site: Site, parts: _Parts, choices: tuple[Arg, View] | None
     ) -> None:
         self._body, self._parts, self._writer = body, parts, body.writer
+        self.rows = int(_ROWS.default) if parts.is_small else body.writer.pick(_ROWS)
         self._x = Rows.of(parts.linear.x)
         expect_short(self._x)
         expect_short(Rows.of(parts.scores))
@@ -205,8 +210,8 @@ class _Block:
     def write(self, number: str) -> None:
         """All that is done with the block of that number."""
         writer, total = self._writer, size_text(self._parts.count)
-        first = writer.let("first", f"{number} * {_ROWS}")
-        count = writer.let("count", f"T.min({_ROWS}, {total} - {first})")
+        first = writer.let("first", f"{number} * {self.rows}")
+        count = writer.let("count", f"T.min({self.rows}, {total} - {first})")
         tile = self._write_early(first, count)
         sums = self._write_sums(first, count, tile)
         with writer.loop("r", count) as r, self._body.bindings():
@@ -220,7 +225,7 @@ class _Block:
     def _write_early(self, first: str, count: str) -> str:
         """What comes before the scores; returns the tile of rows for the product, empty where memory has them."""
         writer, body, x = self._writer, self._body, self._x
-        tile = "" if body.is_direct(x) else writer.matrix("rows", _ROWS, x.width)
+        tile = "" if body.is_direct(x) else writer.matrix("rows", self.rows, x.width)
         if not tile and not self._early:
             return tile
         with writer.loop("r", count) as r, body.bindings():
@@ -239,7 +244,7 @@ class _Block:
     def _write_sums(self, first: str, count: str, tile: str) -> str:
         """The product; returns the tile of sums."""
         writer, body, linear = self._writer, self._body, self._parts.linear
-        sums = writer.matrix("sums", _ROWS, linear.features)
+        sums = writer.matrix("sums", self.rows, linear.features)
 
         def put(row: str, column: str, value: str, lanes: int) -> None:
             writer.line(f"{sums}[{row} - {first}, {ramp(column, lanes)}] = {value}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from nemoc.codegen.plan import Arg, Plan, RegionError, Site, View
 from nemoc.codegen.regions import body_of
+from nemoc.codegen.tunables import Tunable
 from nemoc.codegen.tvm.body import Body, Rows, rows_view
 from nemoc.codegen.tvm.loops import Tiles, each_vector
 from nemoc.codegen.tvm.target import CpuTarget
@@ -16,7 +17,7 @@ from nemoc.codegen.tvm.writer import KernelWriter
 from nemoc.ir.dims import Dim, product
 from nemoc.ir.types import Value
 
-_BLOCK = 1024
+_BLOCK = Tunable("block", 1024, (256, 512, 1024, 2048, 4096))
 """Elements of one task, where whole rows are not longer and have to stay together."""
 
 
@@ -132,13 +133,14 @@ def _loops(body: Body, stores: Sequence[RowStore]) -> dict[tuple[int, int], list
 
 
 def _emit(site: Site, target: CpuTarget, results: Sequence[Rows]) -> Plan:
-    writer = KernelWriter("rows")
+    writer = KernelWriter("rows", site.choices)
     body = Body(writer, site, target)
     stores = declare_stores(body, site, results)
     width = max(rows.width for rows in results)
     one_loop = len(_loops(body, stores)) == 1
     whole = body.needs_whole_rows(*results) or not one_loop
-    tiles = Tiles(product(results[0].lead), width, max(_BLOCK, width) if whole else _BLOCK)
+    block = writer.pick(_BLOCK)
+    tiles = Tiles(product(results[0].lead), width, max(block, width) if whole else block)
     with tiles.loop(writer) as (row, start, count):
         body.prepare(row, *results)
         if whole:

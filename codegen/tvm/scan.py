@@ -7,7 +7,7 @@ has the numerics of the definition. It only has to keep the state in registers:
 
     task: some heads of a group, of one row; the state of each is held as strips of `lanes` of the P rows, transposed:
           [strips, N, lanes]
-    for each block of TOKENS tokens:
+    for each block of tokens:
         b and c of the group into tiles, and dt of the heads
         for each head:
             decays into a tile
@@ -24,6 +24,7 @@ piece of the next block that it has just read of this one.
 from nemoc.codegen.mixer import Mixer, take_apart
 from nemoc.codegen.plan import Plan, Site, Stage
 from nemoc.codegen.regions import alone
+from nemoc.codegen.tunables import Tunable
 from nemoc.codegen.tvm.body import ramp
 from nemoc.codegen.tvm.mixer_task import MixerTask
 from nemoc.codegen.tvm.target import CpuTarget
@@ -31,8 +32,8 @@ from nemoc.codegen.tvm.vmath import VectorMath
 from nemoc.codegen.tvm.writer import size_text
 from nemoc.ir.ops.mamba import SsdScan
 
-TOKENS = 32
-"""Tokens of a block; a multiple of any vector width."""
+_TOKENS = Tunable("tokens", 32, (16, 32, 64), keeps_bits=False)
+"""Tokens of a block, a multiple of any vector width; what decays lose by rounding is paid back block by block."""
 
 _EXPM1 = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0)
 """(eᶻ − 1) / z for −¼ < z ≤ 0, highest power first: the Taylor series."""
@@ -59,7 +60,10 @@ class _Scan:
         self._task = task
         self._mixer = mixer
         self._lanes = lanes = target.lanes
-        self._unroll = target.registers // 2
+        half = target.registers // 2
+        columns = Tunable("columns", half, (half // 2, half, half * 3 // 2), keeps_bits=False)
+        self._unroll = task.writer.pick(columns)
+        self._tokens = task.writer.pick(_TOKENS)
         self._rows, self._columns = mixer.width, mixer.columns
         self._strips = -(-self._rows // lanes)
         self._padded = task.heads * self._strips * lanes
@@ -68,12 +72,12 @@ class _Scan:
             "state", task.body.arg(mixer.op.state), task.body.view(mixer.op.state)
         )
         self._s = w.local("s", self._padded * self._columns)
-        self._b, self._c = (w.local(t, TOKENS * self._columns) for t in ("b", "c"))
-        self._raw = w.local("dt", TOKENS * task.heads)
-        self._decays, self._steps = w.local("decays", TOKENS), w.local("steps", TOKENS)
+        self._b, self._c = (w.local(t, self._tokens * self._columns) for t in ("b", "c"))
+        self._raw = w.local("dt", self._tokens * task.heads)
+        self._decays, self._steps = w.local("decays", self._tokens), w.local("steps", self._tokens)
         self._owed = w.local("owed", task.heads)
-        self._driven = w.local("driven", TOKENS * lanes)
-        self._y = w.local("y", TOKENS * self._padded)
+        self._driven = w.local("driven", self._tokens * lanes)
+        self._y = w.local("y", self._tokens * self._padded)
 
     def write(self) -> Stage:
         """The stage."""
@@ -83,9 +87,9 @@ class _Scan:
             w.line(f"{self._owed}[{j}] = T.float32(0)")
             self._copy_state(j, inward=True)
         length = size_text(self._mixer.length)
-        with w.loop("block", f"({length} + {TOKENS - 1}) // {TOKENS}") as block:
-            first = w.let("first", f"{block} * {TOKENS}")
-            count = w.let("count", f"T.min({TOKENS}, {length} - {first})")
+        with w.loop("block", f"({length} + {self._tokens - 1}) // {self._tokens}") as block:
+            first = w.let("first", f"{block} * {self._tokens}")
+            count = w.let("count", f"T.min({self._tokens}, {length} - {first})")
             self._prepare_block(first, count)
             with w.loop("j", task.heads) as j:
                 h = w.let("h", f"{task.head} + {j}")
@@ -129,7 +133,7 @@ class _Scan:
         def copy(t: str, early: bool) -> None:
             row = w.let("row", f"{task.row} + {first} + {t}")
             for name, tile in (("b", self._b), ("c", self._c)):
-                task.copy(name, row, tile, f"{t} * {self._columns}", early, ahead=TOKENS)
+                task.copy(name, row, tile, f"{t} * {self._columns}", early, ahead=self._tokens)
             task.steps(row, self._raw, f"{t} * {task.heads}")
 
         task.for_each_token(first, count, copy)
@@ -144,7 +148,7 @@ class _Scan:
         w, lanes = self._writer, self._lanes
         math = VectorMath(w, lanes)
         rate, owed = self._task.scalar("a", "0", h), f"{self._owed}[{j}]"
-        with w.loop("t", TOKENS) as t:
+        with w.loop("t", self._tokens) as t:
             dt = f"{self._raw}[{t} * {self._task.heads} + {j}]"
             step = f"T.if_then_else({first} + {t} < {live}, {dt}, T.float32(0))"
             w.line(f"{self._steps}[{t}] = {step}")
@@ -152,7 +156,7 @@ class _Scan:
         with w.block(f"if {first} < {live}:"):
             w.line(f"{self._decays}[0] = {self._decays}[0] + {owed}")
         w.line(f"{owed} = T.float32(0)")
-        with w.loop("v", TOKENS // lanes) as v:
+        with w.loop("v", self._tokens // lanes) as v:
             at = f"T.Ramp({v} * {lanes}, 1, {lanes})"
             z = w.value("z", f"{self._decays}[{at}]", lanes)
             decay = math.exp(z)
@@ -182,7 +186,7 @@ class _Scan:
                     w.line(f"{self._driven}[{t} * {lanes} + {i}] = {one}")
                 x = w.value("v", f"{self._driven}[{at}]", lanes)
             if not early:
-                task.fetch("x", f"{row} + {TOKENS}", column)
+                task.fetch("x", f"{row} + {self._tokens}", column)
             y = f"{x} * T.Broadcast({skip}, {lanes})" if skip else VectorMath(w, lanes).const(0.0)
             w.line(f"{self._y}[{self._in_y(t, j, strip)}] = {y}")
             w.line(f"{self._driven}[{at}] = {x} * T.Broadcast({self._steps}[{t}], {lanes})")
@@ -217,7 +221,7 @@ class _Scan:
             w.line(f"{self._s}[{at.format(k)}] = {s}[{k}]")
 
     def _in_y(self, t: str, j: str, strip: str) -> str:
-        """Where y of a token lies in the tile [TOKENS, heads, strips · lanes]: a strip."""
+        """Where y of a token lies in the tile [tokens, heads, strips · lanes]: a strip."""
         at = f"{t} * {self._padded} + ({j} * {self._strips} + {strip}) * {self._lanes}"
         return f"T.Ramp({at}, 1, {self._lanes})"
 

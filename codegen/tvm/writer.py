@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import sympy
 
 from nemoc.codegen.plan import Arg, Kernel, Stage, View, kernel_name
+from nemoc.codegen.tunables import Choices, Tunable
 from nemoc.ir.dims import Dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
@@ -79,10 +80,12 @@ class KernelWriter:
 
     Args:
         stem: a word for the kernel's name.
+        choices: of the site that the kernel is for; none where there is nothing to choose.
     """
 
-    def __init__(self, stem: str) -> None:
+    def __init__(self, stem: str, choices: Choices | None = None) -> None:
         self._stem = stem
+        self._choices = choices or Choices()
         self._args: list[Arg] = []
         self._lines: list[str] = []
         self._depth = 2
@@ -107,6 +110,22 @@ class KernelWriter:
         name = self.fresh(hint)
         with self.block(f"for {name} in {kind}({extent}):"):
             yield name
+
+    def pick(self, tunable: Tunable) -> int:
+        """The setting of a tunable whose values are numbers.
+
+        Raises:
+            IllegalSchedule: the schedule has another value than the tunable.
+        """
+        return int(self._choices.pick(tunable))
+
+    def require(self, holds: bool, reason: str) -> None:
+        """Refuse a schedule under which something does not hold.
+
+        Raises:
+            IllegalSchedule: it does not.
+        """
+        self._choices.require(holds, reason)
 
     def fresh(self, hint: str) -> str:
         """A name not given before."""

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from nemoc.codegen.plan import Site, View
-from nemoc.codegen.tvm.attention import KEYS_PER_SPLIT, SPLITS, emit_attention
+from nemoc.codegen.tvm.attention import KEYS_PER_SPLIT as LEAST
+from nemoc.codegen.tvm.attention import SPLITS as MOST
+from nemoc.codegen.tvm.attention import emit_attention
 from nemoc.codegen.tvm.cache import emit_cache_write
 from nemoc.codegen.tvm.target import cpu_target
 from nemoc.ir.dims import B, C, Dim, L
@@ -17,6 +19,7 @@ from support.kernels import CompiledSite, KernelSuite, value
 F32, BF16 = DType.F32, DType.BF16
 LENGTHS = value(DType.I32, B)
 HOST = cpu_target()
+SPLITS, KEYS_PER_SPLIT = int(MOST.default), int(LEAST.default)
 NARROW = dataclasses.replace(HOST, vector_bits=128, registers=16)
 SUITE, NARROW_SUITE = KernelSuite(), KernelSuite(NARROW)
 

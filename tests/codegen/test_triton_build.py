@@ -13,16 +13,17 @@ import psutil
 import pytest
 import sympy
 
+from nemoc.codegen.children import Children, answers
 from nemoc.codegen.plan import Address, Arg, Launch, StepFunction
 from nemoc.codegen.triton.binary import Binary, Occupancy
 from nemoc.codegen.triton.build import (
+    COMPILERS,
     Variant,
     compile_variants,
     triton_version,
     try_variants,
     variants_of,
 )
-from nemoc.codegen.triton.children import Children, answers
 from nemoc.codegen.triton.inspect_binary import inspect_output, occupancy
 from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.codegen.triton.module import module_source
@@ -35,7 +36,7 @@ from nemoc.ir.errors import NemocError
 pytest.importorskip("triton")
 
 SM_90 = gpu_target("cuda:sm_90")
-ONE = Children(jobs=1, seconds=100)
+ONE = dataclasses.replace(COMPILERS, jobs=1, seconds=100)
 MATRIX = {
     "cuda:sm_80": "mma.sync.bf16",
     "cuda:sm_90": "wgmma.mma_async.bf16",
@@ -424,7 +425,7 @@ with open(int(sys.argv[1]), "w", buffering=1) as answers:
 def test_a_compiler_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     script = HANGING.replace("NOTE", repr(str(note)))
-    children = Children(jobs=1, seconds=3, command=(sys.executable, "-c", script))
+    children = dataclasses.replace(ONE, seconds=3, command=(sys.executable, "-c", script))
     wanted = [variant(kernel("hanging")), variant(kernel("other"))]
     found = try_variants(wanted, SM_90, children)
     assert [str(found[v]).partition(": ")[2] for v in wanted] == [

@@ -1,5 +1,6 @@
 """GPU kernels that make NVFP4 of activations and multiply it, in Triton's interpreter and as machine code."""
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 from nemoc.codegen.check import check_site
+from nemoc.codegen.children import answers
 from nemoc.codegen.plan import Site
-from nemoc.codegen.triton.build import Variant, compile_variants
-from nemoc.codegen.triton.children import Children, answers
+from nemoc.codegen.triton.build import COMPILERS, Variant, compile_variants
 from nemoc.codegen.triton.emit import emit
 from nemoc.codegen.triton.interpret import run_site
 from nemoc.codegen.triton.module import module_source
@@ -208,6 +209,8 @@ def test_codes_of_weights_are_loaded_by_sixteen_bytes_and_ahead(tmp_path: Path) 
         "stages": made.stages,
     }
     setup = {"backend": "cuda", "arch": 90, "warp": 32}
-    ((_, answer),) = answers([request], setup, Children(jobs=1, seconds=100), tmp_path)
+    ((_, answer),) = answers(
+        [request], setup, dataclasses.replace(COMPILERS, jobs=1, seconds=100), tmp_path
+    )
     assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10", answer["assembly"])
     assert not re.search(r"ld\.global\S*\.[bu]8 ", answer["assembly"])

@@ -1,8 +1,8 @@
-"""Child processes that compile kernels: several at once, each kernel within limits of time and memory.
+"""Child processes that compile or run kernels: several at once, each request within limits of time and memory.
 
-The compiler is C++ that may crash, hang or fill the memory; then its process is given up and another one started for
-the kernels that are left. Children see none of the variables by which a user's shell may change what Triton does, and
-write to a folder of their own only.
+Compilers are C++ that may crash, hang or fill the memory, as kernels may; then the process is given up and another one
+started for the requests that are left. Children see none of the variables by which a user's shell may change what
+compilers do, and write to a folder of their own only.
 """
 
 import json
@@ -11,35 +11,36 @@ import re
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from nemoc.ir.errors import NemocError
-
-_WORKER = str(Path(__file__).with_name("worker.py"))
 
 
 @dataclass(frozen=True)
 class Children:
-    """How kernels are compiled.
+    """What processes run, and their limits.
 
     Attributes:
-        jobs: processes at a time; none: one for each core that this process may use.
-        seconds: for each kernel, and for a process to start.
-        bytes: of data that each process may have, and each assembler that it starts.
         command: what a process runs; the descriptor that it answers on is added.
+        jobs: processes at a time; none: one for each core that this process may use.
+        seconds: for each request, and for a process to start.
+        bytes: of data that each process may have, and each one that it starts.
+        what: what a process is, for messages.
+        variables: of a process's environment, besides a few of this process's; `{folder}` stands for its folder.
     """
 
+    command: tuple[str, ...]
     jobs: int | None = None
     seconds: float = 300.0
     bytes: int = 4 << 30
-    command: tuple[str, ...] = (sys.executable, "-P", _WORKER)
+    what: str = "the compiler"
+    variables: tuple[tuple[str, str], ...] = ()
 
     @property
     def processes(self) -> int:
@@ -51,34 +52,19 @@ class Children:
         return os.cpu_count() or 1
 
 
-DEFAULT_CHILDREN = Children()
-"""What is meant where nobody says."""
-
-
 def answers(
     requests: Sequence[Mapping[str, Any]],
     setup: Mapping[str, Any],
     children: Children,
     folder: Path,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The answers to requests as they come, each with the request's number; what they hold, `worker` says.
-
-    Where a process crashes or takes too long, the answer is its `error`; each `error` is one line.
-
-    Args:
-        requests: what to compile.
-        setup: what each process is told first, besides `bytes`.
-        children: how many processes, and their limits.
-        folder: an empty folder for what they write.
+    """The answers of a `Pool` that is there for these requests only.
 
     Raises:
         NemocError: a process does not start.
     """
-    pool = _Pool(requests, {**setup, "bytes": children.bytes}, children, folder)
-    try:
-        yield from pool.run()
-    finally:
-        pool.close()
+    with Pool(setup, children, folder) as pool:
+        yield from pool.answers(requests)
 
 
 class _Child:
@@ -106,14 +92,14 @@ class _Child:
                     stdin=subprocess.PIPE,
                     stdout=written,
                     stderr=written,
-                    env=_environment(folder),
+                    env=_environment(children, folder),
                     pass_fds=(far_end,),
                     start_new_session=True,  # so that its assembler can be ended with it
                 )
         except OSError as error:
             os.close(self._answers)
             raise NemocError(
-                f"the compiler of GPU kernels cannot be started: {error.strerror or error}"
+                f"{children.what} cannot be started: {error.strerror or error}"
             ) from None
         finally:
             os.close(far_end)
@@ -191,26 +177,46 @@ class _Child:
         return message
 
 
-class _Pool:
-    """Processes that share out requests."""
+class Pool:
+    """Processes that share out requests, and stay for more of them until the pool is closed.
 
-    def __init__(
-        self,
-        requests: Sequence[Mapping[str, Any]],
-        setup: Mapping[str, Any],
-        children: Children,
-        folder: Path,
-    ) -> None:
-        self._requests = requests
-        self._setup = setup
+    Args:
+        setup: what each process is told first, besides `bytes`.
+        children: how many processes, and their limits.
+        folder: an empty folder for what they write.
+    """
+
+    def __init__(self, setup: Mapping[str, Any], children: Children, folder: Path) -> None:
+        self._setup = {**setup, "bytes": children.bytes}
         self._children = children
         self._folder = folder
-        self._waiting = deque(range(len(requests)))
+        self._requests: Sequence[Mapping[str, Any]] = ()
+        self._waiting: deque[int] = deque()
+        self._idle: list[_Child] = []
         self._running: set[_Child] = set()
         self._started = 0
         self._selector = selectors.DefaultSelector()
 
-    def run(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def answers(
+        self, requests: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The answers to requests as they come, each with the request's number; what they hold, the worker says.
+
+        Where a process crashes or takes too long, the answer is its `error` and has `lost`; each `error` is one line.
+
+        Args:
+            requests: what to do, one after the other; all answers are taken before more is asked.
+
+        Raises:
+            NemocError: a process does not start.
+        """
+        self._requests, self._waiting = requests, deque(range(len(requests)))
         while self._waiting or self._running:
             self._start()
             earliest = min(child.deadline for child in self._running)
@@ -222,12 +228,16 @@ class _Pool:
 
     def close(self) -> None:
         """End all processes."""
-        for child in list(self._running):
+        for child in (*self._running, *self._idle):
             self._drop(child)
         self._selector.close()
 
     def _start(self) -> None:
-        """Start processes, as many as there is work for."""
+        """Give processes that are idle something to do, and start as many more as there is work for."""
+        while self._waiting and self._idle:
+            child = self._idle.pop()
+            self._running.add(child)
+            self._hand_on(child)
         starting = sum(child.request is None for child in self._running)
         room = self._children.processes - len(self._running)
         for _ in range(min(room, len(self._waiting) - starting)):
@@ -247,23 +257,30 @@ class _Pool:
             return
         done = child.request
         if self._waiting:
-            number = self._waiting.popleft()
-            child.ask(number, self._requests[number])
+            self._hand_on(child)
         else:
-            self._drop(child)
+            self._running.remove(child)
+            self._idle.append(child)
+            child.request = None
         if done is not None:
             yield done, answer
+
+    def _hand_on(self, child: _Child) -> None:
+        number = self._waiting.popleft()
+        child.ask(number, self._requests[number])
 
     def _lost(self, child: _Child, why: str) -> tuple[int, dict[str, Any]]:
         """Give up a process; the answer to its request."""
         self._drop(child)
         if child.request is None:
-            raise NemocError(f"the compiler of GPU kernels does not start: it {why}")
-        return child.request, {"error": f"the compiler {why}"}
+            raise NemocError(f"{self._children.what} does not start: it {why}")
+        return child.request, {"error": f"{self._children.what} {why}", "lost": why}
 
     def _drop(self, child: _Child) -> None:
         self._selector.unregister(child)
-        self._running.remove(child)
+        self._running.discard(child)
+        if child in self._idle:
+            self._idle.remove(child)
         child.close()
 
 
@@ -271,15 +288,10 @@ _KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH")
 """Variables that a process is given; none that changes what it compiles."""
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment(children: Children, folder: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name in _KEPT}
-    return kept | {
-        "TMPDIR": str(folder),
-        "TRITON_HOME": str(folder),
-        "TRITON_CACHE_DIR": str(folder / "triton"),
-        "TRITON_DISABLE_LINE_INFO": "1",  # or binaries would name the folder
-        "TRITON_DUMP_PTXAS_LOG": "1",
-    }
+    own = {name: value.replace("{folder}", str(folder)) for name, value in children.variables}
+    return kept | {"TMPDIR": str(folder)} | own
 
 
 _TELLING = re.compile(r"error\s*:|what\(\)\s*:|assert", re.IGNORECASE)
