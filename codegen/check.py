@@ -97,15 +97,30 @@ def check_site(
     op = site.op
     kernels = tuple(stage.kernel.name for stage in plan.stages)
     shapes = ", ".join(str(v.type) for v in op.operands())
-    float64 = not _quantizes_rounded(op)
-    given = [_wide(t) for t in operands] if float64 else operands
-    exact = evaluate_op(op, Env(sizes, float64), dict(zip(op.operands(), given, strict=True)))
+    exact = exact_results(op, operands, sizes)
     try:
         found = run()
     except KernelFault:
         return KernelCheck(kernels, f"{op.mnemonic()}({shapes})", float("inf"))
-    worst = max(error(_wide(f), _meant(e, f.dtype)) for f, e in zip(found, exact, strict=True))
+    worst = max(error(_wide(f), e) for f, e in zip(found, exact, strict=True))
     return KernelCheck(kernels, f"{op.mnemonic()}({shapes})", worst)
+
+
+def exact_results(
+    op: Op, operands: Sequence[torch.Tensor], sizes: Mapping[str, int]
+) -> tuple[torch.Tensor, ...]:
+    """What an op's results should be: floats in float64, those of types below f32 as these round them.
+
+    Args:
+        op: the op.
+        operands: a tensor for each operand.
+        sizes: B, L and C.
+    """
+    float64 = not _quantizes_rounded(op)
+    given = [_wide(t) for t in operands] if float64 else operands
+    exact = evaluate_op(op, Env(sizes, float64), dict(zip(op.operands(), given, strict=True)))
+    types = (result.dtype.torch for result in op.result_types())
+    return tuple(_wide(_meant(e, dtype)) for e, dtype in zip(exact, types, strict=True))
 
 
 def _quantizes_rounded(op: Op) -> bool:

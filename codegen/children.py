@@ -8,6 +8,7 @@ compilers do, and write to a folder of their own only.
 import json
 import os
 import re
+import resource
 import selectors
 import signal
 import subprocess
@@ -103,6 +104,7 @@ class _Child:
             ) from None
         finally:
             os.close(far_end)
+        _limit(self._process.pid, children.bytes)
         self._send(setup)
 
     def fileno(self) -> int:
@@ -181,13 +183,13 @@ class Pool:
     """Processes that share out requests, and stay for more of them until the pool is closed.
 
     Args:
-        setup: what each process is told first, besides `bytes`.
+        setup: what each process is told first.
         children: how many processes, and their limits.
         folder: an empty folder for what they write.
     """
 
     def __init__(self, setup: Mapping[str, Any], children: Children, folder: Path) -> None:
-        self._setup = {**setup, "bytes": children.bytes}
+        self._setup = setup
         self._children = children
         self._folder = folder
         self._requests: Sequence[Mapping[str, Any]] = ()
@@ -282,6 +284,20 @@ class Pool:
         if child in self._idle:
             self._idle.remove(child)
         child.close()
+
+
+def _limit(process: int, size: int) -> None:
+    """Let a process and those that it starts have so many bytes of data each: heap and private mappings, not libraries.
+
+    A crash leaves no core file. Only Linux can be asked for this from outside.
+    """
+    if not hasattr(resource, "prlimit"):
+        return
+    with suppress(ProcessLookupError):  # it has ended already
+        _, most = resource.prlimit(process, resource.RLIMIT_DATA)
+        soft = size if most == resource.RLIM_INFINITY else min(size, most)
+        resource.prlimit(process, resource.RLIMIT_DATA, (soft, most))
+        resource.prlimit(process, resource.RLIMIT_CORE, (0, 0))
 
 
 _KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH")

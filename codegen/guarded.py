@@ -7,6 +7,7 @@ the operands, the gaps between strided elements and the guards must be what they
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -57,23 +58,49 @@ def run_guarded(
     Raises:
         KernelFault: the kernels wrote where they must not.
     """
+    shared = (*plan.updates, *(plan.in_place if in_place else ()))
+    views = Views(site.operands, site.results, plan.scratch, shared)
+    return run_views(views, sizes, operands, call)
+
+
+@dataclass(frozen=True)
+class Views:
+    """What kernels work on.
+
+    Attributes:
+        operands, results, scratch: the view of each.
+        shared: pairs (result, operand) that are one buffer.
+    """
+
+    operands: tuple[View, ...]
+    results: tuple[View, ...]
+    scratch: tuple[View, ...]
+    shared: tuple[tuple[int, int], ...]
+
+
+def run_views(
+    views: Views,
+    sizes: Mapping[str, int],
+    operands: Sequence[torch.Tensor],
+    call: Callable[[Mapping[Arg, "Buffer"]], None],
+) -> tuple[torch.Tensor, ...]:
+    """As `run_guarded`, of kernels of which only the views are known."""
     buffers = {
         Arg("operand", i): Buffer.holding(view, sizes, tensor)
-        for i, (view, tensor) in enumerate(zip(site.operands, operands, strict=True))
+        for i, (view, tensor) in enumerate(zip(views.operands, operands, strict=True))
     }
-    shared = {*plan.updates, *(plan.in_place if in_place else ())}
-    for result, operand in shared:
+    for result, operand in views.shared:
         buffers[Arg("result", result)] = buffers[Arg("operand", operand)]
-    for i, view in enumerate(site.results):
+    for i, view in enumerate(views.results):
         buffers.setdefault(Arg("result", i), Buffer(view, sizes))
-    for i, view in enumerate(plan.scratch):
+    for i, view in enumerate(views.scratch):
         buffers[Arg("scratch", i)] = Buffer(view, sizes)
     before = {arg: buffer.memory.clone() for arg, buffer in buffers.items()}
     call(buffers)
     written = {id(b) for arg, b in buffers.items() if arg.kind != "operand"}
     for arg, buffer in buffers.items():
         buffer.assert_unchanged(before[arg], str(arg), gaps_only=id(buffer) in written)
-    count = len(site.results)
+    count = len(views.results)
     return tuple(buffers[Arg("result", i)].tensor.clone() for i in range(count))
 
 

@@ -156,6 +156,11 @@ class Plan:
     in_place: tuple[tuple[int, int], ...] = ()
     updates: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The names of its kernels: equal plans for equal sites have equal names, since these hold hashes."""
+        return "+".join(stage.kernel.name for stage in self.stages)
+
 
 @dataclass(frozen=True)
 class Site:

@@ -14,9 +14,9 @@ from typing import Any
 
 from nemoc.codegen.plan import StepFunction
 from nemoc.ir.dims import Dim, format_dim
+from nemoc.ir.json_field import JsonField
 from nemoc.ir.json_file import read_json
 from nemoc.runtime.dim_function import Sizes
-from nemoc.runtime.json_field import JsonField
 
 LAUNCHES = "kernels/launches.json"
 """The record's name within an artifact."""

@@ -1,5 +1,6 @@
 """What a machine must offer to run a library: its architecture and instruction-set extensions."""
 
+import contextlib
 import os
 import platform
 import re
@@ -78,6 +79,16 @@ def _cpuinfo() -> list[str]:
         return []
     match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     return match[1].split() if match else []
+
+
+def processor_model() -> str:
+    """The name of the processor, as its maker calls it where the system says so."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def core_count() -> int:

@@ -175,6 +175,26 @@ def _has_nan(piece: torch.Tensor) -> bool:
     return bool(comparable.amax().isnan())  # a maximum is NaN if any element is, and is one pass
 
 
+class WeightSource:
+    """A model's weights in the form in which steps read them, made when asked. A `ParameterSource`.
+
+    Args:
+        source: the model's parameters.
+        weights: what steps read of them.
+    """
+
+    def __init__(self, source: ParameterSource, weights: Iterable[Weight]) -> None:
+        self._pieces = weight_pieces(source)
+        self._weights = {w.name: w for w in weights}
+
+    def type_of(self, name: str) -> TensorType:
+        return self._weights[name].type
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        pieces = list(self._pieces(self._weights[name]))
+        return pieces[0] if pieces[0].dim() == 0 else torch.cat(pieces)[start:stop]
+
+
 class PackedWeights:
     """A weight file in memory: mapped, or copied into memory of our own. A `ParameterSource`.
 

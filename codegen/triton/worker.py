@@ -3,13 +3,12 @@
 It reads JSON from standard input, one object a line, and answers each line with one on the file descriptor that its
 argument names; standard output is left to Triton, LLVM and the assembler, who write there what they like.
 
-    setup    {"backend", "arch", "warp", "bytes"}        ->  {"triton": version}
+    setup    {"backend", "arch", "warp"}                 ->  {"triton": version}
     request  {"module", "kernel", "signature", "aligned", "warps", "stages"}
              ->  {"code", "assembly", "ttgir", "log", "metadata"}  or  {"error"}
 
-`bytes` limits the data of this process and of each assembler that it starts; `module` is a file with the kernel;
-`signature` gives Triton's type of every parameter, `aligned` the numbers of the pointers that are multiples of 16.
-`code` is in base64.
+`module` is a file with the kernel; `signature` gives Triton's type of every parameter, `aligned` the numbers of the
+pointers that are multiples of 16. `code` is in base64.
 
 No GPU is asked for: Triton looks for a driver only when it is not told the target, or to launch.
 """
@@ -20,7 +19,6 @@ import importlib.util
 import io
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -44,17 +42,6 @@ _METADATA = (
     "profile_scratch_align",
 )
 """What a launch needs; versions of Triton and its backends leave out what they have no use for."""
-
-
-def limit_resources(size: int) -> None:
-    """Let this process and its children have so many bytes of data each: heap and private mappings, not libraries.
-
-    A crash leaves no core file.
-    """
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    soft = size if most == resource.RLIM_INFINITY else min(size, most)
-    resource.setrlimit(resource.RLIMIT_DATA, (soft, most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def load(path: Path) -> ModuleType:
@@ -103,7 +90,6 @@ def main() -> None:
         answers.flush()
 
     setup = json.loads(sys.stdin.readline())
-    limit_resources(setup["bytes"])
     target = GPUTarget(setup["backend"], setup["arch"], setup["warp"])
     answer({"triton": triton.__version__})
     for line in sys.stdin:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nemoc.codegen.lower import Program, lower_program
 from nemoc.codegen.storage import Layout
+from nemoc.codegen.tuned import Lookup, tuned
 from nemoc.codegen.tvm.build import build_library
 from nemoc.codegen.tvm.emit import emit, expanded
 from nemoc.codegen.tvm.step import module_source
@@ -36,6 +37,7 @@ def compile_program(
     weights: Layout,
     corners: Sequence[Mapping[str, int]],
     target: CpuTarget,
+    lookup: Lookup = lambda kernel: {},
 ) -> Compiled:
     """Compile step functions into one library.
 
@@ -44,13 +46,13 @@ def compile_program(
         weights: where the weights lie.
         corners: sizes of B, L and C at which scratch is largest (`nemoc.codegen.lower.corner_sizes`).
         target: the CPU to compile for.
+        lookup: the schedules of kernels that were tuned.
 
     Raises:
         NemocError: an op has no kernel, or the library cannot be linked here.
     """
-    program = lower_program(
-        expanded(graphs), weights, corners, functools.partial(emit, target=target)
-    )
+    backend = tuned(functools.partial(emit, target=target), lookup)
+    program = lower_program(expanded(graphs), weights, corners, backend)
     source = module_source(program.functions)
     with tempfile.TemporaryDirectory(prefix="nemoc-") as folder:
         path = Path(folder) / "step.so"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemoc.autotune.records import Records
 from nemoc.codegen.lower import corner_sizes, describe
 from nemoc.codegen.storage import Layout, Weight, bind_weights, weight_layout
 from nemoc.codegen.triton.kernel_store import KernelStore
@@ -41,6 +42,14 @@ from nemoc.runtime.cpu import LIBRARY, kernel_record
 from nemoc.runtime.machine import thread_count
 from nemoc.runtime.scalars import check_count
 from nemoc.runtime.weights import weight_pieces
+from nemoc.schedules import (
+    Chosen,
+    Numerics,
+    RecordSource,
+    check_numerics,
+    cpu_device,
+    known_records,
+)
 from nemoc.targets import compute_type, resolve_target, target_info
 
 FUNCTIONS = ("prefill", "prefill_all", "decode")
@@ -93,6 +102,8 @@ def compile(
     error_budget: float | None = None,
     calibration: Sequence[str | Path] = (),
     plugins: Iterable[str | type[Pass]] = (),
+    records: RecordSource = None,
+    numerics: str = "same",
     threads: int | None = None,
     destination: str | Path | None = None,
     verify_each: bool = False,
@@ -120,6 +131,10 @@ def compile(
             error, KL of the next token's distribution in nats, below this (`nemoc.error_budget`).
         calibration: files of text to measure that on; the sample model has some of its own.
         plugins: passes of the user's own that the pipeline's text may name: modules or classes.
+        records: schedules that `nemoc tune` found: records or files of them; None for what comes with nemoc and what
+            was found on this machine, an empty list for none. Only those of exactly these kernels on this kind of
+            device are taken.
+        numerics: "same" takes no schedule that changes a bit of any result, "any" all.
         threads: threads that the executable runs on; None for `NEMOC_THREADS`, else all cores.
         destination: where to write the artifact; None for a temporary place that goes with the executable.
         verify_each: hold every pass to what it declares, by running the graphs before and after it on small inputs.
@@ -154,7 +169,8 @@ def compile(
     step = GPU_STEP_TOKENS if on_gpu else STEP_TOKENS
     bounds = Bounds(max_batch, max_context, max(step, check_count("max_batch", max_batch)))
     bound, weights = bind_weights(found.graphs)
-    compiled = _generate(found.target, bound, weights, bounds, progress)
+    chosen = _Tuning(known_records(records), check_numerics(numerics), threads)
+    compiled = _generate(found.target, bound, weights, bounds, chosen, progress)
     contents = Contents(
         target=found.target,
         machine=compiled.machine,
@@ -335,6 +351,7 @@ def _generate(
     graphs: Mapping[str, Graph],
     weights: Sequence[Weight],
     bounds: Bounds,
+    tuning: "_Tuning",
     progress: Progress | None,
 ) -> _Compiled:
     """The code of a target; none for the interpreter."""
@@ -350,7 +367,8 @@ def _generate(
     from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
 
     cpu = cpu_target(target)
-    compiled = compile_program(graphs, layout, corners, cpu)
+    chosen = Chosen(tuning.records, cpu_device(cpu.mcpu, tuning.threads), tuning.numerics)
+    compiled = compile_program(graphs, layout, corners, cpu, chosen)
     machine = Machine.host() if target == "cpu" else Machine.of(cpu.architecture, cpu.features)
     return _Compiled(
         machine,
@@ -359,8 +377,24 @@ def _generate(
             LIBRARY: compiled.library,
             "kernels/step.py": compiled.source,
             "kernels/launches.txt": describe(compiled.program.functions),
+            **chosen.files(),
         },
     )
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    """Which schedules may be taken.
+
+    Attributes:
+        records: where they are looked up.
+        numerics: of which kind.
+        threads: for how many.
+    """
+
+    records: Records
+    numerics: Numerics
+    threads: int
 
 
 def _generate_gpu(

@@ -11,14 +11,14 @@ import torch
 
 from nemoc import compiler
 from nemoc.codegen.check import CheckedBackend, check_kernels
-from nemoc.codegen.storage import Weight, bind_weights, weight_layout
+from nemoc.codegen.storage import bind_weights, weight_layout
 from nemoc.codegen.triton.target import GPUS
 from nemoc.compiler import Functions, Pipeline
 from nemoc.gpu import runnable
 from nemoc.graph_file import read_graph
-from nemoc.ir import Graph, NemocError, Op, TensorType
+from nemoc.ir import Graph, NemocError, Op
 from nemoc.ir.ops import Cast, Folded, Fused, QuantizeNvfp4, RoundToInt8
-from nemoc.ir.params import LazyArguments, ParameterSource
+from nemoc.ir.params import LazyArguments
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models import Model, eager_reference, open_model
 from nemoc.passes import Effect, Pass, PassContext, PassRun
@@ -30,7 +30,7 @@ from nemoc.runtime import Executable
 from nemoc.runtime.manifest import read_manifest
 from nemoc.runtime.reference import ReferenceBackend
 from nemoc.runtime.store import open_weights
-from nemoc.runtime.weights import weight_pieces
+from nemoc.runtime.weights import WeightSource
 
 MODEL_BOUND = 1e-4
 """‖executable − eager‖ / ‖eager‖ of the logits, both in float32."""
@@ -200,7 +200,7 @@ def kernel_rows(found: Functions) -> Iterator[VerifyRow]:
     if found.target == "reference" or found.model.parameters is None:
         return
     graphs, weights = bind_weights(found.graphs)
-    packed = _Packed(found.model.parameters, weights)
+    packed = WeightSource(found.model.parameters, weights)
     checks = check_kernels(
         graphs,
         weight_layout(weights),
@@ -230,21 +230,6 @@ def _checked_backend(target: str) -> CheckedBackend:
     from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
 
     return tvm_check.checked_backend(cpu_target(target))
-
-
-class _Packed:
-    """A model's weights in the form in which steps read them."""
-
-    def __init__(self, source: ParameterSource, weights: Iterable[Weight]) -> None:
-        self._pieces = weight_pieces(source)
-        self._weights = {w.name: w for w in weights}
-
-    def type_of(self, name: str) -> TensorType:
-        return self._weights[name].type
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        pieces = list(self._pieces(self._weights[name]))
-        return pieces[0] if pieces[0].dim() == 0 else torch.cat(pieces)[start:stop]
 
 
 def model_rows(

@@ -1,5 +1,6 @@
 """Reading JSON that somebody else wrote: a field has the type and range that is expected, or is refused in one line."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,26 @@ class JsonField:
         """
         if type(self.value) is not int or not least <= self.value <= most:
             raise self.wrong(f"an integer from {least} to {most}")
+        return self.value
+
+    def number(self) -> float:
+        """A positive finite number.
+
+        Raises:
+            NemocError: it is something else.
+        """
+        if type(self.value) not in (int, float) or not 0.0 < self.value < math.inf:
+            raise self.wrong("a positive number")
+        return float(self.value)
+
+    def one_of(self, *texts: str) -> str:
+        """One of some texts.
+
+        Raises:
+            NemocError: it is something else.
+        """
+        if self.value not in texts or type(self.value) is not str:
+            raise self.wrong(" or ".join(texts))
         return self.value
 
     def text(self) -> str:

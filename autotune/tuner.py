@@ -1,0 +1,448 @@
+"""Tuning a set of kernels within a budget.
+
+Each kernel's default is measured first, which says what part of the model it is. Then, batch by batch, the kernel from
+which most is expected gets its next candidates: its part of the model, times what a few more candidates are likely to
+gain. A kernel is settled when that is next to nothing. What looks best is measured again against the default, since
+the best of many noisy measurements looks better than it is, and only a gain that this bears out is claimed.
+
+Everything is in the journal as soon as it is known, so a run may end at any moment, and goes on where it ended.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from nemoc.autotune.journal import Journal, Outcome, Study, Trial
+from nemoc.autotune.records import Record, Records, structure_of
+from nemoc.autotune.search import Candidate, Emit, Search, Space, expected_gain, schedule_changes
+from nemoc.autotune.statistics import Interval, ratio_of_times
+from nemoc.codegen.plan import Plan, Site
+from nemoc.codegen.tunables import Schedule
+
+BATCH = 6
+"""Candidates that are compiled and measured together."""
+
+_WORTH = 1e-3
+"""Part of the model's time that a batch must be expected to gain."""
+
+_FINALISTS = 3
+"""Candidates that are measured again at the end."""
+
+_ROUNDS, _FINAL_ROUNDS = (7, 40), (20, 60)
+"""Fewest and most rounds of a batch, and of the last measurement."""
+
+_BATCH_SECONDS, _FINAL_SECONDS = 1.0, 3.0
+"""What their rounds should take together."""
+
+_ROUND_SECONDS = 0.012
+"""What a round of one candidate takes besides the kernel: caches are emptied first."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is said of a candidate that was checked.
+
+    Attributes:
+        outcome: "ok", or what is wrong with it.
+        equal: whether its results have the bits of the default's.
+        message: what is wrong, one line.
+    """
+
+    outcome: Outcome
+    equal: bool = False
+    message: str = ""
+
+
+class Bench(Protocol):
+    """Where candidates of one kernel are compiled and measured; nothing that they do reaches this process."""
+
+    def compile(self, plans: Sequence[Plan]) -> Mapping[str, Finding]:
+        """Compile plans; what is wrong with those that fail, by name."""
+        ...
+
+    def check(self, plan: Plan) -> Finding:
+        """Run a compiled plan once on guarded memory and compare its results with what they should be."""
+        ...
+
+    def time(self, plans: Sequence[Plan], rounds: int, seed: int) -> list[list[float]] | Finding:
+        """Seconds of checked plans in each round; what went wrong if it did not come to that."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that a model launches.
+
+    Attributes:
+        site: the op and its views.
+        default: its plan where nothing is tuned.
+        function: the step that launches it.
+        launches: how often, in one step.
+        sizes: B, L and C for which it is tuned.
+        bench: opens what measures it.
+    """
+
+    site: Site
+    default: Plan
+    function: str
+    launches: int
+    sizes: Mapping[str, int]
+    bench: Callable[[], contextlib.AbstractContextManager[Bench]]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What kernels are tuned for.
+
+    Attributes:
+        name: as in `Record.device`.
+        tools: versions of what compiles them.
+        machine: the model of the processor.
+    """
+
+    name: str
+    tools: str
+    machine: str
+
+
+@dataclass
+class KernelReport:
+    """How tuning of one kernel went.
+
+    Attributes:
+        kernel: the kernel.
+        study: its trials.
+        space: what it can be.
+        seconds: median of the default; 0 while it is unknown.
+        share: its part of the time of its function's tuned kernels.
+        settled: whether nothing more is to be expected of it.
+        best: the schedule that is fastest, empty for the default.
+        gain: how its time compares with the default's; none until it has been measured at the end.
+        equal: whether its results have the bits of the default's.
+    """
+
+    kernel: Kernel
+    study: Study
+    space: Space
+    seconds: float = 0.0
+    share: float = 0.0
+    settled: bool = False
+    best: Schedule = field(default_factory=dict)
+    gain: Interval | None = None
+    equal: bool = True
+
+    @property
+    def name(self) -> str:
+        """The name of its default plan."""
+        return self.kernel.default.name
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a run says of itself while it goes on.
+
+    Attributes:
+        kernel: the kernel at hand.
+        best: the least ratio to its default so far.
+        done: candidates tried of it.
+        gain: expected part of the model's time that is gained so far, by function.
+        left: seconds of the budget.
+    """
+
+    kernel: str
+    best: float
+    done: int
+    gain: Mapping[str, float]
+    left: float
+
+
+class Tuner:
+    """Tunes kernels.
+
+    Args:
+        kernels: what there is.
+        emit: makes plans of sites.
+        device: what they are for.
+        journal: where trials are kept.
+        records: known results, for where to begin.
+        keep_bits: without what may change the order of sums.
+        prepare: compiles the defaults of kernels, all at once where that is quicker.
+        tell: told after each batch.
+        clock: seconds; tests hand in their own.
+    """
+
+    def __init__(
+        self,
+        kernels: Sequence[Kernel],
+        emit: Emit,
+        device: Device,
+        journal: Journal,
+        records: Records | None = None,
+        keep_bits: bool = True,
+        prepare: Callable[[Sequence[Kernel]], None] = lambda kernels: None,
+        tell: Callable[[Told], None] = lambda told: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._device, self._prepare, self._tell, self._clock = device, prepare, tell, clock
+        self._keep_bits = keep_bits
+        self._records = records or Records()
+        self._searches: dict[str, Search] = {}
+        self.reports = [self._report(kernel, emit, journal) for kernel in kernels]
+
+    @property
+    def identity(self) -> str:
+        """A hash of which kernels there are, and for what they are tuned."""
+        return hashlib.sha256("\n".join(sorted(self._searches)).encode()).hexdigest()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing more is expected of any kernel, as far as the journal knows."""
+        return all(r.study.about.get("settled") for r in self.reports if r.space.tunables)
+
+    def run(self, deadline: float, spent: Callable[[], None] = lambda: None) -> None:
+        """Measure until nothing more is expected, or the clock is at the deadline.
+
+        The defaults are measured whatever the deadline, and what looks best at the end.
+
+        Args:
+            deadline: on the clock.
+            spent: called whenever some time has been spent.
+        """
+        for report in self.reports:
+            report.study.recover()
+        self._prepare([r.kernel for r in self.reports if self._default_trial(r) is None])
+        for report in self.reports:
+            self._measure_default(report)
+            spent()
+        self._share_out()
+        while self._clock() < deadline:
+            promising = [r for r in self.reports if self._promise(r) >= _WORTH]
+            if not promising:
+                break
+            self._batch(max(promising, key=self._promise), deadline)
+            spent()
+        for report in self.reports:
+            report.settled = self._promise(report) < _WORTH
+            self._conclude(report)
+            spent()
+
+    def results(self) -> Records:
+        """What was found, as records."""
+        return Records(self._record(report) for report in self.reports if report.gain is not None)
+
+    def gains(self) -> dict[str, float]:
+        """The part of each function's tuned kernels' time that the best candidates save."""
+        saved: dict[str, float] = {}
+        for report in self.reports:
+            ratio = report.gain.ratio if report.gain else self._best(report)
+            function = report.kernel.function
+            saved[function] = saved.get(function, 0.0) + report.share * (1.0 - min(1.0, ratio))
+        return saved
+
+    def _report(self, kernel: Kernel, emit: Emit, journal: Journal) -> KernelReport:
+        space = Space.of(kernel.site, emit, self._keep_bits)
+        structure, shape = structure_of(kernel.site)
+        sizes = ",".join(f"{k}={v}" for k, v in sorted(kernel.sizes.items()))
+        numerics = "same" if self._keep_bits else "any"
+        name = f"{self._device.name} | {self._device.tools} | {numerics} | {sizes} | {kernel.default.name}"
+        about = {"structure": structure, "shape": list(shape), "function": kernel.function}
+        study = journal.study(name, space.tunables, about)
+        report = KernelReport(kernel, study, space)
+        seeds = [
+            r.schedule for r in self._records.relatives(structure, self._device.name) if r.schedule
+        ]
+        self._searches[name] = Search(space, study, seeds)
+        return report
+
+    def _measure_default(self, report: KernelReport) -> None:
+        if self._default_trial(report) is None:
+            self._try(report, [Candidate({}, report.kernel.default)])
+        default = self._default_trial(report)
+        if default is not None and default.seconds:
+            report.seconds = statistics.median(default.seconds)
+        report.settled = bool(report.study.about.get("settled"))
+
+    def _default_trial(self, report: KernelReport) -> Trial | None:
+        """The trial of the default, if it was tried."""
+        found = (t for t in report.study.trials() if t.kernels == report.name)
+        return next(found, None)
+
+    def _share_out(self) -> None:
+        totals: dict[str, float] = {}
+        for report in self.reports:
+            totals[report.kernel.function] = totals.get(report.kernel.function, 0.0) + _whole(
+                report
+            )
+        for report in self.reports:
+            report.share = _whole(report) / (totals[report.kernel.function] or 1.0)
+
+    def _promise(self, report: KernelReport) -> float:
+        """Part of its function's time that the next candidates of a kernel are expected to gain."""
+        if report.settled or not report.seconds or not report.space.tunables:
+            return 0.0
+        trials = report.study.trials()
+        untried = report.space.size - len(trials)
+        return report.share * expected_gain(trials, untried)
+
+    def _batch(self, report: KernelReport, deadline: float) -> None:
+        candidates = self._searches[report.study.name].next(BATCH)
+        if not candidates:
+            report.settled = True
+            return
+        self._try(report, candidates)
+        trials = report.study.trials()
+        told = Told(
+            report.name, self._best(report), len(trials), self.gains(), deadline - self._clock()
+        )
+        self._tell(told)
+
+    def _try(self, report: KernelReport, candidates: Sequence[Candidate]) -> None:
+        """Take candidates through compiling, checking and timing; each leaves a trial."""
+        started, study = self._clock(), report.study
+        opened = [(study.begin(c.schedule), c) for c in candidates]
+        mine = [(number, c) for number, c in opened if number is not None]
+        if not mine:
+            return
+
+        def cost() -> float:
+            return (self._clock() - started) / len(mine)
+
+        with report.kernel.bench() as bench:
+            plans = {c.plan.name: c.plan for _, c in mine}
+            compiled = bench.compile([report.kernel.default, *plans.values()])
+            right: list[tuple[int, Candidate, Finding]] = []
+            for number, candidate in mine:
+                name = candidate.plan.name
+                finding = compiled.get(name) or bench.check(candidate.plan)
+                if finding.outcome == "ok":
+                    right.append((number, candidate, finding))
+                else:
+                    study.finish(
+                        number, name, finding.outcome, cost=cost(), message=finding.message
+                    )
+            self._time(report, bench, right, cost)
+
+    def _time(
+        self,
+        report: KernelReport,
+        bench: Bench,
+        right: Sequence[tuple[int, Candidate, Finding]],
+        cost: Callable[[], float],
+    ) -> None:
+        """Time checked candidates beside the default; one by one where they fail together."""
+        study, default = report.study, report.kernel.default
+        if not right:
+            return
+        others = [c.plan for _, c, _ in right if c.plan.name != default.name]
+        rounds = _rounds(report.seconds, len(others) + 1, _ROUNDS, _BATCH_SECONDS)
+        times = bench.time([default, *others], rounds, seed=right[0][0])
+        if isinstance(times, Finding):
+            if len(right) > 1:
+                for one in right:
+                    self._time(report, bench, [one], cost)
+                return
+            number, candidate, _ = right[0]
+            study.finish(
+                number, candidate.plan.name, times.outcome, cost=cost(), message=times.message
+            )
+            return
+        by_name = dict(zip([default.name, *(p.name for p in others)], times, strict=True))
+        for number, candidate, finding in right:
+            seconds = by_name[candidate.plan.name]
+            study.finish(
+                number,
+                candidate.plan.name,
+                "ok",
+                ratio=ratio_of_times(seconds, by_name[default.name]).ratio,
+                seconds=seconds,
+                equal=finding.equal,
+                cost=cost(),
+            )
+
+    def _conclude(self, report: KernelReport) -> None:
+        """Measure the best again, unless that was done with the same candidates."""
+        trials = report.study.trials()
+        done = report.study.about.get("concluded")
+        if done is None or done["trials"] != len(trials):
+            done = self._last_measurement(report, trials) | {"trials": len(trials)}
+            report.study.note("concluded", done)
+        if report.settled:
+            report.study.note("settled", True)
+        report.best = done["schedule"]
+        report.equal = done["equal"]
+        report.gain = Interval(done["ratio"], done["low"], done["high"])
+
+    def _last_measurement(self, report: KernelReport, trials: Sequence[Trial]) -> dict[str, Any]:
+        """The finalists beside the default: the fastest that is faster beyond doubt, else the default."""
+        nothing = {"schedule": {}, "equal": True, "ratio": 1.0, "low": 1.0, "high": 1.0}
+        faster = sorted(
+            (t for t in trials if t.ratio is not None and t.ratio < 1.0), key=lambda t: t.ratio or 0
+        )
+        plans = [(t, report.space.plan(t.schedule)) for t in faster[:_FINALISTS]]
+        finalists = [(t, plan) for t, plan in plans if plan is not None]
+        if not finalists:
+            return nothing
+        with report.kernel.bench() as bench:
+            together = [report.kernel.default, *(plan for _, plan in finalists)]
+            if bench.compile(together):
+                return nothing
+            rounds = _rounds(report.seconds, len(together), _FINAL_ROUNDS, _FINAL_SECONDS)
+            times = bench.time(together, rounds, seed=len(trials))
+        if isinstance(times, Finding):
+            return nothing
+        compared = [
+            (ratio_of_times(seconds, times[0]), trial)
+            for seconds, (trial, _) in zip(times[1:], finalists, strict=True)
+        ]
+        interval, trial = min(compared, key=lambda c: c[0].ratio)
+        if not interval.is_gain:
+            return nothing
+        return {
+            "schedule": schedule_changes(report.space, trial.schedule),
+            "equal": trial.equal,
+            **dataclasses.asdict(interval),
+        }
+
+    def _best(self, report: KernelReport) -> float:
+        ratios = [t.ratio for t in report.study.trials() if t.ratio is not None]
+        return min([1.0, *ratios])
+
+    def _record(self, report: KernelReport) -> Record:
+        assert report.gain is not None
+        structure, shape = structure_of(report.kernel.site)
+        same = report.equal and report.space.keeps_bits(report.best)
+        return Record(
+            kernel=report.name,
+            device=self._device.name,
+            tools=self._device.tools,
+            structure=structure,
+            shape=shape,
+            sizes=dict(report.kernel.sizes),
+            schedule=dict(report.best),
+            numerics="same" if same else "any",
+            ratio=report.gain.ratio,
+            low=report.gain.low,
+            high=report.gain.high,
+            seconds=(report.seconds, report.seconds * report.gain.ratio),
+            trials=len(report.study.trials()),
+            origin="measured",
+            machine=self._device.machine,
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+
+def _whole(report: KernelReport) -> float:
+    """Seconds of a step that a kernel takes."""
+    return report.seconds * report.kernel.launches
+
+
+def _rounds(seconds: float, together: int, bounds: tuple[int, int], wanted: float) -> int:
+    """Rounds that take about as long as wanted."""
+    each = together * (seconds + _ROUND_SECONDS)
+    return int(min(max(wanted / each, bounds[0]), bounds[1]))

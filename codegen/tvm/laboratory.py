@@ -1,0 +1,255 @@
+"""Trying kernels on the CPU at hand: compiled, checked and timed in child processes.
+
+    with Laboratory(cpu_target(), threads=2, folder=folder) as laboratory:
+        subject = laboratory.subject(site, plan, operands, sizes, warm)
+        laboratory.compile([(subject, other)])
+        laboratory.check(subject, other)
+        laboratory.time(subject, [plan, other], rounds=10, seed=0)
+
+Compilers run side by side, one for each core; kernels are checked and timed by one process, while nothing else runs.
+What children do, `nemoc.codegen.tvm.trial_worker` says.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from safetensors.torch import save_file
+
+import nemoc
+from nemoc.codegen.check import exact_results
+from nemoc.codegen.children import Children, Pool
+from nemoc.codegen.guarded import arguments
+from nemoc.codegen.plan import Address, Launch, Plan, Site, StepFunction, View
+from nemoc.codegen.tvm.step import module_source
+from nemoc.codegen.tvm.target import CpuTarget
+from nemoc.ir.dims import evaluate_dim
+
+FUNCTION = "trial"
+"""The function that a candidate's library exports."""
+
+WORKERS = Children(
+    command=(sys.executable, "-P", "-m", "nemoc.codegen.tvm.trial_worker"),
+    seconds=120.0,
+    what="the kernel's process",
+    variables=(("PYTHONPATH", str(Path(nemoc.__file__).parents[1])),),
+)
+"""Processes that compile and run candidates."""
+
+Kind = Literal["compile", "wrong", "crash", "hang", "memory"]
+"""What can be wrong with a candidate."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a candidate is out.
+
+    Attributes:
+        kind: what is wrong.
+        message: one line.
+    """
+
+    kind: Kind
+    message: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A candidate that runs and is right.
+
+    Attributes:
+        error: the largest relative error of a result against float64.
+        equal: whether all results have the bits of the default's.
+    """
+
+    error: float
+    equal: bool
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A site that candidates are tried on.
+
+    Attributes:
+        site: the op and its views.
+        default: the plan that others are compared with.
+        sizes: B, L and C.
+        folder: where its tensors are.
+    """
+
+    site: Site
+    default: Plan
+    sizes: Mapping[str, int]
+    folder: Path
+
+
+class Laboratory:
+    """Child processes, and the files that they work on.
+
+    Args:
+        target: the CPU at hand.
+        threads: that kernels run on.
+        folder: an empty folder for tensors and libraries.
+        workers: the processes and their limits.
+    """
+
+    def __init__(
+        self, target: CpuTarget, threads: int, folder: Path, workers: Children = WORKERS
+    ) -> None:
+        self._folder = folder
+        for name in ("subjects", "libraries", "compilers", "runs"):
+            (folder / name).mkdir()
+        name = f"cpu:{target.mcpu}"
+        setup, single = {"target": name, "threads": threads}, {"target": name, "threads": 1}
+        self._compilers = Pool(single, workers, folder / "compilers")
+        alone = dataclasses.replace(workers, jobs=1)
+        self._runs = Pool(setup, alone, folder / "runs")
+
+    fault = Fault
+    """What `check` and `time` give where something is wrong."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._compilers.close()
+        self._runs.close()
+
+    def subject(
+        self,
+        site: Site,
+        default: Plan,
+        operands: Sequence[torch.Tensor],
+        sizes: Mapping[str, int],
+        warm: Sequence[bool],
+    ) -> Subject:
+        """Write a site's operands, and what its results should be, to a folder.
+
+        Args:
+            site: the op and its views.
+            default: the plan that others are compared with.
+            operands: a tensor for each operand.
+            sizes: B, L and C.
+            warm: for each operand, whether a step has just computed it.
+        """
+        folder = self._folder / "subjects" / default.name
+        if not folder.exists():
+            folder.mkdir()
+            record = {
+                "sizes": [sizes[symbol] for symbol in "BLC"],
+                "operands": [_record(view, sizes) for view in site.operands],
+                "results": [_record(view, sizes) for view in site.results],
+                "warm": list(warm),
+            }
+            (folder / "site.json").write_text(json.dumps(record), "utf-8")
+            exact = exact_results(site.op, operands, sizes)
+            tensors = {
+                **{f"operand{i}": t.contiguous() for i, t in enumerate(operands)},
+                **{f"expected{i}": t.contiguous() for i, t in enumerate(exact)},
+            }
+            # Operands may be one tensor, which safetensors refuses to write twice.
+            save_file({k: t.clone() for k, t in tensors.items()}, folder / "tensors.safetensors")
+        return Subject(site, default, sizes, folder)
+
+    def compile(self, plans: Iterable[tuple[Subject, Plan]]) -> dict[str, Fault]:
+        """Compile what is not compiled yet; returns what is wrong with plans, by their names."""
+        wanted = {plan.name: (subject, plan) for subject, plan in plans}
+        missing = [name for name in wanted if not self._library(wanted[name][1]).exists()]
+        requests = []
+        for name in missing:
+            source = self._folder / "libraries" / f"{_file_name(name)}.py"
+            source.write_text(_module(*wanted[name]), "utf-8")
+            library = self._library(wanted[name][1])
+            requests.append({"do": "compile", "source": str(source), "library": str(library)})
+        return {
+            missing[number]: _fault("compile", answer)
+            for number, answer in self._compilers.answers(requests)
+            if "error" in answer
+        }
+
+    def check(self, subject: Subject, plan: Plan, bound: float) -> Checked | Fault:
+        """Run a compiled plan and its subject's default on guarded memory.
+
+        Args:
+            subject, plan: what runs.
+            bound: the largest relative error of a result that is right.
+        """
+        request = {
+            "do": "check",
+            "subject": str(subject.folder),
+            "candidate": self._record(subject, plan),
+            "default": self._record(subject, subject.default),
+        }
+        ((_, answer),) = self._runs.answers([request])
+        if "error" in answer:
+            return _fault("crash", answer)
+        error = float(answer["deviation"])
+        if not error <= bound:
+            fault = answer.get("fault", f"relative error {error:.1e}, expected at most {bound:g}")
+            return Fault("wrong", fault)
+        return Checked(error, bool(answer["equal"]))
+
+    def time(
+        self, subject: Subject, plans: Sequence[Plan], rounds: int, seed: int
+    ) -> list[list[float]] | Fault:
+        """Seconds of compiled and checked plans, round by round; each list has one for each round."""
+        request = {
+            "do": "time",
+            "subject": str(subject.folder),
+            "candidates": [self._record(subject, plan) for plan in plans],
+            "rounds": rounds,
+            "seed": seed,
+        }
+        ((_, answer),) = self._runs.answers([request])
+        if "error" in answer:
+            return _fault("crash", answer)
+        seconds: list[list[float]] = answer["seconds"]
+        return seconds
+
+    def _library(self, plan: Plan) -> Path:
+        return self._folder / "libraries" / f"{_file_name(plan.name)}.so"
+
+    def _record(self, subject: Subject, plan: Plan) -> dict[str, Any]:
+        return {
+            "library": str(self._library(plan)),
+            "scratch": [_record(view, subject.sizes) for view in plan.scratch],
+            "updates": [list(pair) for pair in plan.updates],
+        }
+
+
+def _file_name(name: str) -> str:
+    """A plan's name, which may be longer than file names are."""
+    return name if len(name) < 100 else hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+def _module(subject: Subject, plan: Plan) -> str:
+    """The text of a module that exports a plan."""
+    args = arguments(subject.site, plan)
+    phases = tuple(
+        (Launch(stage.kernel, tuple(Address(str(a)) for a in stage.args)),) for stage in plan.stages
+    )
+    return module_source([StepFunction(FUNCTION, tuple(map(str, args)), phases)])
+
+
+def _record(view: View, sizes: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "dtype": view.dtype.value,
+        "shape": [evaluate_dim(n, sizes) for n in view.shape],
+        "strides": [evaluate_dim(s, sizes) for s in view.strides],
+    }
+
+
+def _fault(kind: Kind, answer: Mapping[str, Any]) -> Fault:
+    """What became of a request: what its process said, or how it ended."""
+    message = str(answer["error"])
+    if any(word in message for word in ("MemoryError", "bad_alloc", "memory")):
+        return Fault("memory", message)
+    if "did not answer" in str(answer.get("lost")):
+        return Fault("hang", message)
+    return Fault(kind, message)

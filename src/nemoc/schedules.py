@@ -1,0 +1,119 @@
+"""Which schedules a compilation takes: those of records that were measured on the same kind of device."""
+
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from nemoc.autotune.records import SHIPPED, Record, Records, read_records
+from nemoc.autotune.tuner import Device
+from nemoc.codegen.tunables import Schedule
+from nemoc.ir import NemocError
+from nemoc.options import read_options
+from nemoc.runtime.files import as_path
+from nemoc.runtime.machine import processor_model
+
+Numerics = Literal["same", "any"]
+"""Whether tuned kernels must have the bits of the defaults."""
+
+NUMERICS: tuple[Numerics, ...] = ("same", "any")
+
+SCHEDULES = "kernels/schedules.json"
+"""The file of an artifact that says which kernels are not the defaults, and why."""
+
+RecordSource = Records | str | Path | Iterable[str | Path] | None
+"""Records, files of them, or none for what this installation knows."""
+
+
+def own_records() -> Path:
+    """The file to which `nemoc tune` adds what it found."""
+    return read_options().cache / "tuning" / "records.json"
+
+
+def own_journal() -> Path:
+    """The file in which `nemoc tune` keeps its trials."""
+    return read_options().cache / "tuning" / "journal.log"
+
+
+def known_records(source: RecordSource = None) -> Records:
+    """Records by their source: by default those that come with nemoc, then the user's own.
+
+    Raises:
+        NemocError: a file cannot be read or holds something else.
+    """
+    if isinstance(source, Records):
+        return source
+    if source is None:
+        files = [path for path in (SHIPPED, own_records()) if path.exists()]
+    elif isinstance(source, str | Path):
+        files = [as_path(source)]
+    else:
+        files = list(map(as_path, source))
+    found = Records()
+    for path in files:
+        found.add(read_records(path))
+    return found
+
+
+def check_numerics(numerics: str) -> Numerics:
+    """A user's choice.
+
+    Raises:
+        NemocError: it is none.
+    """
+    for known in NUMERICS:
+        if numerics == known:
+            return known
+    raise NemocError(f"numerics is {numerics!r}, expected one of {', '.join(NUMERICS)}")
+
+
+def cpu_device(mcpu: str, threads: int) -> Device:
+    """The machine at hand, as records name it.
+
+    Args:
+        mcpu: LLVM's name of the CPU.
+        threads: that kernels run on.
+    """
+    version = importlib.metadata.version("apache-tvm")
+    name = f"cpu:{mcpu}, {threads} thread{'s' if threads > 1 else ''}"
+    return Device(name, f"apache-tvm {version}", processor_model())
+
+
+@dataclass
+class Chosen:
+    """Looks schedules up, and keeps which ones were taken.
+
+    Attributes:
+        records: where they are looked up.
+        device: for which.
+        numerics: of which kind.
+        taken: the records that were found, by kernel.
+    """
+
+    records: Records
+    device: Device
+    numerics: Numerics
+    taken: dict[str, Record] = field(default_factory=dict)
+
+    def __call__(self, kernel: str) -> Schedule:
+        """The schedule of a kernel; empty for the default."""
+        record = self.records.find(kernel, self.device.name, self.device.tools, self.numerics)
+        if record is None:
+            return {}
+        if record.schedule:
+            self.taken[kernel] = record
+        return record.schedule
+
+    def files(self) -> Mapping[str, str]:
+        """What the artifact says of them; nothing where all kernels are the defaults."""
+        if not self.taken:
+            return {}
+        entries = [_entry(record) for record in self.taken.values()]
+        return {SCHEDULES: json.dumps(entries, indent=1) + "\n"}
+
+
+def _entry(record: Record) -> dict[str, Any]:
+    names = ("kernel", "schedule", "numerics", "ratio", "low", "high", "sizes", "device", "date")
+    return {name: value for name, value in record.to_json().items() if name in names}

@@ -1,0 +1,416 @@
+"""Tuning a model on the machine at hand: its kernels, a budget, and what became faster."""
+
+import contextlib
+import functools
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemoc import compiler
+from nemoc.autotune.journal import Journal
+from nemoc.autotune.measure import interleaved
+from nemoc.autotune.records import Records, read_records, records_text
+from nemoc.autotune.statistics import Interval, ratio_of_times
+from nemoc.autotune.tuner import Device, Finding, Kernel, KernelReport, Told, Tuner
+from nemoc.codegen.plan import Plan
+from nemoc.codegen.sites import RecordedSite, record_sites
+from nemoc.codegen.storage import bind_weights, weight_layout
+from nemoc.compiler import Functions
+from nemoc.ir import Graph, NemocError
+from nemoc.ir.params import LazyArguments
+from nemoc.ir.sample_inputs import sample_arguments
+from nemoc.models import Model, open_model
+from nemoc.options import read_options
+from nemoc.passes import Pass
+from nemoc.progress import Progress
+from nemoc.quantizations import Quantize
+from nemoc.runtime import Executable
+from nemoc.runtime.files import as_path, replacing_file
+from nemoc.runtime.machine import thread_count
+from nemoc.runtime.weights import WeightSource
+from nemoc.schedules import (
+    check_numerics,
+    cpu_device,
+    known_records,
+    own_journal,
+    own_records,
+)
+
+if TYPE_CHECKING:
+    from nemoc.codegen.tvm.laboratory import Laboratory, Subject
+    from nemoc.codegen.tvm.target import CpuTarget
+
+BUDGET = 600.0
+"""Seconds that tuning may take where nobody says."""
+
+_RESERVED = 0.35
+"""Part of the budget that is kept for comparing the whole model, until that is known better."""
+
+_BOUND = 1e-5
+"""Relative error of a result up to which a candidate is right; as for `nemoc verify`."""
+
+_COMPARED = 8
+"""Rounds of the comparison at least."""
+
+_DECODED = 8
+"""Tokens that are decoded in a round of it."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a model is tuned for.
+
+    Attributes:
+        prefill: tokens of a prompt.
+        cached: tokens before the one that is decoded, and before the prompt none.
+    """
+
+    prefill: int = 256
+    cached: int = 256
+
+    def sizes(self, function: str) -> dict[str, int]:
+        """B, L and C of a function's step."""
+        capacity = max(self.prefill, self.cached + 1)
+        return {"B": 1, "L": 1 if function == "decode" else self.prefill, "C": capacity}
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What tuning came to.
+
+    Attributes:
+        kernels: kernel by kernel, the largest part of the model first.
+        device: what for.
+        records: what was found now.
+        gains: expected parts of each function's kernel time that are saved.
+        whole: the time of each function of the whole model relative to before, measured; empty where nothing changed
+            or the budget did not allow it.
+        spent: seconds of this run.
+        earlier: seconds that runs before it had spent.
+        finished: whether nothing more is expected of any kernel.
+    """
+
+    kernels: tuple[KernelReport, ...]
+    device: Device
+    records: Records
+    gains: Mapping[str, float]
+    whole: Mapping[str, Interval]
+    spent: float
+    earlier: float
+    finished: bool
+
+
+def tune(
+    source: object,
+    target: str | None = None,
+    budget: float = BUDGET,
+    *,
+    quantize: Quantize = None,
+    scope: str | None = None,
+    pipeline: compiler.Pipeline = None,
+    plugins: Iterable[str | type[Pass]] = (),
+    numerics: str = "same",
+    workload: Workload | None = None,
+    journal: str | Path | None = None,
+    records: str | Path | None = None,
+    threads: int | None = None,
+    compare: bool = True,
+    tell: Callable[[Told], None] = lambda told: None,
+    progress: Progress | None = None,
+) -> TuneReport:
+    """Find faster schedules for a model's kernels on this machine.
+
+    The budget is for all runs together that tune the same kernels in one journal: a run that was interrupted goes on
+    with what is left, and one that has spent it is over at once.
+
+    Args:
+        source, target, quantize, scope, pipeline, plugins, progress: as for `nemoc.compile`.
+        budget: seconds of wall clock, the comparison of the whole model included.
+        numerics: "same" tries only what keeps every bit of every result, "any" whatever keeps within rounding.
+        workload: what for; by default a prompt of 256 tokens, and tokens behind it.
+        journal: file or URL of trials; by default in the user's cache.
+        records: file to which results are added; by default in the user's cache, where `nemoc.compile` finds them.
+        threads: as for `nemoc.compile`.
+        compare: measure the whole model before and after.
+        tell: told after each batch of candidates.
+
+    Raises:
+        NemocError: the model cannot be compiled for this machine, or the journal or records cannot be read or written.
+    """
+    check_numerics(numerics)
+    if not 0 < budget < math.inf:
+        raise NemocError(f"budget is {budget!r}, expected a positive number of seconds")
+    model = source if isinstance(source, Model) else open_model(source)
+    work = workload or Workload()
+    threads = thread_count(threads if threads is not None else read_options().threads)
+    options: dict[str, Any] = {
+        "target": target,
+        "quantize": quantize,
+        "scope": scope,
+        "pipeline": pipeline,
+        "plugins": tuple(plugins),
+        "progress": progress,
+    }
+    clock = _Budget(budget)
+    log = Journal(journal if journal is not None else own_journal())
+    with (
+        tempfile.TemporaryDirectory(prefix="nemoc-tune-") as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        found = compiler.functions(model, which=("prefill", "decode"), **options)
+        bench = stack.enter_context(_benches(found.target, threads, Path(folder)))
+        _say(progress, "look at what kernels are given")
+        tuner = Tuner(
+            list(_kernels(found, work, bench)),
+            bench.emit,
+            bench.device,
+            log,
+            known_records(),
+            keep_bits=numerics == "same",
+            prepare=bench.prepare,
+            tell=tell,
+        )
+        spent = log.spent("model | " + tuner.identity)
+        clock.earlier = spent.earlier()
+        goes_on = clock.left > 0 and not tuner.is_settled
+        _say(progress, "try schedules")
+        tuner.run(clock.deadline(1.0 - _RESERVED * compare), spent.update)
+        results = tuner.results()
+        whole: dict[str, Interval] = {}
+        if goes_on and compare and any(r.best for r in tuner.reports):
+            _say(progress, "compare the whole model")
+            whole = _compare(model, options | {"threads": threads}, results, numerics, work, clock)
+            spent.update()
+    add_records(results, as_path(records) if records is not None else own_records())
+    return TuneReport(
+        tuple(sorted(tuner.reports, key=lambda r: -r.share)),
+        bench.device,
+        results,
+        tuner.gains(),
+        whole,
+        clock.spent,
+        clock.earlier,
+        tuner.is_settled,
+    )
+
+
+def add_records(found: Records, path: Path) -> None:
+    """Add records to a file, which is replaced as a whole.
+
+    Raises:
+        NemocError: the file holds something else, or cannot be written.
+    """
+    held = read_records(path) if path.exists() else Records()
+    held.add(found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(path) as file:
+        file.write(records_text(held).encode())
+
+
+class _Budget:
+    """Wall-clock time, of which earlier runs have spent some.
+
+    Attributes:
+        earlier: seconds that they have spent.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._started = seconds, time.monotonic()
+        self.earlier = 0.0
+
+    @property
+    def spent(self) -> float:
+        """Seconds of this run."""
+        return time.monotonic() - self._started
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self._seconds - self.earlier - self.spent
+
+    def deadline(self, part: float) -> float:
+        """When a part of what is left is spent, on `time.monotonic`."""
+        return time.monotonic() + self.left * part
+
+
+def _say(progress: Progress | None, stage: str) -> None:
+    if progress is not None:
+        progress(stage, 0, 0)
+
+
+class _CpuBenches:
+    """Benches for the kernels of one model on the CPU at hand.
+
+    Attributes:
+        emit: plans of sites.
+        device: the CPU, as records name it.
+        expanded: graphs in terms of what the backend knows.
+    """
+
+    def __init__(self, laboratory: "Laboratory", cpu: "CpuTarget", threads: int) -> None:
+        from nemoc.codegen.tvm.emit import emit, expanded  # noqa: PLC0415  (loads tvm)
+
+        self._laboratory = laboratory
+        self.emit = functools.partial(emit, target=cpu)
+        self.expanded = expanded
+        self.device = cpu_device(cpu.mcpu, threads)
+
+    def prepare(self, kernels: Sequence[Kernel]) -> None:
+        """Compile the defaults of kernels together; what fails, fails again when its turn comes."""
+        with contextlib.ExitStack() as stack:
+            benches = [stack.enter_context(kernel.bench()) for kernel in kernels]
+            self._laboratory.compile(
+                (bench.subject, kernel.default)
+                for bench, kernel in zip(benches, kernels, strict=True)
+                if isinstance(bench, _CpuBench)
+            )
+
+    @contextlib.contextmanager
+    def open(
+        self, found: RecordedSite, sizes: Mapping[str, int], warm: Sequence[bool]
+    ) -> Iterator["_CpuBench"]:
+        """The bench of a kernel."""
+        subject = self._laboratory.subject(found.site, found.plan, found.operands, sizes, warm)
+        yield _CpuBench(self._laboratory, subject)
+
+
+class _CpuBench:
+    """A `Bench` for one kernel.
+
+    Attributes:
+        subject: what candidates are tried on.
+    """
+
+    def __init__(self, laboratory: "Laboratory", subject: "Subject") -> None:
+        self._laboratory, self.subject = laboratory, subject
+
+    def compile(self, plans: Sequence[Plan]) -> dict[str, Finding]:
+        faults = self._laboratory.compile((self.subject, plan) for plan in plans)
+        return {name: Finding(f.kind, message=f.message) for name, f in faults.items()}
+
+    def check(self, plan: Plan) -> Finding:
+        found = self._laboratory.check(self.subject, plan, _BOUND)
+        if isinstance(found, self._laboratory.fault):
+            return Finding(found.kind, message=found.message)
+        return Finding("ok", found.equal)
+
+    def time(self, plans: Sequence[Plan], rounds: int, seed: int) -> list[list[float]] | Finding:
+        found = self._laboratory.time(self.subject, plans, rounds, seed)
+        return found if isinstance(found, list) else Finding(found.kind, message=found.message)
+
+
+@contextlib.contextmanager
+def _benches(target: str, threads: int, folder: Path) -> Iterator[_CpuBenches]:
+    """Where a target's kernels are measured.
+
+    Raises:
+        NemocError: the target is not this machine's CPU.
+    """
+    if target.partition(":")[0] != "cpu":
+        raise NemocError(f"target {target!r} cannot be tuned here, expected cpu")
+    from nemoc.codegen.tvm.laboratory import Laboratory  # noqa: PLC0415  (loads tvm)
+    from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
+
+    cpu = cpu_target(target)
+    with Laboratory(cpu, threads, folder) as laboratory:
+        yield _CpuBenches(laboratory, cpu, threads)
+
+
+def _kernels(found: Functions, work: Workload, benches: _CpuBenches) -> Iterator[Kernel]:
+    """The distinct kernels of a model's steps that can be tuned, with what reaches them in the model."""
+    if found.model.parameters is None:
+        raise NemocError(f"{found.model.name} has no weights; random:{found.model.name} has")
+    graphs, weights = bind_weights(found.graphs)
+    source = WeightSource(found.model.parameters, weights)
+    layout = weight_layout(weights)
+    for function, graph in benches.expanded(graphs).items():
+        sizes = work.sizes(function)
+        program, sites = record_sites(
+            {function: graph},
+            layout,
+            functools.partial(_arguments, sizes=sizes, work=work, source=source),
+            sizes,
+            benches.emit,
+        )
+        (lowered,) = program.graphs
+        stored = {*lowered.params, *lowered.states}
+        counts = Counter(n.kernel.name for n in program.functions[0].launches)
+        for site in sites:
+            warm = [value not in stored for value in site.site.op.operands()]
+            yield Kernel(
+                site.site,
+                site.plan,
+                function,
+                counts[site.plan.stages[0].kernel.name],
+                sizes,
+                functools.partial(benches.open, site, sizes, warm),
+            )
+
+
+def _arguments(
+    graph: Graph, sizes: Mapping[str, int], work: Workload, source: WeightSource
+) -> Mapping[str, torch.Tensor]:
+    """Arguments as a step has them: every token counts, and decoding begins behind those that are cached."""
+    given = sample_arguments(graph, sizes, params=False)
+    if "valid" in given:
+        given["valid"] = torch.full_like(given["valid"], sizes["L"])
+    cached = work.cached if sizes["L"] == 1 else 0
+    if "lengths" in given:
+        given["lengths"] = torch.full_like(given["lengths"], cached)
+    return LazyArguments(graph, source, given)
+
+
+def _compare(
+    model: Model,
+    options: Mapping[str, Any],
+    results: Records,
+    numerics: str,
+    work: Workload,
+    clock: _Budget,
+) -> dict[str, Interval]:
+    """The whole model's time relative to before, by function, in one interleaved run."""
+    known = known_records()
+    known.add(results)
+    both = {"before": Records(), "after": known}
+    runs: dict[str, Callable[[], object]] = {}
+    for name, records in both.items():
+        executable = compiler.compile(model, records=records, numerics=numerics, **options)
+        runs |= {f"{step} {name}": run for step, run in _steps(executable, work)}
+    started = time.monotonic()
+    interleaved(runs, 1)
+    each = (time.monotonic() - started) / 2
+    timings = interleaved(runs, int(min(max(_COMPARED, clock.left / each), 60)), warmup=0)
+    return {
+        step: ratio_of_times(timings[f"{step} after"].seconds, timings[f"{step} before"].seconds)
+        for step in ("prefill", "decode")
+    }
+
+
+def _steps(executable: Executable, work: Workload) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A prompt, and the same number of steps behind each prompt that is as long as the workload says."""
+    vocab = executable.program.vocab
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab, (1, max(work.prefill, work.cached)), generator=generator)
+    prompt, state = ids[:, : work.prefill], executable.new_state()
+    started = executable.new_state()
+    executable.prefill(ids[:, : work.cached], started)
+
+    def prefill() -> None:
+        state.reset()
+        executable.prefill(prompt, state)
+
+    def decode() -> None:
+        behind = started.clone()
+        token = ids[:, 0]
+        for _ in range(_DECODED):
+            token = executable.decode(token, behind).argmax(-1)
+
+    yield "prefill", prefill
+    yield "decode", decode
