@@ -168,13 +168,13 @@ class Study:
                         lost += 1
         return lost
 
-    def suggest(self, seed: int) -> dict[str, Any]:
-        """Settings that the sampler expects the most of, in the light of all trials so far; nothing is written."""
+    def suggestions(self, count: int) -> Iterator[dict[str, Any]]:
+        """Settings that Optuna's TPE expects much of in the light of all trials so far; nothing is written."""
         optuna = _optuna()
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
         with _explained(self._place):
-            scratch = optuna.create_study(sampler=sampler)
             done = [t for t in self.trials() if t.ratio is not None]
+            sampler = optuna.samplers.TPESampler(seed=len(done), n_startup_trials=8)
+            scratch = optuna.create_study(sampler=sampler)
             scratch.add_trials(
                 [
                     optuna.trial.create_trial(
@@ -183,7 +183,8 @@ class Study:
                     for t in done
                 ]
             )
-            return dict(scratch.ask(self._distributions).params)
+        for _ in range(count):
+            yield dict(scratch.ask(self._distributions).params)
 
     def begin(self, schedule: Schedule) -> int | None:
         """Open the trial of a candidate; its number, or none if it is done or another live process is at it."""
@@ -307,7 +308,7 @@ def _is_alive(trial: Any) -> bool:
         return begun is not None and datetime.now() - begun < _FOREIGN
     pid, _, started = rest.partition(":")
     try:
-        return abs(psutil.Process(int(pid)).create_time() - float(started)) < 1.5
+        return bool(abs(psutil.Process(int(pid)).create_time() - float(started)) < 1.5)
     except (psutil.Error, ValueError):
         return False
 

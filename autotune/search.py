@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ class Search:
             if plan is not None:
                 seen.add(plan.name)
         found: list[Candidate] = []
-        for schedule in self._proposals(len(trials)):
+        for schedule in self._proposals():
             plan = self._plan(schedule)
             if plan is not None and plan.name not in seen:
                 seen.add(plan.name)
@@ -140,10 +140,9 @@ class Search:
                     break
         return found
 
-    def _proposals(self, done: int) -> Iterator[Schedule]:
+    def _proposals(self) -> Iterator[Schedule]:
         yield from self._early
-        for number in range(_PROPOSALS):
-            yield self.study.suggest(seed=done * _PROPOSALS + number)
+        yield from self.study.suggestions(_PROPOSALS)
         yield from itertools.islice(self.space.all_schedules(), _ENUMERATED)
 
     def _plan(self, schedule: Schedule) -> Plan | None:
@@ -193,7 +192,13 @@ def expected_gain(trials: Sequence[Trial], untried: int) -> float:
     return math.exp(best) * (1.0 - math.exp(-min(draws * one, 1.0)))
 
 
-def schedule_changes(space: Space, schedule: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a schedule that differ from the defaults."""
+def schedule_changes(space: Space, schedule: Schedule) -> dict[str, Any]:
+    """The settings of a schedule that differ from the defaults and matter for the kernels."""
     defaults = {t.name: t.default for t in space.tunables}
-    return {k: v for k, v in schedule.items() if v != defaults.get(k)}
+    changes = {k: v for k, v in schedule.items() if v != defaults.get(k)}
+    wanted = space.plan(changes)
+    for name in list(changes):
+        fewer = {k: v for k, v in changes.items() if k != name}
+        if wanted is not None and (plan := space.plan(fewer)) and plan.name == wanted.name:
+            changes = fewer
+    return changes

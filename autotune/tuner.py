@@ -208,7 +208,8 @@ class Tuner:
     def run(self, deadline: float, spent: Callable[[], None] = lambda: None) -> None:
         """Measure until nothing more is expected, or the clock is at the deadline.
 
-        The defaults are measured whatever the deadline, and what looks best at the end.
+        The defaults are measured whatever the deadline, and what looks best at the end; so it is when an interrupt
+        (control-C) ends the search.
 
         Args:
             deadline: on the clock.
@@ -221,12 +222,15 @@ class Tuner:
             self._measure_default(report)
             spent()
         self._share_out()
-        while self._clock() < deadline:
-            promising = [r for r in self.reports if self._promise(r) >= _WORTH]
-            if not promising:
-                break
-            self._batch(max(promising, key=self._promise), deadline)
-            spent()
+        with contextlib.suppress(
+            KeyboardInterrupt
+        ):  # which ends the search: what is best so far counts
+            while self._clock() < deadline:
+                promising = [r for r in self.reports if self._promise(r) >= _WORTH]
+                if not promising:
+                    break
+                self._batch(max(promising, key=self._promise), deadline)
+                spent()
         for report in self.reports:
             report.settled = self._promise(report) < _WORTH
             self._conclude(report)

@@ -102,6 +102,13 @@ _calibration = click.option(
     multiple=True,
     help="Text to measure an error budget on. Repeatable; sample has some of its own.",
 )
+_numerics = click.option(
+    "--numerics",
+    type=click.Choice(["same", "any"]),
+    default="same",
+    show_default=True,
+    help="Tuned schedules that keep every bit of every result, or any that are right.",
+)
 _verify_each = click.option(
     "--verify-each",
     is_flag=True,
@@ -189,7 +196,12 @@ def nemoc() -> None:
     show_default=True,
     help="Tokens that a state can hold.",
 )
-@_options(_verify_each, _quiet, _debug)
+@click.option(
+    "--records",
+    metavar="FILE|none",
+    help="Schedules to take. Default: those that come with nemoc, and what `nemoc tune` found.",
+)
+@_options(_numerics, _verify_each, _quiet, _debug)
 def compile(source: str, output: Path, quiet: bool, **options: Any) -> None:
     """Compile SOURCE into an artifact, a directory that loads without the compiler."""
     from nemoc.commands import compile
@@ -321,6 +333,56 @@ def bench(artifact: Path, **options: Any) -> None:
     from nemoc.commands import bench
 
     bench.run(artifact, **options)
+
+
+@nemoc.command(short_help="Find faster schedules for SOURCE on this machine.")
+@click.argument("source")
+@_options(_target)
+@click.option(
+    "--budget",
+    metavar="TIME",
+    default="10m",
+    show_default=True,
+    help="Wall-clock time of all runs together that tune this: 90s, 10m, 1h.",
+)
+@_options(_numerics)
+@click.option(
+    "--prefill",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Tokens of the prompt to tune for.",
+)
+@click.option(
+    "--cached",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Tokens before the one that is decoded.",
+)
+@click.option(
+    "--db",
+    "journal",
+    metavar="FILE|URL",
+    help="Journal of trials, or an Optuna storage that several machines share. Default: in the cache.",
+)
+@click.option(
+    "--records",
+    type=click.Path(path_type=Path),
+    help="File to add results to. Default: in the cache, where `nemoc compile` finds them.",
+)
+@click.option("--no-compare", is_flag=True, help="Do not measure the whole model before and after.")
+@_options(*_formats, _pipeline, _plugin, _threads, _quiet, _debug)
+def tune(source: str, **options: Any) -> None:
+    """Find faster schedules for the kernels of SOURCE on this machine.
+
+    Every candidate is compiled, checked and timed in a process of its own, and written down as it is
+    done: a run that is interrupted or killed goes on where it ended, and one that has spent its
+    budget is over at once. `nemoc compile` then takes what was found.
+    """
+    from nemoc.commands import tune
+
+    tune.run(source, **options)
 
 
 @nemoc.command(short_help="List the kernels of an artifact for a GPU.")

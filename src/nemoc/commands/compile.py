@@ -18,6 +18,8 @@ def run(source: str, output: Path, quiet: bool, options: dict[str, Any]) -> None
     started = time.perf_counter()
     model, console = open_model(source), report()
     budget, files = options.pop("error_budget"), options.pop("calibration")
+    if options["records"] == "none":
+        options["records"] = []
     with progress(quiet) as show:
         if budget is not None:
             _refuse_both(options["quantize"])

@@ -1,0 +1,130 @@
+"""`nemoc tune`: faster schedules for a model's kernels, within a budget."""
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from nemoc.autotune.statistics import Interval
+from nemoc.autotune.tuner import KernelReport, Told
+from nemoc.ir import NemocError
+from nemoc.terminal import duration, heading, print_table, progress, report
+from nemoc.tuning import TuneReport, Workload, tune
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+_EVERY = 10.0
+"""Seconds between two lines of progress where nothing moves."""
+
+
+def run(
+    source: str,
+    *,
+    budget: str,
+    prefill: int,
+    cached: int,
+    records: Path | None,
+    no_compare: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Tune, and say what became faster."""
+    with progress(quiet) as show, _telling(quiet) as tell:
+        found = tune(
+            source,
+            budget=seconds_of(budget),
+            workload=Workload(prefill, cached),
+            records=records,
+            compare=not no_compare,
+            tell=tell,
+            progress=show,
+            **options,
+        )
+    print_report(report(), found)
+
+
+def seconds_of(text: str) -> float:
+    """The seconds of a time such as 90, 90s, 10m or 1.5h.
+
+    Raises:
+        NemocError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if match is None or float(match[1]) == 0.0:
+        raise NemocError(f"--budget {text}: expected a time such as 90s, 10m or 1h")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def print_report(console: Console, found: TuneReport) -> None:
+    """What tuning came to, kernel by kernel and for the model."""
+    shown = [k for k in found.kernels if k.space.tunables and k.share >= 0.005]
+    heading(console, f"Kernels on {found.device.name}; time relative to the default")
+    rows = [
+        (
+            kernel.kernel.function,
+            kernel.name.partition("+")[0],
+            f"{kernel.share:.0%}",
+            duration(kernel.seconds),
+            str(len(kernel.study.trials())),
+            _gain(kernel),
+            ", ".join(f"{k}={v}" for k, v in kernel.best.items()),
+        )
+        for kernel in shown
+    ]
+    columns = ("step", "kernel", ">share", ">default", ">tried", "tuned (95 %)", "schedule")
+    print_table(console, columns, rows, wrap="schedule")
+    tried = sum(len(k.study.trials()) for k in found.kernels)
+    faults = sum(t.outcome != "ok" for k in found.kernels for t in k.study.trials())
+    console.print(
+        f"\n{tried} candidates of {len(found.kernels)} kernels, {faults} of them faulty; "
+        f"{duration(found.spent)} now, {duration(found.earlier)} before"
+    )
+    if not found.finished:
+        console.print("The budget ended before the search; a larger one goes on from here")
+    for step, interval in found.whole.items():
+        console.print(f"{step} of the whole model, relative to before: {_verdict(interval)}")
+    if not any(k.best for k in found.kernels):
+        console.print("No gain over the defaults: they stay as they are")
+
+
+def _gain(kernel: KernelReport) -> str:
+    if not kernel.best or kernel.gain is None:
+        return "no gain"
+    return str(kernel.gain)
+
+
+def _verdict(interval: Interval) -> str:
+    if interval.is_gain:
+        return f"{interval}, faster"
+    return f"{interval}, slower" if interval.is_loss else f"{interval}, no difference beyond doubt"
+
+
+@contextmanager
+def _telling(quiet: bool) -> Iterator[Callable[[Told], None]]:
+    """Lines on stderr about how the search goes."""
+    if quiet:
+        yield lambda told: None
+        return
+    last = 0.0
+
+    def tell(told: Told) -> None:
+        nonlocal last
+        if time.monotonic() - last < _EVERY and not sys.stderr.isatty():
+            return
+        last = time.monotonic()
+        print(f"  {_line(told)}", file=sys.stderr)
+
+    yield tell
+
+
+def _line(told: Told) -> str:
+    gains = ", ".join(f"{step} {gain:.1%}" for step, gain in sorted(told.gain.items()))
+    return (
+        f"{told.kernel.partition('+')[0]}: {told.best:.3f} of the default after {told.done}; "
+        f"kernel time saved so far: {gains}; {duration(max(0.0, told.left))} left"
+    )

@@ -1,0 +1,296 @@
+"""Tuning on paper: what is tried with which budget, what is claimed, and what is left when a run ends early."""
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemoc.autotune.journal import Journal
+from nemoc.autotune.statistics import ratio_of_times
+from nemoc.autotune.tuner import BATCH, Finding, Told, Tuner
+from nemoc.codegen.plan import Plan
+from support.tuning import DEVICE, PaperBench, emit, paper_kernel, paper_seconds, settings_of
+
+EVER = float("inf")
+LEGAL = 2 * (4 * 3 - 1)
+"""Distinct legal kernels of a paper site."""
+
+
+def tuner(
+    folder: Path,
+    bench: PaperBench,
+    widths: Sequence[int] = (16,),
+    keep_bits: bool = False,
+    told: list[Told] | None = None,
+) -> Tuner:
+    return Tuner(
+        [paper_kernel(width, bench) for width in widths],
+        emit,
+        DEVICE,
+        Journal(folder / "journal.log"),
+        keep_bits=keep_bits,
+        tell=(told if told is not None else []).append,
+    )
+
+
+def test_best_schedule_is_found_and_recorded(tmp_path: Path) -> None:
+    made = tuner(tmp_path, PaperBench())
+    made.run(EVER)
+    (record,) = made.results()
+    assert record.schedule == {"tile": 4, "unroll": 2, "chains": 2}
+    assert record.ratio == pytest.approx(0.8 / (1.4 * 1.1), rel=0.01)
+    assert record.high < 1.0
+    assert (record.numerics, record.origin) == ("any", "measured")
+    assert made.gains()["decode"] == pytest.approx(1 - record.ratio, rel=0.01)
+
+
+def test_tuning_that_keeps_bits_tries_nothing_else(tmp_path: Path) -> None:
+    bench = PaperBench()
+    made = tuner(tmp_path, bench, keep_bits=True)
+    made.run(EVER)
+    assert all(settings_of(p)["chains"] == 1 for p in _plans(made))
+    (record,) = made.results()
+    assert (record.numerics, record.schedule) == ("same", {"tile": 4, "unroll": 2})
+
+
+def test_no_candidate_is_measured_twice(tmp_path: Path) -> None:
+    bench = PaperBench()
+    made = tuner(tmp_path, bench)
+    made.run(EVER)
+    kernels = [t.kernels for t in made.reports[0].study.trials()]
+    assert len(kernels) == len(set(kernels))
+
+
+def test_second_run_spends_nothing(tmp_path: Path) -> None:
+    tuner(tmp_path, PaperBench()).run(EVER)
+    bench = PaperBench()
+    again = tuner(tmp_path, bench)
+    assert again.is_settled
+    again.run(EVER)
+    assert bench.tried == []
+    (record,) = again.results()
+    assert record.schedule == {"tile": 4, "unroll": 2, "chains": 2}
+
+
+def test_deadline_ends_the_search_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    seconds = itertools.count()
+    made = Tuner(
+        [paper_kernel(16, PaperBench())],
+        emit,
+        DEVICE,
+        Journal(tmp_path / "journal.log"),
+        keep_bits=False,
+        clock=lambda: float(next(seconds)),
+    )
+    made.run(deadline=12.0)
+    some = {t.kernels for t in made.reports[0].study.trials()}
+    assert 1 < len(some) < LEGAL and not made.reports[0].settled
+    bench = PaperBench()
+    tuner(tmp_path, bench).run(EVER)
+    assert some.isdisjoint(bench.tried[: LEGAL - len(some)])
+
+
+def test_default_that_is_best_is_the_result(tmp_path: Path) -> None:
+    def slower(settings: Mapping[str, int]) -> float:
+        default = settings == {"tile": 2, "unroll": 1, "chains": 1}
+        return 1e-3 if default else 1.3e-3
+
+    made = tuner(tmp_path, PaperBench(slower))
+    made.run(EVER)
+    (record,) = made.results()
+    assert record.schedule == {} and record.ratio == 1.0 and record.numerics == "same"
+
+
+def test_gain_that_is_noise_is_not_claimed(tmp_path: Path) -> None:
+    """Every candidate is as fast as the default; the best of many lucky measurements is found out."""
+    noise = random.Random(7)
+
+    class Noisy(PaperBench):
+        def time(self, plans: Sequence[Plan], rounds: int, seed: int) -> list[list[float]]:
+            return [[1e-3 * noise.lognormvariate(0, 0.05) for _ in range(rounds)] for _ in plans]
+
+    claimed = 0
+    for number in range(6):
+        made = tuner(tmp_path / str(number), Noisy())
+        made.run(EVER)
+        claimed += bool(next(iter(made.results())).schedule)
+    assert claimed <= 2
+
+
+def test_budget_goes_to_the_kernel_that_is_most_of_the_model(tmp_path: Path) -> None:
+    bench = PaperBench()
+    told: list[Told] = []
+    kernels = [paper_kernel(16, bench, launches=1), paper_kernel(32, bench, launches=50)]
+    journal = Journal(tmp_path / "journal.log")
+    made = Tuner(kernels, emit, DEVICE, journal, keep_bits=False, tell=told.append)
+    made.run(EVER)
+    assert told[0].kernel == kernels[1].default.name
+    assert made.reports[1].share == pytest.approx(50 / 51)
+
+
+@pytest.mark.parametrize("kind", ["compile", "wrong", "crash", "hang", "memory"])
+def test_faulty_candidates_are_named_and_never_chosen(kind: str, tmp_path: Path) -> None:
+    def faults(settings: Mapping[str, int]) -> Finding | None:
+        if settings["tile"] != 4:
+            return None
+        return Finding(kind, message=f"planted {kind}")  # type: ignore[arg-type]
+
+    made = tuner(tmp_path, PaperBench(faults=faults))
+    made.run(EVER)
+    (record,) = made.results()
+    assert record.schedule.get("tile") != 4
+    faulty = [t for t in made.reports[0].study.trials() if t.outcome == kind]
+    assert faulty and {t.message for t in faulty} == {f"planted {kind}"}
+
+
+def test_candidate_that_fails_among_others_is_found(tmp_path: Path) -> None:
+    """One that is right alone, but brings its process down when it is timed."""
+
+    class Fragile(PaperBench):
+        def time(
+            self, plans: Sequence[Plan], rounds: int, seed: int
+        ) -> list[list[float]] | Finding:
+            if any(settings_of(plan)["tile"] == 4 for plan in plans):
+                return Finding("crash", message="ended with SIGSEGV")
+            return super().time(plans, rounds, seed)
+
+    made = tuner(tmp_path, Fragile())
+    made.run(EVER)
+    outcomes = {t.schedule["tile"]: t.outcome for t in made.reports[0].study.trials()}
+    assert outcomes == {1: "ok", 2: "ok", 4: "crash", 8: "ok"}
+
+
+def test_interrupt_ends_the_search_with_what_is_best_so_far(tmp_path: Path) -> None:
+    batches = 0
+
+    def interrupt(plans: Sequence[Plan]) -> None:
+        nonlocal batches
+        batches += 1
+        if batches == 3:
+            raise KeyboardInterrupt
+
+    made = tuner(tmp_path, PaperBench(before_timing=interrupt))
+    made.run(EVER)
+    (record,) = made.results()
+    assert record.ratio < 1.0 and not made.reports[0].settled
+
+
+def test_run_killed_ten_times_tries_what_an_undisturbed_one_does(tmp_path: Path) -> None:
+    whole = tuner(tmp_path / "whole", PaperBench(), widths=(16, 32))
+    whole.run(EVER)
+    log = tmp_path / "tried.txt"
+    _in_forks(
+        tmp_path / "killed",
+        log,
+        """
+chance = random.Random(3)
+for _ in range(10):
+    pid = start(0.02)
+    time.sleep(chance.uniform(0.05, 0.5))
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+assert os.waitpid(start(0.0), 0)[1] == 0
+""",
+    )
+    resumed = tuner(tmp_path / "killed", PaperBench(), widths=(16, 32))
+    for report, other in zip(resumed.reports, whole.reports, strict=True):
+        trials = report.study.trials()
+        assert {t.kernels for t in trials} == {t.kernels for t in other.study.trials()}
+        assert len(trials) == len({t.kernels for t in trials})
+    # What was paid for twice was in flight when a run was killed: at most a batch each time.
+    tried = log.read_text().split()
+    assert len(tried) - len(set(tried)) <= 10 * BATCH
+
+
+def test_two_processes_share_a_journal(tmp_path: Path) -> None:
+    log = tmp_path / "tried.txt"
+    _in_forks(
+        tmp_path / "shared",
+        log,
+        """
+for pid in (start(0.01), start(0.01)):
+    assert os.waitpid(pid, 0)[1] == 0
+""",
+    )
+    found = tuner(tmp_path / "shared", PaperBench(), widths=(16, 32))
+    for report in found.reports:
+        kernels = [t.kernels for t in report.study.trials()]
+        assert len(kernels) == len(set(kernels)) > LEGAL // 2
+    done = {t.kernels for r in found.reports for t in r.study.trials()}
+    assert set(log.read_text().split()) <= done
+
+
+_FORKS = """
+import os, random, signal, sys, time
+from pathlib import Path
+from nemoc.autotune.journal import Journal
+from nemoc.autotune.tuner import Tuner
+from support.tuning import DEVICE, PaperBench, emit, paper_kernel
+
+folder, log = Path(sys.argv[1]), Path(sys.argv[2])
+
+def start(seconds):
+    pid = os.fork()
+    if pid:
+        return pid
+
+    def slow(plans):
+        time.sleep(seconds)
+        with log.open("a") as file:
+            file.writelines(plan.name + "\\n" for plan in plans[1:])
+        time.sleep(seconds)
+
+    try:
+        bench = PaperBench(before_timing=slow)
+        kernels = [paper_kernel(width, bench) for width in (16, 32)]
+        Tuner(kernels, emit, DEVICE, Journal(folder / "journal.log"), keep_bits=False).run(float("inf"))
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+"""
+"""Tunings in forks of one process, which has imported everything: `start` begins one that takes some time a batch."""
+
+
+def _in_forks(folder: Path, log: Path, statements: str) -> None:
+    tests = str(Path(__file__).resolve().parents[1])
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([os.environ["PYTHONPATH"], tests]))
+    command = [sys.executable, "-c", _FORKS + statements, str(folder), str(log)]
+    subprocess.run(command, env=environment, check=True, timeout=200)
+
+
+def _plans(made: Tuner) -> list[Plan]:
+    space = made.reports[0].space
+    plans = (space.plan(t.schedule) for t in made.reports[0].study.trials())
+    return [plan for plan in plans if plan is not None]
+
+
+@pytest.mark.parametrize("truth", [0.9, 1.0, 1.2])
+def test_interval_holds_the_true_ratio(truth: float) -> None:
+    chance = np.random.default_rng(5)
+    inside = 0
+    for seed in range(40):
+        moment = chance.lognormal(0.0, 0.3, 25)  # slow moments hit both
+        others = moment * chance.lognormal(0.0, 0.05, 25)
+        times = truth * moment * chance.lognormal(0.0, 0.05, 25)
+        interval = ratio_of_times(times.tolist(), others.tolist(), seed)
+        inside += interval.low <= truth <= interval.high
+        assert interval.low <= interval.ratio <= interval.high
+    assert inside >= 35
+
+
+def test_paper_times_have_one_best() -> None:
+    assert paper_seconds({"tile": 4, "unroll": 2, "chains": 2}) == pytest.approx(0.8e-3)
+
+
+def test_records_of_a_run_are_json(tmp_path: Path) -> None:
+    made = tuner(tmp_path, PaperBench())
+    made.run(EVER)
+    (record,) = made.results()
+    assert json.loads(json.dumps(record.to_json()))["device"] == DEVICE.name
