@@ -309,7 +309,8 @@ def transformers_moe(region: DeviceRegion, config: ModelConfig, compiled: bool) 
     name = _output(region)
 
     def compute(x: torch.Tensor) -> Any:
-        return x + moe(norm(x))
+        # Up to transformers 5.17 a norm with float32 weights gives float32.
+        return x + moe(norm(x).to(x.dtype))
 
     made = torch.compile(compute, dynamic=False) if compiled else compute
     return _inference(lambda: {name: made(residual)})
