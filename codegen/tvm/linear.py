@@ -96,10 +96,18 @@ def obstacle(op: Linear | GroupedLinear, target: CpuTarget) -> str | None:
     return None
 
 
-def _tile(low: int) -> tuple[Tunable, Tunable, Tunable]:
-    """Rows and vectors of the highest tile, and steps that are written out in it."""
+def _tile(low: int, wide: int) -> tuple[Tunable, Tunable, Tunable]:
+    """Rows and vectors of the highest tile, and steps that are written out in it.
+
+    Which rows are left for low tiles depends on its rows, so these keep bits if low tiles have one chain of sums, too.
+
+    Args:
+        low: rows of a low tile.
+        wide: vectors of a panel.
+    """
+    one_chain = low * wide >= int(_SUMS.default)
     return (
-        Tunable("tile_rows", 3 * low, (2 * low, 3 * low, 4 * low)),
+        Tunable("tile_rows", 3 * low, (2 * low, 3 * low, 4 * low), keeps_bits=one_chain),
         Tunable("tile_vectors", 2, (1, 2, 4)),
         Tunable("unroll", 2, (1, 2, 4)),
     )
@@ -371,7 +379,8 @@ class Product:
         low = 4 if target.registers >= 32 else 2
         few = symbols_of(count_rows(op.x.shape[:-1])) == {"B"}
         high, vectors, unroll = (
-            int(tunable.default) if few else writer.pick(tunable) for tunable in _tile(low)
+            int(tunable.default) if few else writer.pick(tunable)
+            for tunable in _tile(low, b // panel_lanes(op, target))
         )
         writer.require(
             few or vectors * (high + 1) < target.registers,
