@@ -29,6 +29,21 @@ _KERNEL = re.compile(r"[\w+]{1,2000}\Z")
 
 
 @dataclass(frozen=True)
+class Device:
+    """What kernels are tuned for.
+
+    Attributes:
+        name: as in `Record.device`.
+        tools: versions of what compiles them.
+        machine: the model of the processor.
+    """
+
+    name: str
+    tools: str
+    machine: str
+
+
+@dataclass(frozen=True)
 class Record:
     """What tuning one kernel came to.
 

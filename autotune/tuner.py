@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from nemoc.autotune.journal import Journal, Outcome, Study, Trial
-from nemoc.autotune.records import Record, Records, structure_of
+from nemoc.autotune.records import Device, Record, Records, structure_of
 from nemoc.autotune.search import Candidate, Emit, Search, Space, expected_gain, schedule_changes
 from nemoc.autotune.statistics import Interval, ratio_of_times
 from nemoc.codegen.plan import Plan, Site
@@ -94,21 +94,6 @@ class Kernel:
     launches: int
     sizes: Mapping[str, int]
     bench: Callable[[], contextlib.AbstractContextManager[Bench]]
-
-
-@dataclass(frozen=True)
-class Device:
-    """What kernels are tuned for.
-
-    Attributes:
-        name: as in `Record.device`.
-        tools: versions of what compiles them.
-        machine: the model of the processor.
-    """
-
-    name: str
-    tools: str
-    machine: str
 
 
 @dataclass
@@ -217,7 +202,8 @@ class Tuner:
         """
         for report in self.reports:
             report.study.recover()
-        self._prepare([r.kernel for r in self.reports if self._default_trial(r) is None])
+        if new := [r.kernel for r in self.reports if self._default_trial(r) is None]:
+            self._prepare(new)
         for report in self.reports:
             self._measure_default(report)
             spent()

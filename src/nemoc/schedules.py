@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nemoc.autotune.records import SHIPPED, Record, Records, read_records
-from nemoc.autotune.tuner import Device
+from nemoc.autotune.records import SHIPPED, Device, Record, Records, read_records
 from nemoc.codegen.tunables import Schedule
 from nemoc.ir import NemocError
 from nemoc.options import read_options

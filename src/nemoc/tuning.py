@@ -16,9 +16,9 @@ import torch
 from nemoc import compiler
 from nemoc.autotune.journal import Journal
 from nemoc.autotune.measure import interleaved
-from nemoc.autotune.records import Records, read_records, records_text
+from nemoc.autotune.records import Device, Records, read_records, records_text
 from nemoc.autotune.statistics import Interval, ratio_of_times
-from nemoc.autotune.tuner import Device, Finding, Kernel, KernelReport, Told, Tuner
+from nemoc.autotune.tuner import Finding, Kernel, KernelReport, Told, Tuner
 from nemoc.codegen.plan import Plan
 from nemoc.codegen.sites import RecordedSite, record_sites
 from nemoc.codegen.storage import bind_weights, weight_layout

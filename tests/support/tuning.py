@@ -5,7 +5,8 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nemoc.autotune.tuner import Device, Finding, Kernel
+from nemoc.autotune.records import Device
+from nemoc.autotune.tuner import Finding, Kernel
 from nemoc.codegen.plan import Kernel as Source
 from nemoc.codegen.plan import Plan, Site, Stage
 from nemoc.codegen.tunables import Tunable

@@ -1,0 +1,234 @@
+"""Tuning a small model on this machine: what is kept, what is spent, and that no bit changes unasked."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nemoc
+from nemoc.__main__ import main
+from nemoc.autotune.records import Record, Records, read_records
+from nemoc.codegen.lower import corner_sizes, lower_program
+from nemoc.codegen.plan import Plan, Site
+from nemoc.codegen.storage import bind_weights, weight_layout
+from nemoc.codegen.tunables import Choices, IllegalSchedule, Tunable
+from nemoc.codegen.tvm.emit import emit, expanded
+from nemoc.codegen.tvm.laboratory import Laboratory
+from nemoc.codegen.tvm.target import cpu_target
+from nemoc.compiler import functions
+from nemoc.runtime.machine import thread_count
+from nemoc.schedules import SCHEDULES, Chosen, cpu_device
+from nemoc.tuning import Workload, tune
+from support.checkpoints import write_checkpoint
+from support.quantized import WIDE
+
+WORK = Workload(prefill=16, cached=8)
+CPU = cpu_target()
+DEVICE = cpu_device(CPU.mcpu, thread_count(None))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(
+        folder, seed=3, dtype=torch.bfloat16, **(WIDE | {"hybrid_override_pattern": "M*E"})
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the journal and the records of a short tuning."""
+    folder = tmp_path_factory.mktemp("tuned")
+    log, found = folder / "journal.log", folder / "records.json"
+    report = tune(
+        str(checkpoint), budget=3, workload=WORK, journal=log, records=found, compare=False
+    )
+    assert len(report.kernels) > 10 and not report.whole
+    assert all(k.seconds > 0.0 for k in report.kernels)
+    for function in ("prefill", "decode"):
+        shares = [k.share for k in report.kernels if k.kernel.function == function]
+        assert sum(shares) == pytest.approx(1.0)
+    return folder
+
+
+def test_every_kernel_has_a_record(tuned: Path) -> None:
+    records = list(read_records(tuned / "records.json"))
+    assert len(records) > 10
+    for record in records:
+        assert (record.device, record.tools) == (DEVICE.name, DEVICE.tools)
+        assert (record.numerics, record.origin) == ("same", "measured")
+        assert record.sizes in (WORK.sizes("prefill"), WORK.sizes("decode"))
+        assert record.high < 1.0 or record.schedule == {}
+
+
+def test_budget_that_is_spent_is_not_spent_again(
+    checkpoint: Path, tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("something is compiled or measured")
+
+    for name in ("compile", "check", "time"):
+        monkeypatch.setattr(Laboratory, name, refuse)
+    before = list(read_records(tuned / "records.json"))
+    report = tune(
+        str(checkpoint),
+        budget=3,
+        workload=WORK,
+        journal=tuned / "journal.log",
+        records=tuned / "again.json",
+    )
+    assert report.earlier >= 3
+    again = {r.kernel: r.schedule for r in read_records(tuned / "again.json")}
+    assert again == {r.kernel: r.schedule for r in before}
+
+
+def test_command_prints_what_was_found(
+    checkpoint: Path, tuned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--db", str(tuned / "journal.log"), "--records", str(tuned / "cli.json")]
+    sizes = ["--prefill", "16", "--cached", "8", "--budget", "3s"]
+    assert main(["tune", str(checkpoint), *files, *sizes, "-q"]) == 0
+    printed = capsys.readouterr().out
+    assert f"Kernels on {DEVICE.name}" in printed
+    assert "candidates of" in printed and "before" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "soon"], "--budget soon: expected a time such as 90s, 10m or 1h"),
+        (["--budget", "0m"], "--budget 0m: expected a time"),
+        (["--target", "reference"], "target 'reference' cannot be tuned"),
+        (["--numerics", "close"], "'close' is not one of"),
+        (["--db", "/proc/no/journal.log"], "/proc/no/journal.log"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", str(checkpoint), *arguments, "-q"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def artifacts(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Without schedules, and of every kernel with the greatest settings of what is said to keep bits, all at once."""
+    records = Records(_record(name, s) for name, s in _extremes(checkpoint).items())
+    assert len(records) > 8
+    folder = tmp_path_factory.mktemp("artifacts")
+    for name, known in (("default", Records()), ("tuned", records)):
+        options = {"records": known, "max_batch": 2, "max_context": 64}
+        nemoc.compile(str(checkpoint), "cpu", destination=folder / name, **options)
+    entries = json.loads((folder / "tuned" / SCHEDULES).read_text())
+    assert {e["kernel"] for e in entries} == {r.kernel for r in records}
+    assert not (folder / "default" / SCHEDULES).exists()
+    return folder / "default", folder / "tuned"
+
+
+def test_schedules_that_keep_bits_leave_logits_as_they_are(artifacts: tuple[Path, Path]) -> None:
+    logits = []
+    for made in map(nemoc.load, artifacts):
+        ids = torch.randint(97, (2, 29), generator=torch.Generator().manual_seed(0))
+        state = made.new_state(2)
+        found = [made.prefill(ids, state, all_logits=True)]
+        found += [made.decode(ids[:, t], state)[:, None] for t in range(4)]
+        logits.append(torch.cat(found, 1))
+    assert torch.equal(*logits)
+
+
+def test_loading_and_running_never_tunes(artifacts: tuple[Path, Path]) -> None:
+    script = (
+        "import sys, torch, nemoc\n"
+        "made = nemoc.load(sys.argv[1])\n"
+        "made.prefill(torch.zeros(1, 3, dtype=torch.int64), made.new_state())\n"
+        "names = {m.split('.')[0] for m in sys.modules} & {'optuna', 'tvm', 'triton'}\n"
+        "assert not names, names\n"
+        "names = {m for m in sys.modules if m.startswith('nemoc.autotune')}\n"
+        "assert names <= {'nemoc.autotune', 'nemoc.autotune.records'}, names\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(artifacts[1])], check=True)
+
+
+def test_record_that_changes_bits_is_taken_only_when_asked() -> None:
+    record = dataclasses.replace(_record("linear_0", {"sums": 16}), numerics="any")
+    assert Chosen(Records([record]), DEVICE, "same")("linear_0") == {}
+    chosen = Chosen(Records([record]), DEVICE, "any")
+    assert chosen("linear_0") == {"sums": 16}
+    assert chosen.taken == {"linear_0": record}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"device": "cpu:cray-1, 1 thread"}, {"tools": "pencil 2"}, {"origin": "predicted"}],
+)
+def test_record_for_something_else_is_not_taken(other: dict[str, str]) -> None:
+    record = dataclasses.replace(_record("linear_0", {"panels": 2}), **other)  # type: ignore[arg-type]
+    assert Chosen(Records([record]), DEVICE, "any")("linear_0") == {}
+
+
+def test_schedules_that_are_taken_are_in_the_artifact() -> None:
+    chosen = Chosen(Records([_record("linear_0", {"panels": 2})]), DEVICE, "same")
+    assert chosen.files() == {}
+    chosen("linear_0")
+    chosen("linear_1")
+    ((name, text),) = chosen.files().items()
+    assert name == SCHEDULES
+    (entry,) = json.loads(text)
+    assert (entry["kernel"], entry["schedule"]) == ("linear_0", {"panels": 2})
+
+
+def _extremes(checkpoint: Path) -> dict[str, dict[str, int | str]]:
+    """For each kernel that has some, the greatest legal settings of the tunables that keep bits."""
+    graphs, weights = bind_weights(functions(str(checkpoint), "cpu").graphs)
+    found: dict[str, dict[str, int | str]] = {}
+
+    def note(site: Site) -> Plan:
+        choices = Choices()
+        plan = emit(dataclasses.replace(site, choices=choices), CPU)
+        schedule = _greatest(site, [t for t in choices.asked.values() if t.keeps_bits])
+        if schedule:
+            found[plan.name] = schedule
+        return plan
+
+    corners = corner_sizes(1, 64, 64)
+    lower_program(expanded(graphs), weight_layout(weights), corners, note)
+    return found
+
+
+def _greatest(site: Site, tunables: list[Tunable]) -> dict[str, int | str]:
+    schedule: dict[str, int | str] = {}
+    for tunable in tunables:
+        wanted = schedule | {tunable.name: tunable.values[-1]}
+        try:
+            emit(dataclasses.replace(site, choices=Choices(wanted)), CPU)
+        except IllegalSchedule:
+            continue
+        schedule = wanted
+    return schedule
+
+
+def _record(kernel: str, schedule: dict[str, int | str]) -> Record:
+    return Record(
+        kernel=kernel,
+        device=DEVICE.name,
+        tools=DEVICE.tools,
+        structure="linear",
+        shape=(),
+        sizes=WORK.sizes("prefill"),
+        schedule=schedule,
+        numerics="same",
+        ratio=0.9,
+        low=0.85,
+        high=0.95,
+        seconds=(1.0, 0.9),
+        trials=1,
+        origin="measured",
+        machine=DEVICE.machine,
+        date="2026-01-01T00:00:00+00:00",
+    )
