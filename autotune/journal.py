@@ -14,7 +14,7 @@ import socket
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -98,6 +98,13 @@ class Journal:
                     study.set_user_attr(key, value)
         return Study(study, tunables, self._worker, self._place)
 
+    def all_trials(self) -> Iterator[tuple[str, list[Trial]]]:
+        """Every study's name and the candidates that were tried."""
+        with _explained(self._place):
+            for study in self._storage.get_all_studies():
+                found = self._storage.get_all_trials(study._study_id, deepcopy=False)
+                yield study.study_name, _tried(found)
+
     def spent(self, name: str) -> "Spent":
         """The time that was spent under a name."""
         with _explained(self._place):
@@ -148,7 +155,7 @@ class Study:
         """The candidates that were tried, in order; open and lost ones are not among them."""
         with _explained(self._place):
             found = self._study.get_trials(deepcopy=False)
-        return [_trial(t) for t in found if t.state.is_finished() and "outcome" in t.user_attrs]
+        return _tried(found)
 
     def open(self) -> list[dict[str, Any]]:
         """The settings of candidates that live processes work on, this one's included."""
@@ -276,6 +283,11 @@ def _optuna() -> Any:
         raise NemocError("tuning needs Optuna: install nemoc[tune] (package optuna)") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
+
+
+def _tried(trials: Iterable[Any]) -> list[Trial]:
+    """Those of a storage's trials that are done."""
+    return [_trial(t) for t in trials if t.state.is_finished() and "outcome" in t.user_attrs]
 
 
 def _trial(trial: Any) -> Trial:

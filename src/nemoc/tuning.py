@@ -382,7 +382,7 @@ def _compare(
     runs: dict[str, Callable[[], object]] = {}
     for name, records in both.items():
         executable = compiler.compile(model, records=records, numerics=numerics, **options)
-        runs |= {f"{step} {name}": run for step, run in _steps(executable, work)}
+        runs |= {f"{step} {name}": run for step, run in steps(executable, work)}
     started = time.monotonic()
     interleaved(runs, 1)
     each = (time.monotonic() - started) / 2
@@ -393,8 +393,13 @@ def _compare(
     }
 
 
-def _steps(executable: Executable, work: Workload) -> Iterator[tuple[str, Callable[[], object]]]:
-    """A prompt, and the same number of steps behind each prompt that is as long as the workload says."""
+def steps(executable: Executable, work: Workload) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What is timed of a whole model: a prompt, and eight steps of one token behind as many as the workload says.
+
+    Args:
+        executable: the model.
+        work: the sizes.
+    """
     vocab = executable.program.vocab
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab, (1, max(work.prefill, work.cached)), generator=generator)
