@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemoc.codegen.lower import Program, lower_program
+from nemoc.codegen.object_store import ObjectStore
 from nemoc.codegen.storage import Layout
 from nemoc.codegen.tvm.build import build_library
 from nemoc.codegen.tvm.emit import emit, expanded
@@ -36,6 +37,7 @@ def compile_program(
     weights: Layout,
     corners: Sequence[Mapping[str, int]],
     target: CpuTarget,
+    store: ObjectStore | None = None,
 ) -> Compiled:
     """Compile step functions into one library.
 
@@ -44,6 +46,7 @@ def compile_program(
         weights: where the weights lie.
         corners: sizes of B, L and C at which scratch is largest (`nemoc.codegen.lower.corner_sizes`).
         target: the CPU to compile for.
+        store: where compiled functions are looked for, and put.
 
     Raises:
         NemocError: an op has no kernel, or the library cannot be linked here.
@@ -54,7 +57,7 @@ def compile_program(
     source = module_source(program.functions)
     with tempfile.TemporaryDirectory(prefix="nemoc-") as folder:
         path = Path(folder) / "step.so"
-        build_library(source, target, path)
+        build_library(source, target, path, store)
         _return_freed_memory()
         return Compiled(program, source, path.read_bytes())
 

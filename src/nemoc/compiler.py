@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoc.codegen.lower import corner_sizes, describe
+from nemoc.codegen.object_store import ObjectStore
 from nemoc.codegen.storage import Layout, Weight, bind_weights, weight_layout
 from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.codegen.triton.target import GPUS, INTERPRETER
@@ -350,7 +351,8 @@ def _generate(
     from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
 
     cpu = cpu_target(target)
-    compiled = compile_program(graphs, layout, corners, cpu)
+    store = ObjectStore(read_options().cache / "objects")
+    compiled = compile_program(graphs, layout, corners, cpu, store)
     machine = Machine.host() if target == "cpu" else Machine.of(cpu.architecture, cpu.features)
     return _Compiled(
         machine,
