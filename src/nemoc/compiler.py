@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemoc.calibration import input_scales
 from nemoc.codegen.lower import corner_sizes, describe
 from nemoc.codegen.object_store import ObjectStore
 from nemoc.codegen.storage import Layout, Weight, bind_weights, weight_layout
@@ -119,7 +120,9 @@ def compile(
             the pass's default, all.
         error_budget: instead of `quantize`: each weight in scope gets the cheapest format that keeps the model's
             error, KL of the next token's distribution in nats, below this (`nemoc.error_budget`).
-        calibration: files of text to measure that on; the sample model has some of its own.
+        calibration: files of text to measure that on; the sample model has some of its own. With "nvfp4-w4a4", text on
+            which the largest activations are measured: their scales are then static. Without, they are those of a
+            checkpoint that has them, else each row has its own.
         plugins: passes of the user's own that the pipeline's text may name: modules or classes.
         threads: threads that the executable runs on; None for `NEMOC_THREADS`, else all cores.
         destination: where to write the artifact; None for a temporary place that goes with the executable.
@@ -147,6 +150,7 @@ def compile(
         dtype,
         quantize,
         scope=scope,
+        calibration=() if error_budget is not None else calibration,
         plugins=plugins,
         check=NumericCheck() if verify_each else None,
         progress=progress,
@@ -215,6 +219,7 @@ def functions(
     quantize: Quantize = None,
     *,
     scope: str | None = None,
+    calibration: Sequence[str | Path] = (),
     plugins: Iterable[str | type[Pass]] = (),
     which: Sequence[str] = FUNCTIONS,
     check: Callable[[PassRun, PassContext], None] | None = None,
@@ -225,6 +230,7 @@ def functions(
 
     Args:
         source, target, pipeline, dtype, quantize, scope, plugins, progress: as for `compile`.
+        calibration: text to measure scales of activations on, if they are quantized.
         which: the functions wanted.
         check: held against every pass that changed a graph (`nemoc.passes.check`).
         on_pass: called with the function's name after each pass.
@@ -232,9 +238,13 @@ def functions(
     name = resolve_target(target)
     model = source if isinstance(source, Model) else open_model(source)
     compute = _compute_type(dtype, name, model)
-    ctx = PassContext(target_info(name, read_options().threads or 1), model.parameters)
     classes = plugin_classes(plugins)
     first = quantization(model, quantize, scope, classes)
+    ctx = PassContext(
+        target_info(name, read_options().threads or 1),
+        model.parameters,
+        input_scales(model, first, calibration, progress),
+    )
     pipelines = {
         function: passes_of(function, name, pipeline, classes, first) for function in which
     }
