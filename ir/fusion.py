@@ -69,7 +69,7 @@ def fuse(graph: Graph, nodes: Collection[Node], kind: str, copied: Collection[No
         raise IRError(f"{graph.name}: cannot fuse {kind}: {reason}")
     location = next(node.location for node in reversed(members) if node in chosen)
     region = Node(_region(members, results, kind), results, location)
-    return rebuild(graph, _sorted([n for n in graph.nodes if n not in chosen], region))
+    return rebuild(graph, _sorted(graph, chosen, repeated, region))
 
 
 def inline(graph: Graph, wanted: Callable[[Node], bool]) -> Graph:
@@ -142,24 +142,31 @@ def _stale_read(nodes: Collection[Node]) -> str | None:
     return None
 
 
-def _sorted(others: list[Node], region: Node) -> Iterator[Node]:
-    """The other nodes in their order with the region among them: behind all that it needs, before all that need it."""
+def _sorted(graph: Graph, chosen: set[Node], copied: set[Node], region: Node) -> Iterator[Node]:
+    """The other nodes in their order with the region among them: behind all that it needs, before all that need it.
+
+    Only nodes between the first and the last of the region's are looked at: of graphs of many layers that is a few.
+    """
+    places = [graph.places[node] for node in chosen | copied]
+    first, end = min(places), max(places) + 1
+    between = [node for node in graph.nodes[first:end] if node not in chosen]
     needs_region: set[Value] = set(region.results)
-    before: list[Node] = []
-    for node in others:
+    before = list(graph.nodes[:first])
+    for node in between:
         if needs_region.isdisjoint(node.op.operands()):
             before.append(node)
         else:
             needs_region.update(node.results)
     wanted = set(region.op.operands())
-    cut = 0
-    for i, node in enumerate(before):
-        if not wanted.isdisjoint(node.results):
-            cut = i + 1
-    early = set(before[:cut])
+    cut = len(before)
+    while cut and wanted.isdisjoint(before[cut - 1].results):
+        cut -= 1
+    early = set(before[first:cut])
     yield from before[:cut]
     yield region
-    yield from (node for node in others if node not in early)
+    yield from graph.nodes[cut:first]
+    yield from (node for node in between if node not in early)
+    yield from graph.nodes[end:]
 
 
 def _region(members: list[Node], results: tuple[Value, ...], kind: str) -> Fused:

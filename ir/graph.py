@@ -1,7 +1,7 @@
 """Graphs: ordered SSA nodes over inputs, parameters and state."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -79,13 +79,16 @@ class Graph:
         return {node: i for i, node in enumerate(self.nodes)}
 
     @cached_property
-    def uses(self) -> dict[Value, tuple[Node, ...]]:
+    def uses(self) -> Mapping[Value, Sequence[Node]]:
         """The nodes that read each value, in order; a value nobody reads is absent."""
         found: dict[Value, list[Node]] = {}
         for node in self.nodes:
-            for value in dict.fromkeys(node.op.operands()):
-                found.setdefault(value, []).append(node)
-        return {value: tuple(nodes) for value, nodes in found.items()}
+            for value in node.op.distinct_operands:
+                if value in found:
+                    found[value].append(node)
+                else:
+                    found[value] = [node]
+        return found
 
     @cached_property
     def symbols(self) -> frozenset[str]:

@@ -170,6 +170,11 @@ class Op:
     def _operands(self) -> tuple[Value, ...]:
         return tuple(_flatten(getattr(self, f) for f in operand_fields(type(self))))
 
+    @functools.cached_property
+    def distinct_operands(self) -> tuple[Value, ...]:
+        """The operand values, each once."""
+        return tuple(dict.fromkeys(self._operands))
+
     def map_operands(self, replace: Callable[[Value], Value]) -> Self:
         """The same op on other operands; returns itself when none changes."""
         changes: dict[str, Operand] = {}

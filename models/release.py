@@ -1,7 +1,8 @@
 """Writing checkpoints in NVFP4 as ModelOpt and compressed-tensors do: tensors, and the maps that say what they are.
 
 Both hold linear layers as codes, block scales and a scale for each matrix, experts one by one, and everything else as
-it was; activations are not quantized (W4A16). They differ in names, in arithmetic (`nemoc.ir.nvfp4`), in whether the
+it was. Activations are not quantized (W4A16), or are meant to be NVFP4 by scales that stand beside those (W4A4). They
+differ in names, in arithmetic (`nemoc.ir.nvfp4`), in whether the
 scale of a matrix is a factor or a divisor, and in where they say it: ModelOpt in `hf_quant_config.json` and in
 `config.json`, compressed-tensors in `config.json` alone. Layouts are those of nvidia-modelopt 0.47 and
 compressed-tensors 0.20.
@@ -10,17 +11,20 @@ compressed-tensors 0.20.
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+
 from nemoc.ir.dtypes import DType
+from nemoc.ir.errors import NemocError
 from nemoc.ir.json_file import read_json
 from nemoc.ir.nvfp4 import BLOCK
 from nemoc.ir.types import TensorType
 from nemoc.models.dequantized import Dequantized
-from nemoc.models.formats import TENSOR_SCALES
+from nemoc.models.formats import TENSOR_SCALES, Nvfp4
 from nemoc.models.graph import default_weight_types
 from nemoc.models.names import is_stack, module_of, on_disk, tensor_of
 from nemoc.models.quantize import SLICE, Selection, Written, nvfp4_rows, select
@@ -55,7 +59,8 @@ _DROPPED = (
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 """Whose layout it is, by which readers choose theirs."""
 
-_ALGORITHM = "W4A16_NVFP4"
+_WEIGHTS_ALONE, _BOTH = "W4A16_NVFP4", "NVFP4"
+"""ModelOpt's names of what is quantized."""
 
 _NUMBERS = {"num_bits": 4, "type": "float", "group_size": BLOCK, "dynamic": False}
 
@@ -66,6 +71,7 @@ def write_release(
     layout: Layout,
     scope: str = "all",
     *,
+    input_scales: Mapping[str, float] | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
     slice_bytes: int = SLICE,
     shard_bytes: int = SHARD,
@@ -78,20 +84,33 @@ def write_release(
         directory: an empty directory. It is whole only when this returns, so it should get its name then.
         layout: whose names and arithmetic to use.
         scope: what to quantize, as `nemoc.models.quantize.select` has it.
+        input_scales: what 1 stands for in the activations that a weight multiplies, by its name; None: they are not
+            quantized. Experts of a layer get the same.
         advance: told the bytes written so far, and those of all.
         slice_bytes: of f32 weights to work on at a time.
         shard_bytes: of data in a file, at most.
 
     Raises:
-        NemocError: the model has no weights, they cannot be read, or the scope means nothing.
+        NemocError: the model has no weights, they cannot be read, the scope means nothing, or a weight has no scale.
         OSError: a file cannot be written.
     """
     weights = Dequantized(model)
     selection = select(model.config, scope, BLOCK)
-    release = _Release(model, weights, layout, selection, slice_bytes)
+    _check_scales(selection, input_scales)
+    release = _Release(model, weights, layout, selection, slice_bytes, input_scales)
     write_tensors(directory, release.tensors(), release.pieces(), advance, shard_bytes)
     release.write_files(directory)
     return Written(release.quantized, (*release.notes(), *model.notes))
+
+
+def _check_scales(selection: Selection, scales: Mapping[str, float] | None) -> None:
+    for name in () if scales is None else sorted(selection.chosen):
+        found = scales.get(name) if scales is not None else None
+        if found is None or not 0 < found < math.inf:
+            raise NemocError(
+                f"{name}: found {'nothing' if found is None else found} as the scale of the "
+                "activations that it multiplies, expected a positive number"
+            )
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,7 @@ class _Release:
     layout: Layout
     selection: Selection
     slice_bytes: int
+    input_scales: Mapping[str, float] | None
 
     @property
     def quantized(self) -> int:
@@ -143,7 +163,7 @@ class _Release:
         write_json(directory / "config.json", kept | {"quantization_config": self._section()})
         if self.layout == "modelopt":
             quantization = {
-                "quant_algo": _ALGORITHM,
+                "quant_algo": self._algorithm,
                 "kv_cache_quant_algo": None,
                 "group_size": BLOCK,
                 "exclude_modules": self._kept(),
@@ -159,6 +179,16 @@ class _Release:
                 shutil.copyfile(content, directory / name)
         if not (directory / "generation_config.json").exists():
             write_json(directory / "generation_config.json", self._generation())
+
+    @property
+    def _algorithm(self) -> str:
+        return _WEIGHTS_ALONE if self.input_scales is None else _BOTH
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        """What ModelOpt says of the modules that are quantized."""
+        group = {"targets": ["Linear"], "weights": _NUMBERS}
+        return group if self.input_scales is None else {**group, "input_activations": _NUMBERS}
 
     def _beside(self) -> dict[str, Path | str]:
         """Files that are taken over, by name: where they are, or their text."""
@@ -178,12 +208,23 @@ class _Release:
             return {tensor_of(name, matrix): TensorType(type_.dtype, shape)}
         codes, scales, scale = self._names(name, matrix)
         rows, width = map(int, self.weights.types[name].shape[-2:])
-        axes = () if self.layout == "modelopt" else (1,)
-        return {
+        tensors = {
             codes: TensorType(DType.U8, (rows, width // 2)),
             scales: TensorType(DType.F8E4M3, (rows, width // BLOCK)),
-            scale: TensorType(DType.F32, axes),
+            scale: self._scalar,
         }
+        if self.input_scales is not None:
+            tensors[self._input_name(name, matrix)] = self._scalar
+        return tensors
+
+    @property
+    def _scalar(self) -> TensorType:
+        """The type of what holds for a whole matrix."""
+        return TensorType(DType.F32, () if self.layout == "modelopt" else (1,))
+
+    def _input_name(self, name: str, matrix: int) -> str:
+        """Of the scale of activations."""
+        return tensor_of(f"{module_of(name)}.{Nvfp4(self.layout).input_scale}", matrix)
 
     def _names(self, name: str, matrix: int) -> tuple[str, str, str]:
         """Of codes, block scales and the scale of the matrix."""
@@ -209,6 +250,15 @@ class _Release:
             yield Piece(scales, rows.scales, rows.start * width // BLOCK)
             if rows.start == 0:
                 yield Piece(scale, rows.scale)
+                yield from self._input_scale(name, rows.matrix)
+
+    def _input_scale(self, name: str, matrix: int) -> Iterator[Piece]:
+        """A factor or, in compressed-tensors' files, a divisor."""
+        if self.input_scales is not None:
+            scale = torch.tensor(self.input_scales[name])
+            if self.layout == "compressed-tensors":
+                scale = scale.reciprocal()
+            yield Piece(self._input_name(name, matrix), scale)
 
     def _plain(self, name: str) -> Iterator[Piece]:
         type_ = self._plain_type(name)
@@ -235,16 +285,19 @@ class _Release:
         if self.layout == "modelopt":
             return {
                 "quant_method": "modelopt",
-                "quant_algo": _ALGORITHM,
-                "config_groups": {"group_0": {"targets": ["Linear"], "weights": _NUMBERS}},
+                "quant_algo": self._algorithm,
+                "config_groups": {"group_0": self._group},
                 "ignore": self._kept(),
                 "producer": _PRODUCER,
             }
         packing = "nvfp4-pack-quantized"
+        numbers = {**_NUMBERS, "strategy": "tensor_group", "symmetric": True}
         group = {
             "targets": ["Linear"],
-            "weights": {**_NUMBERS, "strategy": "tensor_group", "symmetric": True},
-            "input_activations": None,
+            "weights": numbers,
+            "input_activations": (
+                None if self.input_scales is None else {**numbers, "dynamic": "local"}
+            ),
             "output_activations": None,
             "format": packing,
         }

@@ -109,5 +109,5 @@ class Bisect:
 
 def _stopped(run: PassRun, ctx: PassContext, limit: int | None) -> tuple[PassRun, list[Remark]]:
     """The pass once more, stopped after some changes, and which it made."""
-    fresh = PassContext(ctx.target, ctx.parameters, limit=limit)
+    fresh = PassContext(ctx.target, ctx.parameters, ctx.input_scales, limit=limit)
     return run_pass(run.before, run.passes, run.position, fresh), fresh.changes

@@ -1,6 +1,7 @@
 """What a pass may know besides the graph: plain data, handed in by whoever runs the pipeline."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nemoc.ir.cost import Cost
@@ -67,6 +68,8 @@ class PassContext:
     Attributes:
         target: facts about the target.
         parameters: the weights' data; none when only the structure is at hand.
+        input_scales: static NVFP4 scales of activations, by the name of the weight that they are multiplied by; none
+            where each row has its own.
         remarks: what passes did and refused, in order.
         limit: the most changes allowed; None: any number.
         changes: those of the remarks that were allowed changes.
@@ -74,6 +77,7 @@ class PassContext:
 
     target: TargetInfo = field(default_factory=TargetInfo)
     parameters: ParameterSource | None = None
+    input_scales: Mapping[str, float] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
     limit: int | None = None
     changes: list[Remark] = field(default_factory=list, init=False)

@@ -45,9 +45,11 @@ class QuantizeNvfp4(Pass):
     - `w4a4`: they become NVFP4 too, every row as a tensor of its own: its scale is of its own largest magnitude and
       those of its blocks follow from that, so that no row's result depends on others in the batch. Where a product
       gathers rows, the table is quantized before. On normally distributed numbers the error of a row is 9.5 % of its
-      norm, as of weights, and that of a product of both 13.5 %. With `input-scale` above 0 that is the tensor scale
-      of all of them, as calibrated checkpoints have one; then the kernel that makes activations can quantize them tile
-      by tile. Blocks' scales lie between 2⁻⁹ and 448, so magnitudes above 2688 times `input-scale` are cut off there.
+      norm, as of weights, and that of a product of both 13.5 %. Weights in scope that a checkpoint stores in NVFP4 keep
+      their codes. With static scales (the context's `input_scales`, one for each weight, from calibration or the
+      checkpoint) that is the tensor scale of all rows; then the kernel that makes activations can quantize them tile by
+      tile. `input-scale` above 0 is one for all weights instead. Blocks' scales lie between 2⁻⁹ and 448, so magnitudes
+      above 2688 times the scale are cut off there.
 
     Before::
 
@@ -91,15 +93,29 @@ class QuantizeNvfp4(Pass):
         chosen = weights_in(graph, self.scope)
 
         def apply(op: Linear | GroupedLinear, rewriter: Rewriter) -> Replacement:
+            stored = _stored(op.w, rewriter) if self.mode == "w4a4" else None
+            if stored is not None and stored.packed in chosen and not _is_nvfp4(op.x, rewriter):
+                x = self._activations(op.x, stored.packed, ctx, rewriter)
+                return rewriter(replace(op, x=x, w=_as_stored(op.w, rewriter)))
             if op.w not in chosen or not _has_blocks(op.w):
                 return None
-            x = MODES[self.mode](self, op.x, rewriter)
+            x = self._activations(op.x, op.w, ctx, rewriter)
             return rewriter(replace(op, x=x, w=self._decoded(op.w, x, rewriter)))
 
         for param in graph.params:
             if param in chosen and graph.uses.get(param) and not _has_blocks(param):
                 self._note_left(graph, param, ctx)
         return rewrite_products(graph, ctx, self.name, "NVFP4", apply)
+
+    def _activations(self, x: Value, w: Value, ctx: PassContext, rewriter: Rewriter) -> Value:
+        """What a product with a weight takes in the place of x."""
+        scale = self.input_scale or ctx.input_scales.get(w.name, 0.0)
+        if self.mode == "w4a4" and ctx.input_scales and not scale:
+            raise NemocError(
+                f"pass {self.name}: found no scale of the activations that {w.name} multiplies, "
+                "expected one as for others"
+            )
+        return MODES[self.mode](scale, x, rewriter)
 
     def _note_left(self, graph: Graph, param: Value, ctx: PassContext) -> None:
         if any(isinstance(n.op, Linear | GroupedLinear) for n in graph.uses[param]):
@@ -115,40 +131,65 @@ class QuantizeNvfp4(Pass):
         return beside(x, decoded, rewriter)
 
 
-def _as_they_are(options: QuantizeNvfp4, x: Value, rewriter: Rewriter) -> Value:
+def _as_they_are(scale: float, x: Value, rewriter: Rewriter) -> Value:
     return x
 
 
-def _blocks_in_int8(options: QuantizeNvfp4, x: Value, rewriter: Rewriter) -> Value:
+def _blocks_in_int8(scale: float, x: Value, rewriter: Rewriter) -> Value:
     """Activations rounded to int8 in the blocks of the weights that they multiply."""
     wide = x if x.dtype is DType.F32 else rewriter(Cast(x, DType.F32), f"{x.name}.f32")
     return rewriter(RoundToInt8(wide, BLOCK), f"{x.name}.int8")
 
 
-def _rows_in_nvfp4(options: QuantizeNvfp4, x: Value, rewriter: Rewriter) -> Value:
+def _rows_in_nvfp4(scale: float, x: Value, rewriter: Rewriter) -> Value:
     """Activations [..., K] as matrices of one row each, which have a tensor scale each, quantized and decoded.
 
     Their scales follow ModelOpt's arithmetic whatever the weights' do: no file holds them.
     """
     gather = rewriter.producer(x)
     if isinstance(gather, TakeRows) and gather.table.shape[-1] == x.shape[-1]:
-        table = _rows_in_nvfp4(options, gather.table, rewriter)
+        table = _rows_in_nvfp4(scale, gather.table, rewriter)
         return rewriter(replace(gather, table=table), f"{x.name}.nvfp4")
     names = iter(("scale", "scales", "codes"))
     rows = rewriter(Reshape(x, (product(x.shape[:-1]), 1, x.shape[-1])), f"{x.name}.rows")
     append: Callable[[Op], Value] = lambda op: rewriter(op, f"{x.name}.{next(names)}")  # noqa: E731
-    given = append(Full(options.input_scale, DType.F32)) if options.input_scale else None
-    codes, scales, scale = quantized(append, rows, scale=given)
-    decoded = rewriter(DequantizeNvfp4(codes, scales, scale), f"{x.name}.decoded")
+    given = append(Full(scale, DType.F32)) if scale else None
+    codes, scales, whole = quantized(append, rows, scale=given)
+    decoded = rewriter(DequantizeNvfp4(codes, scales, whole), f"{x.name}.decoded")
     return rewriter(Reshape(decoded, x.shape), f"{x.name}.nvfp4")
 
 
-MODES: Mapping[str, Callable[[QuantizeNvfp4, Value, Rewriter], Value]] = {
+MODES: Mapping[str, Callable[[float, Value, Rewriter], Value]] = {
     "w4a16": _as_they_are,
     "w4a8": _blocks_in_int8,
     "w4a4": _rows_in_nvfp4,
 }
-"""By name: given activations x and the pass's options, what a product takes in their place, of their shape."""
+"""By name: given a static scale or 0, and activations x, what a product takes in their place, of their shape."""
+
+
+def _stored(w: Value, rewriter: Rewriter) -> DequantizeNvfp4 | None:
+    """What decodes a weight that the model already has in NVFP4."""
+    op = rewriter.producer(w)
+    while isinstance(op, Cast):
+        op = rewriter.producer(op.x)
+    return op if isinstance(op, DequantizeNvfp4) else None
+
+
+def _as_stored(w: Value, rewriter: Rewriter) -> Value:
+    """A decoded weight before it was rounded to the activations' type: with theirs, all that it has counts."""
+    op = rewriter.producer(w)
+    return _as_stored(op.x, rewriter) if isinstance(op, Cast) else w
+
+
+def _is_nvfp4(x: Value, rewriter: Rewriter) -> bool:
+    """Whether activations are what NVFP4 codes stand for."""
+    op = rewriter.producer(x)
+    match op:
+        case Reshape():
+            return _is_nvfp4(op.x, rewriter)
+        case TakeRows():
+            return _is_nvfp4(op.table, rewriter)
+    return isinstance(op, DequantizeNvfp4)
 
 
 def _has_blocks(w: Value) -> bool:

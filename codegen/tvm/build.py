@@ -1,5 +1,10 @@
 """From module text to a shared library: TVMScript, TIR passes, LLVM, linker."""
 
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
 import re
 import shutil
 import tempfile
@@ -10,6 +15,7 @@ import tvm
 from tvm import tirx
 from tvm.support import cc
 
+from nemoc.codegen.object_store import ObjectStore
 from nemoc.codegen.tvm.reader import read_module
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.ir.errors import NemocError
@@ -52,11 +58,20 @@ def compile_module(source: str, target: CpuTarget) -> tvm.runtime.Module:
     return tvm.get_global_func("target.build.llvm")(lower_module(source, target), target.llvm)
 
 
-def build_library(source: str, target: CpuTarget, path: Path) -> None:
+def build_library(
+    source: str, target: CpuTarget, path: Path, store: ObjectStore | None = None
+) -> None:
     """Compile module text into a shared library that tvm_ffi loads without the compiler.
 
-    The kernels are compiled together, then each step function by itself: so LLVM holds one of them at a time, and
-    does not copy small kernels to wherever a step function calls them, of which there are some for each layer.
+    Every function is compiled by itself: so LLVM holds one of them at a time, does not copy small kernels to wherever a
+    step function calls them, of which there are some for each layer, and what another library has too need not be
+    compiled again.
+
+    Args:
+        source: the module's text.
+        target: what to compile for.
+        path: where to write the library.
+        store: where compiled functions are looked for, and put.
 
     Raises:
         NemocError: there is no linker, or the target is of another platform than this machine.
@@ -71,18 +86,45 @@ def build_library(source: str, target: CpuTarget, path: Path) -> None:
         objects = []
         for number, part in enumerate(_parts(source)):
             objects.append(str(Path(folder) / f"{number}.o"))
-            compile_module(part, target).write_to_file(objects[-1])
+            _write_object(part, target, Path(objects[-1]), store)
+        if store is not None:
+            store.prune()
         cc.create_shared(str(path), objects, cc=linker)
 
 
+def _write_object(source: str, target: CpuTarget, path: Path, store: ObjectStore | None) -> None:
+    """Write a compiled module, from the store if that has it."""
+    key = _key(source, target)
+    stored = store.get(key) if store is not None else None
+    if stored is not None:
+        path.write_bytes(stored)
+        return
+    compile_module(source, target).write_to_file(str(path))
+    if store is not None:
+        store.put(key, path.read_bytes())
+
+
+def _key(source: str, target: CpuTarget) -> str:
+    """A hash of everything that an object depends on."""
+    parts = (_compiler(), dataclasses.astuple(target), source)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@functools.cache
+def _compiler() -> tuple[str, ...]:
+    """What compiles text: TVM, LLVM, and the sources that stand before them."""
+    own = (Path(__file__), Path(inspect.getfile(read_module)))
+    return (
+        tvm.__version__,
+        str(tvm.get_global_func("target.llvm_version_major")()),
+        *(hashlib.sha256(file.read_bytes()).hexdigest() for file in own),
+    )
+
+
 def _parts(source: str) -> Iterator[str]:
-    """The text of a module as several: all kernels in one, every step function in one of its own."""
+    """The text of a module as several, with one function each, wherever in the module that stands."""
     head, *functions = _FUNCTION.split(source)
-    kernels = [text for text in functions if "(private=True" in text.partition("\n")[0]]
-    yield head + "".join(kernels)
-    for text in functions:
-        if text not in kernels:
-            yield head + text
+    return (f"{head}{text.rstrip()}\n" for text in functions)
 
 
 def find_linker() -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemoc.codegen.lower import Program, lower_program
+from nemoc.codegen.object_store import ObjectStore
 from nemoc.codegen.storage import Layout
 from nemoc.codegen.tuned import Lookup, tuned
 from nemoc.codegen.tvm.build import build_library
@@ -38,6 +39,7 @@ def compile_program(
     corners: Sequence[Mapping[str, int]],
     target: CpuTarget,
     lookup: Lookup = lambda kernel: {},
+    store: ObjectStore | None = None,
 ) -> Compiled:
     """Compile step functions into one library.
 
@@ -47,6 +49,7 @@ def compile_program(
         corners: sizes of B, L and C at which scratch is largest (`nemoc.codegen.lower.corner_sizes`).
         target: the CPU to compile for.
         lookup: the schedules of kernels that were tuned.
+        store: where compiled functions are looked for, and put.
 
     Raises:
         NemocError: an op has no kernel, or the library cannot be linked here.
@@ -56,7 +59,7 @@ def compile_program(
     source = module_source(program.functions)
     with tempfile.TemporaryDirectory(prefix="nemoc-") as folder:
         path = Path(folder) / "step.so"
-        build_library(source, target, path)
+        build_library(source, target, path, store)
         _return_freed_memory()
         return Compiled(program, source, path.read_bytes())
 

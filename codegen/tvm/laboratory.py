@@ -1,6 +1,6 @@
 """Trying kernels on the CPU at hand: compiled, checked and timed in child processes.
 
-    with Laboratory(cpu_target(), threads=2, folder=folder) as laboratory:
+    with Laboratory(cpu_target(), threads=2, folder=folder, store=store) as laboratory:
         subject = laboratory.subject(site, plan, operands, sizes, warm)
         laboratory.compile([(subject, other)])
         laboratory.check(subject, other)
@@ -96,20 +96,25 @@ class Laboratory:
         target: the CPU at hand.
         threads: that kernels run on.
         folder: an empty folder for tensors and libraries.
+        store: folder of compiled functions (`nemoc.codegen.object_store`).
         workers: the processes and their limits.
     """
 
     def __init__(
-        self, target: CpuTarget, threads: int, folder: Path, workers: Children = WORKERS
+        self,
+        target: CpuTarget,
+        threads: int,
+        folder: Path,
+        store: Path,
+        workers: Children = WORKERS,
     ) -> None:
         self._folder = folder
         for name in ("subjects", "libraries", "compilers", "runs"):
             (folder / name).mkdir()
         name = f"cpu:{target.mcpu}"
-        setup, single = {"target": name, "threads": threads}, {"target": name, "threads": 1}
-        self._compilers = Pool(single, workers, folder / "compilers")
-        alone = dataclasses.replace(workers, jobs=1)
-        self._runs = Pool(setup, alone, folder / "runs")
+        setup = {"target": name, "threads": threads, "store": str(store)}
+        self._compilers = Pool(setup | {"threads": 1}, workers, folder / "compilers")
+        self._runs = Pool(setup, dataclasses.replace(workers, jobs=1), folder / "runs")
 
     fault = Fault
     """What `check` and `time` give where something is wrong."""

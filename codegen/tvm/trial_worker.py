@@ -3,12 +3,13 @@
 It reads JSON from standard input, one object a line, and answers each line with one on the file descriptor that its
 argument names.
 
-    setup    {"target", "threads"}                                          ->  {}
+    setup    {"target", "threads", "store"}                                 ->  {}
     request  {"do": "compile", "source", "library"}                         ->  {}
              {"do": "check", "subject", "candidate", "default"}             ->  {"deviation", "equal"}
              {"do": "time", "subject", "candidates", "rounds", "seed"}      ->  {"seconds"}
 
-each of which may be answered by {"error"} instead. `source` is a file of module text and `library` the one to write.
+each of which may be answered by {"error"} instead. `source` is a file of module text and `library` the one to write;
+`store` is the folder of compiled functions.
 `subject` is a folder that `nemoc.codegen.tvm.laboratory` has filled: `site.json` with the sizes and views of a site,
 and `tensors.safetensors` with its operands and the results that they should lead to. A candidate is
 {"library", "scratch", "updates"}: its function, the views of its scratch, and what it updates in place. `deviation` is
@@ -34,6 +35,7 @@ import tvm_ffi
 from safetensors.torch import load_file
 
 from nemoc.codegen.guarded import Buffer, KernelFault, Views, run_views
+from nemoc.codegen.object_store import ObjectStore
 from nemoc.codegen.plan import Arg, View
 from nemoc.codegen.storage import ALIGNMENT
 from nemoc.codegen.tvm.build import build_library
@@ -252,11 +254,12 @@ def _subject(folder: str) -> Subject:
     return Subject.read(Path(folder))
 
 
-def answer(request: Mapping[str, Any], target: str) -> dict[str, Any]:
+def answer(request: Mapping[str, Any], setup: Mapping[str, Any]) -> dict[str, Any]:
     """Carry out a request."""
     if request["do"] == "compile":
-        source = Path(request["source"]).read_text("utf-8")
-        build_library(source, cpu_target(target), Path(request["library"]))
+        source, store = Path(request["source"]).read_text("utf-8"), Path(setup["store"])
+        target, library = cpu_target(setup["target"]), Path(request["library"])
+        build_library(source, target, library, ObjectStore(store))
         return {}
     subject = _subject(request["subject"])
     if request["do"] == "check":
@@ -283,7 +286,7 @@ def main() -> None:
     reply({})
     for line in sys.stdin:
         try:
-            reply(answer(json.loads(line), setup["target"]))
+            reply(answer(json.loads(line), setup))
         except Exception as error:  # whatever is wrong with one request, the next may be right
             reply({"error": f"{type(error).__name__}: {error}".rstrip(": ")})
 

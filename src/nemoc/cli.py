@@ -100,7 +100,8 @@ _calibration = click.option(
     type=click.Path(path_type=Path),
     metavar="FILE",
     multiple=True,
-    help="Text to measure an error budget on. Repeatable; sample has some of its own.",
+    help="Text to measure an error budget, or static scales of activations, on. Repeatable; "
+    "sample has some of its own for a budget.",
 )
 _numerics = click.option(
     "--numerics",
@@ -427,6 +428,14 @@ def report(artifact: Path) -> None:
     default="nvfp4",
     show_default=True,
     help="Of the matrices in scope; other than nvfp4 for gguf alone.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    multiple=True,
+    help="Text to measure activations on: static scales are written, and they are meant to be NVFP4 too. "
+    "Repeatable.",
 )
 @_options(_quiet, _debug)
 def quantize(source: str, output: Path, **options: Any) -> None:

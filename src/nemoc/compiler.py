@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nemoc.autotune.records import Records
+from nemoc.calibration import input_scales
 from nemoc.codegen.lower import corner_sizes, describe
+from nemoc.codegen.object_store import ObjectStore
 from nemoc.codegen.storage import Layout, Weight, bind_weights, weight_layout
 from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.codegen.triton.target import GPUS, INTERPRETER
@@ -129,7 +131,9 @@ def compile(
             the pass's default, all.
         error_budget: instead of `quantize`: each weight in scope gets the cheapest format that keeps the model's
             error, KL of the next token's distribution in nats, below this (`nemoc.error_budget`).
-        calibration: files of text to measure that on; the sample model has some of its own.
+        calibration: files of text to measure that on; the sample model has some of its own. With "nvfp4-w4a4", text on
+            which the largest activations are measured: their scales are then static. Without, they are those of a
+            checkpoint that has them, else each row has its own.
         plugins: passes of the user's own that the pipeline's text may name: modules or classes.
         records: schedules that `nemoc tune` found: records or files of them; None for what comes with nemoc and what
             was found on this machine, an empty list for none. Only those of exactly these kernels on this kind of
@@ -161,6 +165,7 @@ def compile(
         dtype,
         quantize,
         scope=scope,
+        calibration=() if error_budget is not None else calibration,
         plugins=plugins,
         check=NumericCheck() if verify_each else None,
         progress=progress,
@@ -230,6 +235,7 @@ def functions(
     quantize: Quantize = None,
     *,
     scope: str | None = None,
+    calibration: Sequence[str | Path] = (),
     plugins: Iterable[str | type[Pass]] = (),
     which: Sequence[str] = FUNCTIONS,
     check: Callable[[PassRun, PassContext], None] | None = None,
@@ -240,6 +246,7 @@ def functions(
 
     Args:
         source, target, pipeline, dtype, quantize, scope, plugins, progress: as for `compile`.
+        calibration: text to measure scales of activations on, if they are quantized.
         which: the functions wanted.
         check: held against every pass that changed a graph (`nemoc.passes.check`).
         on_pass: called with the function's name after each pass.
@@ -247,9 +254,13 @@ def functions(
     name = resolve_target(target)
     model = source if isinstance(source, Model) else open_model(source)
     compute = _compute_type(dtype, name, model)
-    ctx = PassContext(target_info(name, read_options().threads or 1), model.parameters)
     classes = plugin_classes(plugins)
     first = quantization(model, quantize, scope, classes)
+    ctx = PassContext(
+        target_info(name, read_options().threads or 1),
+        model.parameters,
+        input_scales(model, first, calibration, progress),
+    )
     pipelines = {
         function: passes_of(function, name, pipeline, classes, first) for function in which
     }
@@ -368,7 +379,8 @@ def _generate(
 
     cpu = cpu_target(target)
     chosen = Chosen(tuning.records, cpu_device(cpu.mcpu, tuning.threads), tuning.numerics)
-    compiled = compile_program(graphs, layout, corners, cpu, chosen)
+    store = ObjectStore(read_options().cache / "objects")
+    compiled = compile_program(graphs, layout, corners, cpu, chosen, store)
     machine = Machine.host() if target == "cpu" else Machine.of(cpu.architecture, cpu.features)
     return _Compiled(
         machine,

@@ -121,11 +121,28 @@ def calibrate(
     Raises:
         NemocError: as there, or there is no text, or it cannot be read.
     """
+    windows = _windows(model, files)
+    return within_budget(model, budget, windows, scope or "all", progress)
+
+
+def calibration_tokens(model: Model, files: Sequence[str | Path]) -> torch.Tensor:
+    """The tokens that a model is calibrated on, int64 [n, L]: n ≥ 2 windows, each to be seen by itself.
+
+    Args:
+        model: with a tokenizer.
+        files: as for `calibrate`.
+
+    Raises:
+        NemocError: there is no text, it cannot be read, or it is too short.
+    """
+    return _tokens(_windows(model, files))
+
+
+def _windows(model: Model, files: Sequence[str | Path]) -> list[Window]:
     text = files or own_calibration(model)
     if not text:
         raise NemocError(f"calibration: found no text for {model.name}, expected files")
-    windows = read_windows(model_tokenizer(model), text, CONTEXT, TOKENS)
-    return within_budget(model, budget, windows, scope or "all", progress)
+    return read_windows(model_tokenizer(model), text, CONTEXT, TOKENS)
 
 
 def within_budget(

@@ -21,7 +21,8 @@ QUANTIZATIONS: Mapping[str, QuantizeNvfp4 | QuantizeFp8] = {
 """Formats by name, each with the pass that it stands for."""
 
 AS_RELEASED = "as-released"
-"""Every module in the format that its weights have in NVIDIA's release of the model's family."""
+"""Of a quantized checkpoint, activations in NVFP4 too where it means that. Of any other model, every module in the
+format that its weights have in NVIDIA's release of the family."""
 
 Quantize = str | Sequence[Pass] | None
 """A name of `QUANTIZATIONS`, `AS_RELEASED`, passes or their text, or none."""
@@ -53,7 +54,8 @@ def quantization(
     if quantize is None:
         return ()
     if quantize == AS_RELEASED:
-        return released_passes(model.config)
+        stored = model.quantization.formats
+        return _activation_passes(stored) if stored else released_passes(model.config)
     if isinstance(quantize, str) and not _begins_with_a_pass(quantize, classes):
         known = ", ".join((*QUANTIZATIONS, AS_RELEASED))
         raise NemocError(f"quantize is {quantize!r}, expected one of {known}, passes, or None")
@@ -76,6 +78,12 @@ def released_passes(config: ModelConfig) -> tuple[Pass, ...]:
         for stored, pass_ in by_format
     )
     return tuple(pass_(scope=scope_of(names)) for pass_, names in scopes if names)
+
+
+def _activation_passes(stored: Mapping[str, Format]) -> tuple[Pass, ...]:
+    """The pass that quantizes what weights in NVFP4 multiply, where the checkpoint means that."""
+    names = [n for n, f in stored.items() if isinstance(f, Nvfp4) and f.activations]
+    return (QuantizeNvfp4(mode="w4a4", scope=scope_of(names)),) if names else ()
 
 
 def read_passes(

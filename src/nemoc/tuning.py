@@ -319,7 +319,7 @@ def _benches(target: str, threads: int, folder: Path) -> Iterator[_CpuBenches]:
     from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
 
     cpu = cpu_target(target)
-    with Laboratory(cpu, threads, folder) as laboratory:
+    with Laboratory(cpu, threads, folder, read_options().cache / "objects") as laboratory:
         yield _CpuBenches(laboratory, cpu, threads)
 
 

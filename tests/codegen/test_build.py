@@ -1,12 +1,15 @@
-"""Libraries are linked from parts: the kernels together, each step function by itself."""
+"""Libraries are linked from functions that are compiled one by one, and kept."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 import tvm_ffi
 
+from nemoc.codegen.object_store import ObjectStore
 from nemoc.codegen.plan import Address, Arg, Launch, Stage, StepFunction, View
+from nemoc.codegen.tvm import build as building
 from nemoc.codegen.tvm.build import build_library, lower_module
 from nemoc.codegen.tvm.step import module_source
 from nemoc.codegen.tvm.target import CpuTarget, cpu_target
@@ -74,3 +77,43 @@ def test_a_kernel_that_is_elsewhere_is_called_by_its_name(target: CpuTarget) -> 
     name = kernel("one").kernel.name
     assert f'call_extern("int32", "{name}"' in text
     assert name not in {variable.name_hint for variable in module.get_global_vars()}
+
+
+@pytest.fixture
+def stored(target: CpuTarget, tmp_path: Path) -> ObjectStore:
+    """What a step of two launches was compiled into."""
+    store = ObjectStore(tmp_path / "objects")
+    build_library(module_source([step("first", 2)]), target, tmp_path / "first.so", store)
+    return store
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The text of what is compiled from now on."""
+    seen: list[str] = []
+    compile_module = building.compile_module
+
+    def note(source: str, target: CpuTarget) -> object:
+        seen.append(source)
+        return compile_module(source, target)
+
+    monkeypatch.setattr(building, "compile_module", note)
+    return seen
+
+
+def test_only_new_functions_are_compiled(
+    stored: ObjectStore, compiled: list[str], target: CpuTarget, tmp_path: Path
+) -> None:
+    path = tmp_path / "steps.so"
+    build_library(module_source([step("first", 2), step("second", 3)]), target, path, stored)
+    assert ["def second(" in text for text in compiled] == [True]
+    module = tvm_ffi.load_module(str(path))
+    assert callable(module["first"]) and callable(module["second"])
+
+
+def test_functions_are_compiled_again_for_another_cpu(
+    stored: ObjectStore, compiled: list[str], target: CpuTarget, tmp_path: Path
+) -> None:
+    other = dataclasses.replace(target, registers=target.registers + 1)
+    build_library(module_source([step("first", 2)]), other, tmp_path / "other.so", stored)
+    assert len(compiled) == 3

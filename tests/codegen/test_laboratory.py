@@ -30,7 +30,8 @@ DEFAULT = emit(SITE, TARGET)
 @pytest.fixture(scope="module")
 def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
     limits = dataclasses.replace(WORKERS, jobs=1, seconds=60.0, bytes=2 << 30)
-    with Laboratory(TARGET, 2, tmp_path_factory.mktemp("lab"), limits) as made:
+    folder, store = (tmp_path_factory.mktemp(name) for name in ("lab", "store"))
+    with Laboratory(TARGET, 2, folder, store, limits) as made:
         yield made
 
 
@@ -105,7 +106,8 @@ def test_crash_is_named_with_its_signal(laboratory: Laboratory, subject: Subject
 def test_hang_ends_at_the_limit(tmp_path: Path) -> None:
     limits = dataclasses.replace(WORKERS, jobs=1, seconds=15.0)
     operands = (torch.randn(7, 48), torch.randn(2, 48, 32).bfloat16())
-    with Laboratory(TARGET, 2, tmp_path, limits) as laboratory:
+    (tmp_path / "lab").mkdir()
+    with Laboratory(TARGET, 2, tmp_path / "lab", tmp_path / "store", limits) as laboratory:
         subject = laboratory.subject(SITE, DEFAULT, operands, SIZES, [True, False])
         hanging = sabotaged('T.evaluate(T.call_extern("int32", "pause"))')
         assert laboratory.compile([(subject, DEFAULT), (subject, hanging)]) == {}

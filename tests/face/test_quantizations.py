@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,14 @@ import pytest
 from nemoc.__main__ import main
 from nemoc.ir import Graph, NemocError
 from nemoc.ir.ops import QuantizeFp8, QuantizeNvfp4
-from nemoc.models import Model, ModelConfig, open_model
+from nemoc.models import Model, ModelConfig, Nvfp4, open_model
 from nemoc.passes import Pass, PassContext, print_pipeline, run_pipeline
+from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4 as QuantizePass
+from nemoc.passes.quantize_products import weights_in
 from nemoc.quantizations import AS_RELEASED, QUANTIZATIONS, quantization, released_passes
+from support import releases
+from support.quantized import Kind
+from support.releases import SUPER
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +96,21 @@ def test_a_model_of_no_released_family_is_refused() -> None:
     config: ModelConfig = open_model("nemotron-h-8b").config
     with pytest.raises(NemocError, match=r"^as-released: found layers M-M-M-M\*"):
         released_passes(config)
+
+
+def test_as_released_does_of_a_quantized_checkpoint_what_it_asks_for(tmp_path: Path) -> None:
+    SUPER.write(tmp_path)
+    model = open_model(tmp_path)
+    (found,) = quantization(model, AS_RELEASED)
+    wanted = {n for n, f in model.quantization.formats.items() if isinstance(f, Nvfp4)}
+    step = model.build_step()
+    assert isinstance(found, QuantizePass) and found.mode == "w4a4"
+    assert {p.name for p in weights_in(step, found.scope)} == wanted
+
+
+def test_as_released_leaves_activations_that_a_checkpoint_does_not_quantize(tmp_path: Path) -> None:
+    kinds: dict[str, Kind] = dict.fromkeys(releases.modules(0, *releases.MLP), "nvfp4")
+    alone = {"quant_algo": "W4A16_NVFP4", "exclude_modules": ["lm_head"]}
+    changes = {"hybrid_override_pattern": "-"}
+    releases.Release(kinds, beside=alone, changes=changes).write(tmp_path)
+    assert quantization(open_model(tmp_path), AS_RELEASED) == ()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from nemoc.models import (
     preset,
 )
 from nemoc.models.dequantized import Dequantized
+from nemoc.models.input_scales import stored_input_scales
 from nemoc.models.names import is_stack, module_of, parameter_of, tensor_of
 from nemoc.models.quantize import select
 from nemoc.models.release import LAYOUTS, Layout, write_release
@@ -142,6 +144,38 @@ def test_it_opens_as_what_was_written(
             for n in range(len(found) if is_stack(name) else 1)
         ]
         assert _bytes(found) == b"".join(map(_bytes, parts)), name
+
+
+def test_scales_of_activations_stand_beside_codes_and_the_map_says_so(
+    sources: dict[str, Path], layout: Layout, out: Path
+) -> None:
+    model = open_model(sources["latent"])
+    chosen = sorted(select(model.config, "all", 16).chosen)
+    scales = {name: 0.25 + n for n, name in enumerate(chosen)}
+    write_release(model, out, layout, input_scales=scales)
+    written, stored = open_model(out), load_file(out / "model.safetensors")
+    assert set(written.quantization.formats.values()) == {Nvfp4(layout)}
+    assert stored_input_scales(written) == pytest.approx(scales, rel=1e-6)
+    leaf = Nvfp4(layout).input_scale
+    found = [stored[name] for name in stored if name.endswith(leaf)]
+    assert len(found) == len(_quantized_modules(stored, layout))
+    assert {tuple(t.shape) for t in found} == {() if layout == "modelopt" else (1,)}
+
+
+@pytest.mark.parametrize("bad", [None, 0.0, -1.0, float("nan"), float("inf")])
+def test_a_weight_without_a_scale_is_not_written(
+    sources: dict[str, Path], bad: float | None, out: Path
+) -> None:
+    model = open_model(sources["dense"])
+    scales = dict.fromkeys(select(model.config, "all", 16).chosen, 1.0)
+    name = min(scales)
+    del scales[name]
+    scales |= {} if bad is None else {name: bad}
+    with pytest.raises(
+        NemocError, match=rf"^{re.escape(name)}: found .* expected a positive number$"
+    ):
+        write_release(model, out, "modelopt", input_scales=scales)
+    assert not list(out.iterdir())
 
 
 def test_the_model_means_the_quantized_weights(sources: dict[str, Path], out: Path) -> None:

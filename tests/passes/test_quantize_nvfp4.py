@@ -1,5 +1,7 @@
 """The pass that stores weights in NVFP4."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,15 +9,29 @@ from nemoc.ir import DType, Graph, NemocError, TensorType, parse
 from nemoc.ir.dims import B
 from nemoc.ir.interpreter import interpret
 from nemoc.ir.nvfp4 import BLOCK
-from nemoc.ir.ops import DequantizeNvfp4, Folded, Fused, Interleave, Linear, Nvfp4GlobalScale
+from nemoc.ir.ops import (
+    DequantizeNvfp4,
+    Folded,
+    Full,
+    Fused,
+    GroupedLinear,
+    Interleave,
+    Linear,
+    Nvfp4GlobalScale,
+)
+from nemoc.ir.ops import QuantizeNvfp4 as EncodeNvfp4
 from nemoc.ir.sample_inputs import sample_arguments
+from nemoc.ir.scopes import scope_of
+from nemoc.models import ModelConfig, Nvfp4
 from nemoc.models.graph import build_step
 from nemoc.passes import PassContext, TargetInfo, parse_pipeline, run_pipeline
 from nemoc.passes.check import NumericCheck
 from nemoc.passes.growth import QUANTIZERS
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
+from support.checkpoints import BASE
 from support.kernels import relative_error
 from support.models import SMALL
+from support.quantized import WIDE
 
 STEP = parse("""
 graph @step {
@@ -141,6 +157,61 @@ def test_a_known_scale_lets_a_product_quantize_what_it_makes() -> None:
     makers = [body for body in regions if any(isinstance(n.op, Linear) for n in body.nodes)]
     assert any({v.dtype for v in body.outputs} == {DType.U8, DType.F8E4M3} for body in makers)
     assert not any(isinstance(node.op, QUANTIZERS) for node in graph.nodes)
+
+
+UP, DOWN = "layers.0.mixer.up_proj.weight", "layers.0.mixer.down_proj.weight"
+
+
+def test_each_weight_has_its_own_static_scale() -> None:
+    ctx = PassContext(input_scales={UP: 0.5, DOWN: 0.25})
+    graph = QuantizeNvfp4(mode="w4a4").run(STEP, ctx)
+    values = {n.results[0]: n.op.value for n in graph.nodes if isinstance(n.op, Full)}
+    found = {
+        n.op.w.name: values[n.op.global_scale]
+        for n in graph.nodes
+        if isinstance(n.op, EncodeNvfp4) and n.op.global_scale in values
+    }
+    assert found == {"x.rows": 0.5, "r.rows": 0.25}
+
+
+def test_a_static_scale_cuts_off_what_is_larger() -> None:
+    ctx = PassContext(input_scales={UP: 1 / 2688, DOWN: 1.0})
+    scoped = QuantizeNvfp4(mode="w4a4", scope=re.escape(UP)).run(STEP, ctx)
+    arguments = sample_arguments(STEP, {"B": 3})
+    large = arguments | {"x": arguments["x"].sign() * 5}
+    whole = arguments | {"x": arguments["x"].sign()}
+    found, expected = (interpret(scoped, given).outputs[0] for given in (large, whole))
+    assert relative_error(found, expected) < 1e-6
+
+
+def test_a_weight_without_a_static_scale_beside_others_is_named() -> None:
+    with pytest.raises(NemocError) as caught:
+        QuantizeNvfp4(mode="w4a4").run(STEP, PassContext(input_scales={UP: 0.5}))
+    assert str(caught.value) == (
+        f"pass quantize-nvfp4: found no scale of the activations that {DOWN} multiplies, "
+        "expected one as for others"
+    )
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_weights_that_are_codes_already_keep_them(dtype: DType) -> None:
+    formats = {
+        "layers.1.mixer.experts.up_proj": Nvfp4(),
+        "layers.1.mixer.shared_experts.up_proj.weight": Nvfp4(),
+    }
+    graph = build_step(ModelConfig.from_dict(BASE | WIDE, "here"), dtype=dtype, formats=formats)
+    scope = scope_of(list(formats))
+    found = QuantizeNvfp4(mode="w4a4", scope=scope).run(graph, PassContext())
+    stored = {n.op.packed: n.results[0] for n in graph.nodes if isinstance(n.op, DequantizeNvfp4)}
+    products = [
+        n.op
+        for n in found.nodes
+        if isinstance(n.op, Linear | GroupedLinear) and n.op.w in stored.values()
+    ]
+    assert len(products) == 2
+    assert {op.x.dtype for op in products} == {DType.F32}
+    assert QuantizeNvfp4(mode="w4a4", scope=scope).run(found, PassContext()) is found
+    assert QuantizeNvfp4(scope=scope).run(graph, PassContext()) is graph
 
 
 def test_rows_of_a_table_are_quantized_before_they_are_gathered() -> None:

@@ -17,13 +17,15 @@ def run(source: str, output: Path, quiet: bool, options: dict[str, Any]) -> None
     """Compile, and say what came out."""
     started = time.perf_counter()
     model, console = open_model(source), report()
-    budget, files = options.pop("error_budget"), options.pop("calibration")
+    budget = options.pop("error_budget")
     if options["records"] == "none":
         options["records"] = []
     with progress(quiet) as show:
         if budget is not None:
             _refuse_both(options["quantize"])
-            chosen = calibrate(model, budget, files, options.pop("scope"), show)
+            chosen = calibrate(
+                model, budget, options.pop("calibration"), options.pop("scope"), show
+            )
             options["quantize"] = chosen.passes
             print_choices(console, chosen)
         executable = compile(model, destination=output, progress=show, **options)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nemoc.calibration import takes_scales
 from nemoc.commands.compile import print_choices
 from nemoc.compiler import compile, load
 from nemoc.error_budget import Budgeted, calibrate
@@ -32,6 +33,7 @@ class Settings:
     dtype: str | None
     threads: int | None
     context: int
+    calibration: Sequence[Path]
 
     def compile(self, model: Model, passes: tuple[Pass, ...], show: Progress) -> Executable:
         """The model, quantized by passes."""
@@ -41,6 +43,7 @@ class Settings:
             passes or None,
             dtype=self.dtype,
             max_context=self.context,
+            calibration=self.calibration if takes_scales(passes) else (),
             threads=self.threads,
             progress=show,
         )
@@ -63,7 +66,7 @@ def run(
     quiet: bool,
 ) -> None:
     """Print the table."""
-    settings = Settings(target, dtype, threads, context)
+    settings = Settings(target, dtype, threads, context, calibration)
     budgets: list[Budgeted] = []
     with progress(quiet) as show:
         if is_artifact(Path(source)):

@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from nemoc.calibration import measured_scales
 from nemoc.ir import NemocError
 from nemoc.models import Model, Written, open_model, write_gguf, write_release
 from nemoc.models.gguf_writer import GgufType
@@ -16,18 +17,28 @@ Writer = Callable[[Model, Path, Callable[[int, int], None]], Written]
 """Writes a model under a new name, and tells the bytes that it has written, and those of all."""
 
 
-def run(source: str, output: Path, format: str, scope: str, type: GgufType, quiet: bool) -> None:
+def run(
+    source: str,
+    output: Path,
+    format: str,
+    scope: str,
+    type: GgufType,
+    calibration: Sequence[Path],
+    quiet: bool,
+) -> None:
     """Write, and say what came out.
 
     Raises:
         NemocError: the source or the scope is none, or the output exists or cannot be written.
     """
     started = time.perf_counter()
-    write = _writer(format, scope, type)
+    _check(format, type, calibration)
     if os.path.lexists(output):
         raise NemocError(f"{output}: exists, and is not replaced")
     model = open_model(source)
     with progress(quiet) as show:
+        scales = measured_scales(model, calibration, show) if calibration else None
+        write = _writer(format, scope, type, scales)
         written = write(model, output, lambda done, total: show("writing weights", done, total))
     console = report()
     for note in written.notes:
@@ -42,21 +53,31 @@ def run(source: str, output: Path, format: str, scope: str, type: GgufType, quie
     )
 
 
-def _writer(format: str, scope: str, type: GgufType) -> Writer:
+def _check(format: str, type: GgufType, calibration: Sequence[Path]) -> None:
+    if format in LAYOUTS and type != "nvfp4":
+        raise NemocError(f"--type {type}: found format {format}, expected gguf")
+    if format not in LAYOUTS and calibration:
+        raise NemocError(f"--calibration: found format {format}, expected {' or '.join(LAYOUTS)}")
+
+
+def _writer(format: str, scope: str, type: GgufType, scales: Mapping[str, float] | None) -> Writer:
     layouts: dict[str, Layout] = {layout: layout for layout in LAYOUTS}
     if format not in layouts:
         return lambda model, path, advance: _file(model, path, type, scope, advance)
-    if type != "nvfp4":
-        raise NemocError(f"--type {type}: found format {format}, expected gguf")
     layout = layouts[format]
-    return lambda model, path, advance: _directory(model, path, layout, scope, advance)
+    return lambda model, path, advance: _directory(model, path, layout, scope, scales, advance)
 
 
 def _directory(
-    model: Model, path: Path, layout: Layout, scope: str, advance: Callable[[int, int], None]
+    model: Model,
+    path: Path,
+    layout: Layout,
+    scope: str,
+    scales: Mapping[str, float] | None,
+    advance: Callable[[int, int], None],
 ) -> Written:
     with replacing_directory(path, replaceable=lambda path: False) as folder:
-        return write_release(model, folder, layout, scope, advance=advance)
+        return write_release(model, folder, layout, scope, input_scales=scales, advance=advance)
 
 
 def _file(
