@@ -37,7 +37,7 @@ def compile_program(
     weights: Layout,
     corners: Sequence[Mapping[str, int]],
     target: CpuTarget,
-    lookup: Lookup = lambda kernel: {},
+    lookup: Lookup = lambda kernel, site, backend: {},
 ) -> Compiled:
     """Compile step functions into one library.
 

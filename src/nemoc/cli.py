@@ -201,7 +201,13 @@ def nemoc() -> None:
     metavar="FILE|none",
     help="Schedules to take. Default: those that come with nemoc, and what `nemoc tune` found.",
 )
-@_options(_numerics, _verify_each, _quiet, _debug)
+@_options(_numerics)
+@click.option(
+    "--predicted",
+    is_flag=True,
+    help="Where a kernel has no record, take what those of other shapes predict for it.",
+)
+@_options(_verify_each, _quiet, _debug)
 def compile(source: str, output: Path, quiet: bool, **options: Any) -> None:
     """Compile SOURCE into an artifact, a directory that loads without the compiler."""
     from nemoc.commands import compile
