@@ -184,7 +184,7 @@ def _defaults(space: Space) -> dict[str, Setting]:
 def _known(records: Iterable[Record], rank: int, space: Space) -> list[_Known]:
     """What is known of each shape, as far as the space has its settings; of two records the later one counts."""
     found: dict[tuple[int, ...], _Known] = {}
-    for record in sorted(records, key=lambda r: r.date):
+    for record in sorted(records, key=lambda r: r.when):
         if record.origin != "measured" or len(record.shape) != rank:
             continue
         before = found.get(record.shape)

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,12 @@ class Record:
         sizes = tuple(sorted(self.sizes.items()))
         return self.kernel, self.device, self.tools, sizes, self.numerics, self.origin
 
+    @property
+    def when(self) -> datetime:
+        """The date; where it names no zone, it is UTC's."""
+        found = datetime.fromisoformat(self.date)
+        return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+
     def to_json(self) -> dict[str, Any]:
         """JSON data."""
         return asdict(self)
@@ -129,7 +136,7 @@ class Records:
         """Put records in; one replaces that of its key if it is not older."""
         for record in records:
             held = self._records.get(record.key)
-            if held is None or held.date <= record.date:
+            if held is None or held.when <= record.when:
                 self._records[record.key] = record
 
     def find(self, kernel: str, device: str, tools: str, numerics: str = "same") -> Record | None:
@@ -145,7 +152,7 @@ class Records:
             if (r.kernel, r.device, r.tools, r.origin) == (kernel, device, tools, "measured")
             and (numerics == "any" or r.numerics == "same")
         ]
-        return max(found, key=lambda r: (r.date, -r.ratio), default=None)
+        return max(found, key=lambda r: (r.when, -r.ratio), default=None)
 
     def relatives(self, structure: str, device: str) -> list[Record]:
         """Records of kernels that do the same on the same device, whatever their sizes."""
@@ -223,10 +230,19 @@ def _record(entry: JsonField) -> Record:
         trials=found["trials"].integer(0, _MOST),
         origin=found["origin"].one_of("measured", "predicted"),
         machine=found["machine"].text(),
-        date=found["date"].text(),
+        date=_date(found["date"]),
         defaults=_settings(found["defaults"]) if "defaults" in found else {},
         tried=tuple(map(_tried, _few(found["tried"]))) if "tried" in found else (),
     )
+
+
+def _date(value: JsonField) -> str:
+    text = value.text()
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        raise value.wrong("a date such as 2026-11-30T12:00:00+00:00") from None
+    return text
 
 
 def _few(trials: JsonField) -> Sequence[JsonField]:

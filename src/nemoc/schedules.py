@@ -1,5 +1,6 @@
 """Which schedules a compilation takes: those of records that were measured on the same kind of device."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -14,6 +15,7 @@ from nemoc.autotune.records import (
     Record,
     Records,
     read_records,
+    records_text,
     structure_of,
 )
 from nemoc.codegen.lower import Emit
@@ -21,7 +23,7 @@ from nemoc.codegen.plan import Site
 from nemoc.codegen.tunables import Schedule
 from nemoc.ir import NemocError
 from nemoc.options import read_options
-from nemoc.runtime.files import as_path
+from nemoc.runtime.files import as_path, replacing_file
 from nemoc.runtime.machine import processor_model
 
 if TYPE_CHECKING:
@@ -67,6 +69,18 @@ def known_records(source: RecordSource = None) -> Records:
     for path in files:
         found.add(read_records(path))
     return found
+
+
+def write_records(records: Records, path: Path) -> None:
+    """Write a file of records; one of that name is replaced as a whole.
+
+    Raises:
+        NemocError: it cannot be written.
+    """
+    with contextlib.suppress(OSError):  # said better when the file is written
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(path) as file:
+        file.write(records_text(records).encode())
 
 
 def check_numerics(numerics: str) -> Numerics:
