@@ -70,7 +70,7 @@ $(STAMP):
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "Installing pinned dependencies into $(VENV) (the first time takes minutes)"
 	@$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
-	@$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[cpu,gpu,test]'
+	@$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[cpu,gpu,tune,test]'
 	@rm -f $(VENV)/nemoc-*
 	@touch $@
 

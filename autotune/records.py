@@ -7,8 +7,9 @@ of records are JSON; they may come from other people, and are read as such.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,19 @@ FORMAT = 1
 SHIPPED = Path(__file__).with_name("shipped.json")
 """Records that come with nemoc, each measured on the device that it names."""
 
+MOST_TRIED = 64
+"""Trials that a record keeps at most."""
+
 _MOST = 1 << 31
+
+_MOST_SETTINGS = 64
+"""Tunables that a kernel can have in a file of records."""
+
+_LATER = ("defaults", "tried")
+"""Fields that records written before there were any lack."""
+
+Tried = tuple[Mapping[str, Setting], float]
+"""A schedule, as settings that differ from the defaults, and its time relative to the default's."""
 
 _KERNEL = re.compile(r"[\w+]{1,2000}\Z")
 
@@ -62,6 +75,8 @@ class Record:
         origin: "measured" or "predicted".
         machine: the model of the processor.
         date: of the measurement, ISO 8601.
+        defaults: the settings of the default of whatever could be chosen.
+        tried: trials that ran right, at most `MOST_TRIED` of them; other shapes are predicted from them.
     """
 
     kernel: str
@@ -80,12 +95,20 @@ class Record:
     origin: str
     machine: str
     date: str
+    defaults: Mapping[str, Setting] = field(default_factory=dict)
+    tried: tuple[Tried, ...] = ()
 
     @property
     def key(self) -> tuple[object, ...]:
         """What may have one record only."""
         sizes = tuple(sorted(self.sizes.items()))
         return self.kernel, self.device, self.tools, sizes, self.numerics, self.origin
+
+    @property
+    def when(self) -> datetime:
+        """The date; where it names no zone, it is UTC's."""
+        found = datetime.fromisoformat(self.date)
+        return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
     def to_json(self) -> dict[str, Any]:
         """JSON data."""
@@ -113,7 +136,7 @@ class Records:
         """Put records in; one replaces that of its key if it is not older."""
         for record in records:
             held = self._records.get(record.key)
-            if held is None or held.date <= record.date:
+            if held is None or held.when <= record.when:
                 self._records[record.key] = record
 
     def find(self, kernel: str, device: str, tools: str, numerics: str = "same") -> Record | None:
@@ -129,7 +152,7 @@ class Records:
             if (r.kernel, r.device, r.tools, r.origin) == (kernel, device, tools, "measured")
             and (numerics == "any" or r.numerics == "same")
         ]
-        return max(found, key=lambda r: (r.date, -r.ratio), default=None)
+        return max(found, key=lambda r: (r.when, -r.ratio), default=None)
 
     def relatives(self, structure: str, device: str) -> list[Record]:
         """Records of kernels that do the same on the same device, whatever their sizes."""
@@ -155,6 +178,15 @@ def records_text(records: Records) -> str:
     return f'{{"format": {FORMAT}, "records": [\n{lines}\n]}}\n'
 
 
+def compact(tried: Iterable[Tried]) -> tuple[Tried, ...]:
+    """Trials as a record keeps them: by ratio; of more than `MOST_TRIED` every so many, the fastest and slowest too."""
+    ordered = sorted(tried, key=lambda t: (t[1], repr(sorted(t[0].items()))))
+    if len(ordered) > MOST_TRIED:
+        step = (len(ordered) - 1) / (MOST_TRIED - 1)
+        ordered = [ordered[round(i * step)] for i in range(MOST_TRIED)]
+    return tuple((dict(schedule), float(f"{ratio:.4g}")) for schedule, ratio in ordered)
+
+
 def structure_of(site: Site) -> tuple[str, tuple[int, ...]]:
     """What a site does without its sizes, and its sizes: two sites with one structure differ in these only."""
     nodes = site.op.body.nodes if isinstance(site.op, Region) else ()
@@ -173,11 +205,12 @@ def structure_of(site: Site) -> tuple[str, tuple[int, ...]]:
 
 def _record(entry: JsonField) -> Record:
     """A record from JSON data that somebody else wrote."""
-    found = entry.fields(Record.__dataclass_fields__)
+    there = entry.entries()
+    names = [n for n in Record.__dataclass_fields__ if n in there or n not in _LATER]
+    found = entry.fields(names)
     kernel = found["kernel"].text()
     if not _KERNEL.match(kernel):
         raise found["kernel"].wrong("the name of a plan")
-    schedule = {name: _setting(value) for name, value in found["schedule"].entries().items()}
     seconds = [s.number() for s in found["seconds"].items()]
     if len(seconds) != 2:
         raise found["seconds"].wrong("two numbers")
@@ -188,7 +221,7 @@ def _record(entry: JsonField) -> Record:
         structure=found["structure"].text(),
         shape=tuple(n.integer(0, _MOST) for n in found["shape"].items()),
         sizes={k: n.integer(0, _MOST) for k, n in found["sizes"].entries().items()},
-        schedule=schedule,
+        schedule=_settings(found["schedule"]),
         numerics=found["numerics"].one_of("same", "any"),
         ratio=found["ratio"].number(),
         low=found["low"].number(),
@@ -197,8 +230,40 @@ def _record(entry: JsonField) -> Record:
         trials=found["trials"].integer(0, _MOST),
         origin=found["origin"].one_of("measured", "predicted"),
         machine=found["machine"].text(),
-        date=found["date"].text(),
+        date=_date(found["date"]),
+        defaults=_settings(found["defaults"]) if "defaults" in found else {},
+        tried=tuple(map(_tried, _few(found["tried"]))) if "tried" in found else (),
     )
+
+
+def _date(value: JsonField) -> str:
+    text = value.text()
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        raise value.wrong("a date such as 2026-11-30T12:00:00+00:00") from None
+    return text
+
+
+def _few(trials: JsonField) -> Sequence[JsonField]:
+    found = trials.items()
+    if len(found) > MOST_TRIED:
+        raise trials.wrong(f"at most {MOST_TRIED} trials")
+    return found
+
+
+def _tried(trial: JsonField) -> Tried:
+    parts = trial.items()
+    if len(parts) != 2:
+        raise trial.wrong("settings and a number")
+    return _settings(parts[0]), parts[1].number()
+
+
+def _settings(entry: JsonField) -> dict[str, Setting]:
+    found = entry.entries()
+    if len(found) > _MOST_SETTINGS:
+        raise entry.wrong(f"at most {_MOST_SETTINGS} settings")
+    return {name: _setting(value) for name, value in found.items()}
 
 
 def _setting(value: JsonField) -> Setting:

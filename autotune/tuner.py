@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from nemoc.autotune.journal import Journal, Outcome, Study, Trial
-from nemoc.autotune.records import Device, Record, Records, structure_of
+from nemoc.autotune.predict import seeds
+from nemoc.autotune.records import Device, Record, Records, compact, structure_of
 from nemoc.autotune.search import Candidate, Emit, Search, Space, expected_gain, schedule_changes
 from nemoc.autotune.statistics import Interval, ratio_of_times
 from nemoc.codegen.plan import Plan, Site
@@ -155,7 +156,7 @@ class Tuner:
         emit: makes plans of sites.
         device: what they are for.
         journal: where trials are kept.
-        records: known results, for where to begin.
+        records: known results, from which to predict where to begin.
         keep_bits: without what may change the order of sums.
         prepare: compiles the defaults of kernels, all at once where that is quicker.
         tell: told after each batch.
@@ -244,10 +245,8 @@ class Tuner:
         about = {"structure": structure, "shape": list(shape), "function": kernel.function}
         study = journal.study(name, space.tunables, about)
         report = KernelReport(kernel, study, space)
-        seeds = [
-            r.schedule for r in self._records.relatives(structure, self._device.name) if r.schedule
-        ]
-        self._searches[name] = Search(space, study, seeds)
+        relatives = self._records.relatives(structure, self._device.name)
+        self._searches[name] = Search(space, study, seeds(relatives, shape, space))
         return report
 
     def _measure_default(self, report: KernelReport) -> None:
@@ -406,7 +405,9 @@ class Tuner:
     def _record(self, report: KernelReport) -> Record:
         assert report.gain is not None
         structure, shape = structure_of(report.kernel.site)
-        same = report.equal and report.space.keeps_bits(report.best)
+        space, trials = report.space, report.study.trials()
+        defaults = {t.name: t.default for t in space.tunables}
+        same = report.equal and space.keeps_bits(report.best)
         return Record(
             kernel=report.name,
             device=self._device.name,
@@ -420,11 +421,18 @@ class Tuner:
             low=report.gain.low,
             high=report.gain.high,
             seconds=(report.seconds, report.seconds * report.gain.ratio),
-            trials=len(report.study.trials()),
+            trials=len(trials),
             origin="measured",
             machine=self._device.machine,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
+            defaults=defaults,
+            tried=compact((_changes(t, defaults), t.ratio) for t in trials if t.ratio is not None),
         )
+
+
+def _changes(trial: Trial, defaults: Schedule) -> Schedule:
+    """The settings of a trial that differ from the defaults, whether they matter or not."""
+    return {k: v for k, v in trial.schedule.items() if v != defaults.get(k)}
 
 
 def _whole(report: KernelReport) -> float:

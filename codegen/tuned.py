@@ -8,8 +8,8 @@ from nemoc.codegen.plan import Plan, Site
 from nemoc.codegen.tunables import Choices, IllegalSchedule, Schedule
 from nemoc.ir.errors import NemocError
 
-Lookup = Callable[[str], Schedule]
-"""The schedule of a kernel, by the name of its default plan; empty where there is none."""
+Lookup = Callable[[str, Site, Emit], Schedule]
+"""The schedule of a kernel: by the name of its default plan, or by its site and backend; empty where there is none."""
 
 
 def tuned(emit: Emit, lookup: Lookup) -> Emit:
@@ -22,7 +22,7 @@ def tuned(emit: Emit, lookup: Lookup) -> Emit:
 
     def emit_tuned(site: Site) -> Plan:
         default = emit(site)
-        schedule = lookup(default.name)
+        schedule = lookup(default.name, site, emit)
         if not schedule:
             return default
         choices = Choices(schedule)

@@ -38,7 +38,7 @@ def compile_program(
     weights: Layout,
     corners: Sequence[Mapping[str, int]],
     target: CpuTarget,
-    lookup: Lookup = lambda kernel: {},
+    lookup: Lookup = lambda kernel, site, backend: {},
     store: ObjectStore | None = None,
 ) -> Compiled:
     """Compile step functions into one library.

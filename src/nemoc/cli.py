@@ -153,6 +153,11 @@ _shape = (
 )
 
 
+_record_file = click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The file of records."
+)
+
+
 def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Several options as one decorator, in the order in which help lists them."""
 
@@ -202,7 +207,13 @@ def nemoc() -> None:
     metavar="FILE|none",
     help="Schedules to take. Default: those that come with nemoc, and what `nemoc tune` found.",
 )
-@_options(_numerics, _verify_each, _quiet, _debug)
+@_options(_numerics)
+@click.option(
+    "--predicted",
+    is_flag=True,
+    help="Where a kernel has no record, take what those of other shapes predict for it.",
+)
+@_options(_verify_each, _quiet, _debug)
 def compile(source: str, output: Path, quiet: bool, **options: Any) -> None:
     """Compile SOURCE into an artifact, a directory that loads without the compiler."""
     from nemoc.commands import compile
@@ -372,6 +383,13 @@ def bench(artifact: Path, **options: Any) -> None:
     type=click.Path(path_type=Path),
     help="File to add results to. Default: in the cache, where `nemoc compile` finds them.",
 )
+@click.option(
+    "--report",
+    "page",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also write a page about it, HTML with nothing from the network.",
+)
 @click.option("--no-compare", is_flag=True, help="Do not measure the whole model before and after.")
 @_options(*_formats, _pipeline, _plugin, _threads, _quiet, _debug)
 def tune(source: str, **options: Any) -> None:
@@ -384,6 +402,74 @@ def tune(source: str, **options: Any) -> None:
     from nemoc.commands import tune
 
     tune.run(source, **options)
+
+
+@nemoc.group(cls=_InOrder, short_help="List, exchange and remove what tuning found.")
+@_debug
+def records() -> None:
+    """List, exchange and remove what tuning found: the user's records, which `nemoc compile` takes.
+
+    Files of records are JSON, and those of others are read with care; a record counts only for
+    exactly its kernel, device and tools.
+    """
+
+
+@records.command("list", short_help="Print records as a table.")
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@_debug
+def records_list(file: Path | None) -> None:
+    """Print the records of FILE; by default all that `nemoc compile` knows here."""
+    from nemoc.commands import records
+
+    records.list_(file)
+
+
+@records.command("export", short_help="Write the user's records to a file.")
+@_record_file
+@click.option("--device", metavar="NAME", help="Those of one device, as `list` names it.")
+@_debug
+def records_export(output: Path, device: str | None) -> None:
+    """Write the user's records to a file, for other machines of the same kind."""
+    from nemoc.commands import records
+
+    records.export(output, device)
+
+
+@records.command("import", short_help="Add records of a file to the user's.")
+@click.argument("file", type=click.Path(path_type=Path))
+@_debug
+def records_import(file: Path) -> None:
+    """Add the records of FILE to the user's; of two for the same the later one counts."""
+    from nemoc.commands import records
+
+    records.import_(file)
+
+
+@records.command("merge", short_help="Write several files of records as one.")
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
+@_record_file
+@_debug
+def records_merge(files: tuple[Path, ...], output: Path) -> None:
+    """Write the records of FILES to one file; of two for the same the later one counts."""
+    from nemoc.commands import records
+
+    records.merge(files, output)
+
+
+@records.command("prune", short_help="Remove some of the user's records.")
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0.0, max=36500.0),
+    metavar="DAYS",
+    help="Those that were measured longer ago.",
+)
+@click.option("--not-this-machine", is_flag=True, help="Those of other processors.")
+@_debug
+def records_prune(older_than: float | None, not_this_machine: bool) -> None:
+    """Remove those of the user's records of which anything that is asked for holds."""
+    from nemoc.commands import records
+
+    records.prune(older_than, not_this_machine)
 
 
 @nemoc.command(short_help="List the kernels of an artifact for a GPU.")

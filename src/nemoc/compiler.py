@@ -106,6 +106,7 @@ def compile(
     plugins: Iterable[str | type[Pass]] = (),
     records: RecordSource = None,
     numerics: str = "same",
+    predicted: bool = False,
     threads: int | None = None,
     destination: str | Path | None = None,
     verify_each: bool = False,
@@ -139,6 +140,8 @@ def compile(
             was found on this machine, an empty list for none. Only those of exactly these kernels on this kind of
             device are taken.
         numerics: "same" takes no schedule that changes a bit of any result, "any" all.
+        predicted: where a kernel has no record, take the schedule that records of other shapes predict, if they predict
+            each other well enough (`nemoc.autotune.predict`); the artifact says which schedules are predicted.
         threads: threads that the executable runs on; None for `NEMOC_THREADS`, else all cores.
         destination: where to write the artifact; None for a temporary place that goes with the executable.
         verify_each: hold every pass to what it declares, by running the graphs before and after it on small inputs.
@@ -174,7 +177,7 @@ def compile(
     step = GPU_STEP_TOKENS if on_gpu else STEP_TOKENS
     bounds = Bounds(max_batch, max_context, max(step, check_count("max_batch", max_batch)))
     bound, weights = bind_weights(found.graphs)
-    chosen = _Tuning(known_records(records), check_numerics(numerics), threads)
+    chosen = _Tuning(known_records(records), check_numerics(numerics), predicted, threads)
     compiled = _generate(found.target, bound, weights, bounds, chosen, progress)
     contents = Contents(
         target=found.target,
@@ -378,7 +381,8 @@ def _generate(
     from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
 
     cpu = cpu_target(target)
-    chosen = Chosen(tuning.records, cpu_device(cpu.mcpu, tuning.threads), tuning.numerics)
+    device = cpu_device(cpu.mcpu, tuning.threads)
+    chosen = Chosen(tuning.records, device, tuning.numerics, tuning.predicted)
     store = ObjectStore(read_options().cache / "objects")
     compiled = compile_program(graphs, layout, corners, cpu, chosen, store)
     machine = Machine.host() if target == "cpu" else Machine.of(cpu.architecture, cpu.features)
@@ -401,11 +405,13 @@ class _Tuning:
     Attributes:
         records: where they are looked up.
         numerics: of which kind.
+        predicted: whether what has no record may be predicted.
         threads: for how many.
     """
 
     records: Records
     numerics: Numerics
+    predicted: bool
     threads: int
 
 

@@ -1,18 +1,33 @@
 """Which schedules a compilation takes: those of records that were measured on the same kind of device."""
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from nemoc.autotune.records import SHIPPED, Device, Record, Records, read_records
+from nemoc.autotune.records import (
+    SHIPPED,
+    Device,
+    Record,
+    Records,
+    read_records,
+    records_text,
+    structure_of,
+)
+from nemoc.codegen.lower import Emit
+from nemoc.codegen.plan import Site
 from nemoc.codegen.tunables import Schedule
 from nemoc.ir import NemocError
 from nemoc.options import read_options
-from nemoc.runtime.files import as_path
+from nemoc.runtime.files import as_path, replacing_file
 from nemoc.runtime.machine import processor_model
+
+if TYPE_CHECKING:
+    from nemoc.autotune.predict import Prediction
 
 Numerics = Literal["same", "any"]
 """Whether tuned kernels must have the bits of the defaults."""
@@ -56,6 +71,18 @@ def known_records(source: RecordSource = None) -> Records:
     return found
 
 
+def write_records(records: Records, path: Path) -> None:
+    """Write a file of records; one of that name is replaced as a whole.
+
+    Raises:
+        NemocError: it cannot be written.
+    """
+    with contextlib.suppress(OSError):  # said better when the file is written
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(path) as file:
+        file.write(records_text(records).encode())
+
+
 def check_numerics(numerics: str) -> Numerics:
     """A user's choice.
 
@@ -88,31 +115,66 @@ class Chosen:
         records: where they are looked up.
         device: for which.
         numerics: of which kind.
+        predicted: whether those of other shapes may say what is taken where there is none.
         taken: the records that were found, by kernel.
+        predictions: what was predicted, by kernel.
     """
 
     records: Records
     device: Device
     numerics: Numerics
+    predicted: bool = False
     taken: dict[str, Record] = field(default_factory=dict)
+    predictions: dict[str, "Prediction"] = field(default_factory=dict)
 
-    def __call__(self, kernel: str) -> Schedule:
+    def __call__(self, kernel: str, site: Site, emit: Emit) -> Schedule:
         """The schedule of a kernel; empty for the default."""
         record = self.records.find(kernel, self.device.name, self.device.tools, self.numerics)
         if record is None:
-            return {}
+            return self._predict(kernel, site, emit).schedule if self.predicted else {}
         if record.schedule:
             self.taken[kernel] = record
         return record.schedule
 
     def files(self) -> Mapping[str, str]:
         """What the artifact says of them; nothing where all kernels are the defaults."""
-        if not self.taken:
-            return {}
         entries = [_entry(record) for record in self.taken.values()]
-        return {SCHEDULES: json.dumps(entries, indent=1) + "\n"}
+        for kernel, found in self.predictions.items():
+            if found.schedule:
+                entries.append(self._predicted_entry(kernel, found))
+        return {SCHEDULES: json.dumps(entries, indent=1) + "\n"} if entries else {}
+
+    def _predict(self, kernel: str, site: Site, emit: Emit) -> "Prediction":
+        """What records of other shapes say of a kernel, which many layers may have."""
+        from nemoc.autotune.predict import predict  # noqa: PLC0415  (loading needs no tuner)
+        from nemoc.autotune.search import Space  # noqa: PLC0415
+
+        if kernel not in self.predictions:
+            structure, shape = structure_of(site)
+            relatives = self.records.relatives(structure, self.device.name)
+            space = Space.of(site, emit, keep_bits=self.numerics == "same")
+            self.predictions[kernel] = predict(relatives, shape, space)
+        return self.predictions[kernel]
+
+    def _predicted_entry(self, kernel: str, found: "Prediction") -> dict[str, Any]:
+        about = {"kernel": kernel, "origin": "predicted", "numerics": self.numerics}
+        return about | {"device": self.device.name} | dataclasses.asdict(found)
+
+
+_SAID = (
+    "kernel",
+    "origin",
+    "schedule",
+    "numerics",
+    "ratio",
+    "low",
+    "high",
+    "sizes",
+    "device",
+    "date",
+)
+"""Fields of a record that an artifact repeats."""
 
 
 def _entry(record: Record) -> dict[str, Any]:
-    names = ("kernel", "schedule", "numerics", "ratio", "low", "high", "sizes", "device", "date")
-    return {name: value for name, value in record.to_json().items() if name in names}
+    return {name: value for name, value in record.to_json().items() if name in _SAID}

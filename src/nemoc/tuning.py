@@ -16,7 +16,7 @@ import torch
 from nemoc import compiler
 from nemoc.autotune.journal import Journal
 from nemoc.autotune.measure import interleaved
-from nemoc.autotune.records import Device, Records, read_records, records_text
+from nemoc.autotune.records import Device, Records, read_records
 from nemoc.autotune.statistics import Interval, ratio_of_times
 from nemoc.autotune.tuner import Finding, Kernel, KernelReport, Told, Tuner
 from nemoc.codegen.plan import Plan
@@ -32,7 +32,7 @@ from nemoc.passes import Pass
 from nemoc.progress import Progress
 from nemoc.quantizations import Quantize
 from nemoc.runtime import Executable
-from nemoc.runtime.files import as_path, replacing_file
+from nemoc.runtime.files import as_path
 from nemoc.runtime.machine import thread_count
 from nemoc.runtime.weights import WeightSource
 from nemoc.schedules import (
@@ -41,6 +41,7 @@ from nemoc.schedules import (
     known_records,
     own_journal,
     own_records,
+    write_records,
 )
 
 if TYPE_CHECKING:
@@ -209,9 +210,7 @@ def add_records(found: Records, path: Path) -> None:
     """
     held = read_records(path) if path.exists() else Records()
     held.add(found)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_file(path) as file:
-        file.write(records_text(held).encode())
+    write_records(held, path)
 
 
 class _Budget:

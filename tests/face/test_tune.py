@@ -1,6 +1,7 @@
 """Tuning a small model on this machine: what is kept, what is spent, and that no bit changes unasked."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -25,10 +26,12 @@ from nemoc.schedules import SCHEDULES, Chosen, cpu_device
 from nemoc.tuning import Workload, tune
 from support.checkpoints import write_checkpoint
 from support.quantized import WIDE
+from support.tuned_kernels import site as product
 
 WORK = Workload(prefill=16, cached=8)
 CPU = cpu_target()
 DEVICE = cpu_device(CPU.mcpu, thread_count(None))
+SITE, EMIT = product(), functools.partial(emit, target=CPU)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +95,10 @@ def test_command_prints_what_was_found(
 ) -> None:
     files = ["--db", str(tuned / "journal.log"), "--records", str(tuned / "cli.json")]
     sizes = ["--prefill", "16", "--cached", "8", "--budget", "3s"]
-    assert main(["tune", str(checkpoint), *files, *sizes, "-q"]) == 0
+    page = tuned / "tune.html"
+    assert main(["tune", str(checkpoint), *files, *sizes, "--report", str(page), "-q"]) == 0
     printed = capsys.readouterr().out
+    assert str(page) in printed and DEVICE.name in page.read_text()
     assert f"Kernels on {DEVICE.name}" in printed
     assert "candidates of" in printed and "before" in printed
 
@@ -157,9 +162,9 @@ def test_loading_and_running_never_tunes(artifacts: tuple[Path, Path]) -> None:
 
 def test_record_that_changes_bits_is_taken_only_when_asked() -> None:
     record = dataclasses.replace(_record("linear_0", {"sums": 16}), numerics="any")
-    assert Chosen(Records([record]), DEVICE, "same")("linear_0") == {}
+    assert Chosen(Records([record]), DEVICE, "same")("linear_0", SITE, EMIT) == {}
     chosen = Chosen(Records([record]), DEVICE, "any")
-    assert chosen("linear_0") == {"sums": 16}
+    assert chosen("linear_0", SITE, EMIT) == {"sums": 16}
     assert chosen.taken == {"linear_0": record}
 
 
@@ -169,14 +174,14 @@ def test_record_that_changes_bits_is_taken_only_when_asked() -> None:
 )
 def test_record_for_something_else_is_not_taken(other: dict[str, str]) -> None:
     record = dataclasses.replace(_record("linear_0", {"panels": 2}), **other)  # type: ignore[arg-type]
-    assert Chosen(Records([record]), DEVICE, "any")("linear_0") == {}
+    assert Chosen(Records([record]), DEVICE, "any")("linear_0", SITE, EMIT) == {}
 
 
 def test_schedules_that_are_taken_are_in_the_artifact() -> None:
     chosen = Chosen(Records([_record("linear_0", {"panels": 2})]), DEVICE, "same")
     assert chosen.files() == {}
-    chosen("linear_0")
-    chosen("linear_1")
+    chosen("linear_0", SITE, EMIT)
+    chosen("linear_1", SITE, EMIT)
     ((name, text),) = chosen.files().items()
     assert name == SCHEDULES
     (entry,) = json.loads(text)

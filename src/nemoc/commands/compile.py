@@ -1,6 +1,8 @@
 """`nemoc compile`: a source to an artifact on disk."""
 
+import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from nemoc.compiler import compile
 from nemoc.error_budget import FP8, NVFP4, Budgeted, calibrate
 from nemoc.ir import NemocError
 from nemoc.models import open_model
+from nemoc.schedules import SCHEDULES
 from nemoc.terminal import duration, heading, print_table, progress, report, short
 
 
@@ -30,13 +33,25 @@ def run(source: str, output: Path, quiet: bool, options: dict[str, Any]) -> None
             print_choices(console, chosen)
         executable = compile(model, destination=output, progress=show, **options)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    for note in model.notes:
-        console.print(f"note: {note}")
+    for note in (*model.notes, *predicted_notes(output)):
+        console.print(f"note: {note}", soft_wrap=True)
     took = duration(time.perf_counter() - started)
     console.print(
         f"{output}: {model.name} for {executable.program.target}, {short(size, 'B')}, in {took}",
         soft_wrap=True,
     )
+
+
+def predicted_notes(artifact: Path) -> Iterator[str]:
+    """What an artifact says of schedules that nobody has measured."""
+    path = artifact / SCHEDULES
+    entries = json.loads(path.read_text()) if path.exists() else []
+    ratios = [entry["ratio"] for entry in entries if entry["origin"] == "predicted"]
+    if ratios:
+        yield (
+            f"kernels with predicted schedules, not measured ones: {len(ratios)}, expected at "
+            f"{min(ratios):.2f} to {max(ratios):.2f} of the default's time: {path}"
+        )
 
 
 def print_choices(console: Console, chosen: Budgeted) -> None:

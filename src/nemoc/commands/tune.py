@@ -14,6 +14,7 @@ from nemoc.autotune.statistics import Interval
 from nemoc.autotune.tuner import KernelReport, Told
 from nemoc.ir import NemocError
 from nemoc.terminal import duration, heading, print_table, progress, report
+from nemoc.tune_report import write_report
 from nemoc.tuning import TuneReport, Workload, tune
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -29,6 +30,7 @@ def run(
     prefill: int,
     cached: int,
     records: Path | None,
+    page: Path | None,
     no_compare: bool,
     quiet: bool,
     **options: Any,
@@ -45,7 +47,11 @@ def run(
             progress=show,
             **options,
         )
-    print_report(report(), found)
+    console = report()
+    print_report(console, found)
+    if page is not None:
+        write_report(found, page)
+        console.print(f"{page}: the same with plots", soft_wrap=True)
 
 
 def seconds_of(text: str) -> float:
