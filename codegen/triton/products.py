@@ -12,6 +12,7 @@ is known when the kernel runs, so each program finds its own from the groups' of
 have nothing to do.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -72,8 +73,15 @@ class Schedule:
         return 64 if self.native else 16
 
 
-def emit_products(site: Site, target: GpuTarget) -> Plan:
+def emit_products(
+    site: Site, target: GpuTarget, few: Sequence[tuple[int, int]] | None = None
+) -> Plan:
     """The plan of a region whose anchors are dense products of one size, or one grouped product.
+
+    Args:
+        site: the region.
+        target: the GPU.
+        few: which forms without matrix units there are; None for `skinny_forms`.
 
     Raises:
         RegionError: the region has more in it than such a kernel can do.
@@ -85,8 +93,9 @@ def emit_products(site: Site, target: GpuTarget) -> Plan:
     for store in stores:
         if store.seen.width != products[0].features and not _is_blockwise(graph, store.seen.value):
             raise RegionError(f"rows of %{store.seen.value.name} are not those of the product")
+    few = skinny_forms(graph, products, target) if few is None else few
     stages, above = [], 0
-    for rows, most in (*skinny_forms(graph, products, target), (0, 0)):
+    for rows, most in (*few, (0, 0)):
         taken = _between(products[0].count, above, most)
         above = most
         if taken != 0:
