@@ -26,6 +26,7 @@ from benchmarks.gpu_stages import (
     attention_stage,
     matmul_stage,
     moe_stage,
+    nvfp4_stage,
     scan_stage,
     update_stage,
 )
@@ -47,6 +48,7 @@ def stages() -> tuple[Stage, ...]:
     return (
         ParityStage(parity_models()),
         matmul_stage(preset(MODEL)),
+        nvfp4_stage(preset(MODEL)),
         scan_stage(),
         update_stage(),
         moe_stage(),

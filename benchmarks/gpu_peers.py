@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_region import DeviceRegion
 from nemoc.ir import NemocError
+from nemoc.ir.nvfp4 import BLOCK, DIALECTS, decode
 from nemoc.models import ModelConfig
 from nemoc.models.mixers import chunked_scan
 
@@ -66,9 +67,23 @@ def _output(region: DeviceRegion) -> str:
 
 def torch_product(region: DeviceRegion, config: ModelConfig) -> Peer:
     """`torch.mm`, which is cuBLAS; of results in float32 too."""
-    x, w, name = region.operands["x"], region.operands["w"], _output(region)
-    result = region.results()[name]
-    rows = x.flatten(0, -2)
+    return _multiplied(region, region.operands["w"])
+
+
+def product_with_decoded(region: DeviceRegion, config: ModelConfig) -> Peer:
+    """`torch.mm` with what a weight in NVFP4 decodes to, in the type of x, which takes 3.6 times the bytes."""
+    dtype = region.operands["x"].dtype
+    parts = (region.operands[f"w.{part}"] for part in ("codes", "scales", "scale"))
+    codes, scales, scale = parts
+    numbers = decode(codes, DIALECTS["modelopt"], dtype)
+    steps = (scales.float() * scale).to(dtype)
+    blocks = numbers.unflatten(-1, (-1, BLOCK)) * steps.unsqueeze(-1)
+    return _multiplied(region, blocks.flatten(-2))
+
+
+def _multiplied(region: DeviceRegion, w: torch.Tensor) -> Peer:
+    x, name = region.operands["x"], _output(region)
+    result, rows = region.results()[name], x.flatten(0, -2)
     if result.dtype == x.dtype:
         product = partial(torch.mm, rows, w.mT)
     else:

@@ -15,6 +15,7 @@ from benchmarks.gpu_peers import (
     eager_scan,
     mamba_scan,
     mamba_update,
+    product_with_decoded,
     torch_attention,
     torch_product,
     transformers_moe,
@@ -38,14 +39,24 @@ from nemoc.codegen.regions import as_region
 from nemoc.codegen.storage import Weight, bind_weights
 from nemoc.codegen.triton.conv_scan import default_scan_schedule, emit_conv_scan
 from nemoc.codegen.triton.emit import emit
+from nemoc.codegen.triton.products import emit_products
 from nemoc.codegen.triton.target import gpu_target
 from nemoc.ir import DType, Graph
 from nemoc.ir.builder import Builder
 from nemoc.ir.dims import B, L
 from nemoc.ir.fusion import fuse
 from nemoc.ir.graph import Node
+from nemoc.ir.nvfp4 import BLOCK
 from nemoc.ir.op import Op
-from nemoc.ir.ops import Attention, Cast, GroupedLinear, Linear, SsdScan, SsdUpdate
+from nemoc.ir.ops import (
+    Attention,
+    Cast,
+    DequantizeNvfp4,
+    GroupedLinear,
+    Linear,
+    SsdScan,
+    SsdUpdate,
+)
 from nemoc.ir.region import Fused
 from nemoc.models import Model, ModelConfig
 from nemoc.passes.check import relative_error
@@ -143,6 +154,24 @@ def product_graph(name: str, width: int, features: int, few: bool, wide: bool) -
     if wide:
         return build.finish([y])
     graph = build.finish([build(Cast(y, DType.BF16), "rounded")])
+    return fuse(graph, graph.nodes, "linear")
+
+
+def nvfp4_graph(name: str, width: int, features: int, wide: bool) -> Graph:
+    """x · wᵀ of a decode as one region: x bf16 [B, 1, K], w in NVFP4.
+
+    Args:
+        name: of the graph.
+        width, features: K, a multiple of 16, and N.
+        wide: whether the result stays in float32.
+    """
+    build = Builder(name)
+    x = build.input("x", DType.BF16, (B, 1, width))
+    codes = build.param("w.codes", DType.U8, (features, width // 2))
+    scales = build.param("w.scales", DType.F8E4M3, (features, width // BLOCK))
+    w = build(DequantizeNvfp4(codes, scales, build.param("w.scale", DType.F32, ())), "w")
+    y = build(Linear(build(Cast(x, DType.F32), "x.f32"), w), "y")
+    graph = build.finish([y if wide else build(Cast(y, DType.BF16), "rounded")])
     return fuse(graph, graph.nodes, "linear")
 
 
@@ -345,6 +374,9 @@ def _recurs(site: Site) -> bool:
 _FEW = (1, 4, 16, 64)
 """Sequences of a decode."""
 
+_EACH_FEW = (1, 2, 4, 8, 16, 32, 64)
+"""The same where the forms of a product are to be told from each other."""
+
 _ROWS = (512, 2048, 8192, 32768)
 """Rows of the products of a prefill."""
 
@@ -367,12 +399,12 @@ def _prompts(part: str, every: Sequence[str], compiled: str) -> Iterator[Case]:
         yield Case(part, Sizes(batch, new), frozenset(every) - left_out)
 
 
-def matmul_stage(config: ModelConfig) -> PartStage:
-    """Dense products of a model's shapes."""
+def _products(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Dense products of a model by name: width and features."""
     hidden, inner = config.hidden_size, config.mamba_inner_size
     shared = config.moe_shared_expert_intermediate_size
     attended = config.num_attention_heads * config.head_dim
-    shapes = {
+    return {
         "in_proj": (hidden, config.in_proj_rows),
         "out_proj": (inner, hidden),
         "shared up": (hidden, shared),
@@ -381,9 +413,13 @@ def matmul_stage(config: ModelConfig) -> PartStage:
         "o": (attended, hidden),
         "head": (hidden, config.vocab_size),
     }
+
+
+def matmul_stage(config: ModelConfig) -> PartStage:
+    """Dense products of a model's shapes."""
     cases: list[Case] = []
     parts: dict[str, Callable[[Parts, str], Graph]] = {}
-    for name, (width, features) in shapes.items():
+    for name, (width, features) in _products(config).items():
         head = name == "head"
         for few in (True,) if head else (True, False):
             part = f"{name}, decode" if few else name
@@ -392,6 +428,38 @@ def matmul_stage(config: ModelConfig) -> PartStage:
             cases += [Case(part, size) for size in sizes]
     about = "dense products against cuBLAS (torch.mm); aim: within 10 %"
     return PartStage("matmul", about, tuple(cases), parts, {"torch.mm": torch_product})
+
+
+def nvfp4_stage(config: ModelConfig) -> PartStage:
+    """Dense products of a decode with weights in NVFP4, of a model's shapes, one expert's and k's or v's too."""
+    hidden, expert = config.hidden_size, config.moe_intermediate_size
+    shapes = {
+        **_products(config),
+        "k": (hidden, config.num_key_value_heads * config.head_dim),
+        "expert up": (hidden, expert),
+        "expert down": (expert, hidden),
+    }
+    parts = {
+        name: functools.partial(_nvfp4_product, *shape, name == "head")
+        for name, shape in shapes.items()
+    }
+    return PartStage(
+        "nvfp4",
+        "weights in NVFP4 against cuBLAS with bf16; share: of the roofs with bytes of NVFP4; aim: 3 times at batch 1",
+        tuple(Case(name, Sizes(batch, 1)) for name in parts for batch in _EACH_FEW),
+        parts,
+        {"torch.mm, bf16": product_with_decoded},
+        {"matrix units": _by_matrix_units},
+    )
+
+
+def _nvfp4_product(width: int, features: int, wide: bool, parts: Parts, name: str) -> Graph:
+    return nvfp4_graph(name, width, features, wide)
+
+
+def _by_matrix_units(site: Site, target: str) -> Plan:
+    """A plan without the forms for very few rows."""
+    return emit_products(site, gpu_target(target), few=())
 
 
 def _product(width: int, features: int, few: bool, wide: bool, parts: Parts, name: str) -> Graph:

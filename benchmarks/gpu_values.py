@@ -68,6 +68,8 @@ class Values:
         counts = {"valid": sizes.new, "lengths": sizes.cached}
         if name in counts:
             tensor.fill_(counts[name])
+        elif is_weight and tensor.dtype == torch.uint8:
+            draw_bytes(tensor.view(-1), name)
         elif not tensor.is_floating_point():
             raise NemocError(f"{name} holds {tensor.dtype}: a part that reads it cannot be timed")
         elif self.is_small(name):
@@ -102,6 +104,12 @@ def draw(out: torch.Tensor, scale: float, seed: str) -> None:
     for part in out.split(_DRAWN):
         drawn = torch.randn(part.numel(), generator=generator, device=out.device)
         part.copy_(drawn.mul_(scale))
+
+
+def draw_bytes(out: torch.Tensor, seed: str) -> None:
+    """Fill a tensor [n] of codes by twos, uint8, with any bytes; equal seeds as in `draw`."""
+    generator = torch.Generator(out.device).manual_seed(zlib.crc32(seed.encode()))
+    out.random_(0, 256, generator=generator)
 
 
 class DrawnWeights:

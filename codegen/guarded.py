@@ -18,6 +18,9 @@ from nemoc.ir.errors import NemocError
 _GUARD = 256
 """Bytes before and behind each tensor."""
 
+_WORD = 4
+"""Bytes of a word: what kernels may read shorter elements by, where rows are whole words."""
+
 _POISON = 0xFF
 
 _GUARD_BYTE = 0x7F
@@ -115,9 +118,10 @@ class Buffer:
     def __init__(self, view: View, sizes: Mapping[str, int]) -> None:
         self._view = view
         width = view.dtype.bytes
-        offset = _GUARD + 3 * width  # elements are aligned, vectors are not
+        word = max(width, _WORD)
+        offset = _GUARD + 3 * word  # elements and words are aligned, vectors are not
         total = offset + evaluate_dim(view.span, sizes) + _GUARD
-        self.memory = torch.full((-(-total // width) * width,), _POISON, dtype=torch.uint8)
+        self.memory = torch.full((-(-total // word) * word,), _POISON, dtype=torch.uint8)
         self.memory[:offset] = _GUARD_BYTE
         self.memory[total - _GUARD :] = _GUARD_BYTE
         self._shape = [evaluate_dim(d, sizes) for d in view.shape]

@@ -24,7 +24,8 @@ from nemoc.codegen.triton.seen import (
     wide,
 )
 from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
-from nemoc.ir.dims import product
+from nemoc.codegen.views import quotient
+from nemoc.ir.dims import Dim, product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.graph import Graph
 from nemoc.ir.ops import CacheWrite, Cast
@@ -229,9 +230,27 @@ class Body:
         exists = f"{place.exists} & {room}" if place.exists else room
         store_tile(writer, pointer, tile, replace(place, exists=exists))
 
-    def _loaded(self, seen: Seen, place: Place) -> str:
+    def has_words(self, value: Value) -> bool:
+        """Whether `words` can read a value: an operand of bytes, its rows whole words one behind the other."""
+        if value not in self._args or value.dtype.bytes != 1 or value.type.rank < 2:
+            return False
+        view = self.view(value)
+        sizes = (view.shape[-1], *view.strides[:-1])
+        behind = view.strides[-2:] == (view.shape[-1], 1)
+        return behind and all(quotient(size, 4) is not None for size in sizes)
+
+    def words(self, seen: Seen, place: Place) -> str:
+        """Words of four bytes (i32) of a value that `has_words`; rows and columns are counted in words."""
         view = self.view(seen.value)
-        pointer = pointer_to(self.writer, self.arg(seen.value), view, seen.width, place)
+        shape = (*view.shape[:-1], _quarter(view.shape[-1]))
+        strides = (*map(_quarter, view.strides[:-1]), 1)
+        return self._load(seen.value, View(DType.I32, shape, strides), seen.width, place)
+
+    def _loaded(self, seen: Seen, place: Place) -> str:
+        return self._load(seen.value, self.view(seen.value), seen.width, place)
+
+    def _load(self, value: Value, view: View, width: int, place: Place) -> str:
+        pointer = pointer_to(self.writer, self.arg(value), view, width, place)
         mask = f", mask={place.mask}, other={_zero(view.dtype)}" if place.mask else ""
         return self.writer.let("x", f"tl.load({pointer}{mask})")
 
@@ -259,6 +278,12 @@ def narrowest(graph: Graph, value: Value) -> Value:
 
 def _widens(narrow: DType, wide: DType) -> bool:
     return narrow in (DType.BF16, DType.F16) and wide == DType.F32
+
+
+def _quarter(size: Dim) -> Dim:
+    quarter = quotient(size, 4)
+    assert quarter is not None  # of what `has_words`
+    return quarter
 
 
 def _zero(dtype: DType) -> str:

@@ -70,13 +70,14 @@ def floor_div(x, divisor):
 
 @jit
 def from_e4m3(bits):
-    """The f32 numbers of E4M3 bits (u8): NaN, subnormals and all, on GPUs without the type too."""
+    """The f32 numbers of E4M3 bits (u8): NaN, subnormals and all, on GPUs without the type too.
+
+    Their bits are those of an f16 that is 2⁻⁸ times as large, once they stand where f16 has them.
+    """
     code = bits.to(tl.int32)
-    exponent, mantissa = (code >> 3) & 15, code & 7
-    normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
-    size = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.001953125, normal)
-    size = tl.where((code & 127) == 127, float("nan"), size)
-    return tl.where((code & 128) != 0, -size, size)
+    tiny = ((code & 128) << 8) | ((code & 127) << 7)
+    number = tiny.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((code & 127) == 127, float("nan"), number)
 
 
 @jit
@@ -148,6 +149,69 @@ def nvfp4_numbers(codes, steps, rows: tl.constexpr, blocks: tl.constexpr):
 def nvfp4_units(codes, scales, rows: tl.constexpr, blocks: tl.constexpr):
     """code · s in bf16, exact: codes by twos, u8 [rows, 8 blocks], and E4M3 bits of scales [rows, blocks]."""
     return nvfp4_numbers(codes, from_e4m3(scales), rows, blocks).to(tl.bfloat16)
+
+
+@jit
+def bf16_halves(bits):
+    """The two bf16 numbers in each word (i32), the low one first."""
+    low = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return low, (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@jit
+def f16_halves(bits):
+    """The f32 numbers of the two f16 numbers in each word (i32), the low one first."""
+    low = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@jit
+def nvfp4_word_units(words, scales, rows: tl.constexpr, blocks: tl.constexpr):
+    """code · s · 2⁻⁷ in bf16, exact: eight codes in each word, i32 [rows, 2 blocks], and E4M3 bits [rows, blocks].
+
+    Codes are moved two at a time, number j and number j + 4 of a word, to where the sign (0x8000) and the rest
+    (0x01C0) of two bf16 numbers are, which are 2⁻¹²⁶ times as large. 2⁻⁷ keeps scales times 2¹¹⁹ finite.
+    """
+    steps = (from_e4m3(scales) * 6.646139978924579e35).to(tl.bfloat16)
+    steps = tl.reshape(tl.join(steps, steps), [rows, blocks * 2])
+    c0, c4 = bf16_halves(((words << 12) & -0x7FFF8000) | ((words << 6) & 0x01C001C0))
+    c1, c5 = bf16_halves(((words << 8) & -0x7FFF8000) | ((words << 2) & 0x01C001C0))
+    c2, c6 = bf16_halves(((words << 4) & -0x7FFF8000) | ((words >> 2) & 0x01C001C0))
+    c3, c7 = bf16_halves((words & -0x7FFF8000) | ((words >> 6) & 0x01C001C0))
+    even = tl.join(tl.join(c0 * steps, c4 * steps), tl.join(c2 * steps, c6 * steps))
+    odd = tl.join(tl.join(c1 * steps, c5 * steps), tl.join(c3 * steps, c7 * steps))
+    return tl.reshape(tl.join(even, odd), [rows, blocks * 16])
+
+
+@jit
+def e2m1_eighths(words):
+    """Eight tiles, f32: number j of the eight codes in each word (i32), times 2⁻¹⁴.
+
+    Codes are moved as in `nvfp4_word_units`, to where f16 has them.
+    """
+    c0, c4 = f16_halves(((words << 12) & -0x7FFF8000) | ((words << 9) & 0x0E000E00))
+    c1, c5 = f16_halves(((words << 8) & -0x7FFF8000) | ((words << 5) & 0x0E000E00))
+    c2, c6 = f16_halves(((words << 4) & -0x7FFF8000) | ((words << 1) & 0x0E000E00))
+    c3, c7 = f16_halves((words & -0x7FFF8000) | ((words >> 3) & 0x0E000E00))
+    return c0, c1, c2, c3, c4, c5, c6, c7
+
+
+@jit
+def sums_of_blocks(x, codes, rows: tl.constexpr, blocks: tl.constexpr):
+    """Σ over each block of 16 of x · code: f32 [rows, blocks]; x [1, 16 blocks], and the tiles of `e2m1_eighths`."""
+    x = tl.broadcast_to(x.to(tl.float32), [1, blocks * 16])
+    even, odd = tl.split(tl.reshape(x, [1, blocks * 2, 4, 2]))
+    x04, x26 = tl.split(tl.reshape(even, [1, blocks * 2, 2, 2]))
+    x15, x37 = tl.split(tl.reshape(odd, [1, blocks * 2, 2, 2]))
+    x0, x4 = tl.split(x04)
+    x1, x5 = tl.split(x15)
+    x2, x6 = tl.split(x26)
+    x3, x7 = tl.split(x37)
+    c0, c1, c2, c3, c4, c5, c6, c7 = codes
+    near = x0 * c0 + x1 * c1 + x2 * c2 + x3 * c3
+    halves = near + x4 * c4 + x5 * c5 + x6 * c6 + x7 * c7
+    first, second = tl.split(tl.reshape(halves, [rows, blocks, 2]))
+    return first + second
 
 
 @jit

@@ -3,7 +3,7 @@
 - Functions of Triton's own library are compiled or interpreted by an environment variable that is read when Triton is
   imported. They are exchanged while kernels run, so that one process can do both.
 - Loops over numbers that a kernel is given or computes fail with Triton 3.6 and a current numpy.
-- Casts to bf16 cut bits off instead of rounding, and products of bf16 and FP8 are wrong. Both are done by torch.
+- Casts to bf16 cut bits off instead of rounding, and products of bf16 and FP8 are wrong. All are done by torch.
 - Products of scaled blocks are not there, or take every scale for a power of two. Those of NVFP4 are done by torch.
 """
 
@@ -120,14 +120,24 @@ def _cast(self: Any, source: Any, target: Any, *_: Any) -> Any:
     """A cast to or from a narrow type, rounded to nearest even; the interpreter's own of others."""
     kind = target.scalar
     if kind in _BITS:
-        bits, dtype = _BITS[kind]
-        rounded = _tensor(source).to(dtype).view(torch.int16 if bits is np.int16 else torch.uint8)
-        return TensorHandle(
-            rounded.numpy().view(np.dtype(f"u{kind.primitive_bitwidth // 8}")), kind
-        )
+        return _rounded(_tensor(source), kind)
     if source.dtype.scalar in _BITS:
         return TensorHandle(_tensor(source).float().numpy().astype(_NUMPY[kind]), kind)
     return _OWN_CAST(self, source, target)
+
+
+def _mul(self: Any, a: Any, b: Any) -> Any:
+    """A product of bf16, rounded; the interpreter's own of other types."""
+    if a.dtype.scalar != tl.bfloat16:
+        return _OWN_MUL(self, a, b)
+    return _rounded(_tensor(a) * _tensor(b), tl.bfloat16)
+
+
+def _rounded(tensor: torch.Tensor, kind: Any) -> Any:
+    """A handle of one of the `_BITS` types."""
+    bits, dtype = _BITS[kind]
+    rounded = tensor.to(dtype).view(torch.int16 if bits is np.int16 else torch.uint8)
+    return TensorHandle(rounded.numpy().view(np.dtype(f"u{kind.primitive_bitwidth // 8}")), kind)
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
@@ -166,9 +176,11 @@ def _dot_scaled(
 
 _OWN_PATCH = interpreter._patch_lang_tensor
 _OWN_CAST = InterpreterBuilder.cast_impl
+_OWN_MUL = InterpreterBuilder.create_fmul
 _REPAIRED = (
     (InterpreterBuilder, "cast_impl", _cast),
     (InterpreterBuilder, "create_fp_to_fp", _cast),
+    (InterpreterBuilder, "create_fmul", _mul),
     (InterpreterBuilder, "create_dot", _dot),
     (InterpreterBuilder, "create_dot_scaled", _dot_scaled),
     (interpreter, "_patch_lang_tensor", _patch_tensor),

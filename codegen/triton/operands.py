@@ -13,19 +13,40 @@ from nemoc.codegen.triton.seen import Place, Seen
 from nemoc.ir.dtypes import DType
 from nemoc.ir.graph import Graph
 from nemoc.ir.nvfp4 import BLOCK, DIALECTS
-from nemoc.ir.ops import DequantizeNvfp4, Reshape, TakeRows
+from nemoc.ir.ops import Cast, DequantizeNvfp4, Reshape, TakeRows
 from nemoc.ir.types import Value
+
+CODES = 8
+"""Codes of a word of four bytes."""
+
+WORD_UNITS = 2.0**7
+"""What `nvfp4_word_units` leaves out of every element."""
+
+EIGHTHS = 2.0**14
+"""What `e2m1_eighths` leaves out of every element."""
 
 _THROUGH = (Reshape, TakeRows)
 """The ops whose elements are elements of what they read first."""
 
 
 def is_packed(graph: Graph, value: Value) -> bool:
-    """Whether a value's rows are what rows of codes stand for, not rounded."""
+    """Whether a value's rows are what rows of codes stand for."""
     width, op = value.shape[-1], _maker(graph, value)
     while isinstance(op, _THROUGH):
         op = _maker(graph, op.operands()[0])
     return isinstance(op, DequantizeNvfp4) and op.interleave == 1 and op.infer().shape[-1] == width
+
+
+def unrounded(graph: Graph, w: Value) -> Value:
+    """A weight before a cast to bf16 that is all that follows its codes, otherwise the weight itself.
+
+    Graphs round it where the rows that it multiplies are bf16, as memory would have to hold it so. Here it never is in
+    memory, and code · s is exact in bf16: what is left out is the rounding of its product with g.
+    """
+    op = _maker(graph, w)
+    if isinstance(op, Cast) and op.dtype == DType.BF16 and is_packed(graph, op.x):
+        return op.x
+    return w
 
 
 def _maker(graph: Graph, value: Value) -> object:
@@ -57,8 +78,13 @@ class Operand:
         """The elements at a place."""
         return self.body.tile(self.seen, place)
 
-    def scaled(self, sums: str, rows: Place) -> str:
-        """Sums of products times what tiles of these rows leave out."""
+    @property
+    def left_out(self) -> float:
+        """What elements of tiles have to be multiplied by, besides the scale of their rows."""
+        return 1.0
+
+    def scaled(self, sums: str, rows: Place, left_out: float = 1.0) -> str:
+        """Sums of products times the scale of these rows, and what else elements leave out."""
         return sums
 
 
@@ -85,16 +111,45 @@ class Packed(Operand):
         codes, scales = found
         return codes, scales
 
+    @property
+    def has_words(self) -> bool:
+        """Whether eight codes can be read at a time, and decoded two at a time."""
+        op, _, _ = self._source(Place("0", "0", 1, 1))
+        return self.body.has_words(op.packed)
+
+    def words(self, place: Place) -> tuple[str, str]:
+        """Tiles of words of eight codes [rows, columns / 8] and of E4M3 bits [rows, columns / 16]."""
+        op, seen, at = self._source(place)
+        scales, words = (
+            (
+                Seen(value, seen.width // each),
+                self.body.resized(at, at.columns // each, seen.width // each),
+            )
+            for value, each in ((op.scales, BLOCK), (op.packed, CODES))
+        )
+        # Scales first: the compiler lays out what follows as it does the tile that it meets last.
+        bits = self.body.tile(*scales)
+        return self.body.words(*words), bits
+
     def tile(self, place: Place) -> str:
-        codes, scales = self.parts(place)
-        text = f"nvfp4_units({codes}, {scales}, {place.rows}, {place.columns // BLOCK})"
+        if self.has_words:
+            codes, scales = self.words(place)
+            text = f"nvfp4_word_units({codes}, {scales}, {place.rows}, {place.columns // BLOCK})"
+        else:
+            codes, scales = self.parts(place)
+            text = f"nvfp4_units({codes}, {scales}, {place.rows}, {place.columns // BLOCK})"
         return self.body.writer.let("units", text)
 
-    def scaled(self, sums: str, rows: Place) -> str:
+    @property
+    def left_out(self) -> float:
+        return WORD_UNITS if self.has_words else 1.0
+
+    def scaled(self, sums: str, rows: Place, left_out: float = 1.0) -> str:
         op, _, at = self._source(rows)
         scale = self.body.tile(*scale_of(self.body, op, at))
         by = "/" if DIALECTS[op.dialect].divides else "*"
-        return self.body.writer.let("scaled", f"{sums} {by} {scale}")
+        wide = sums if left_out == 1.0 else f"{sums} * {left_out!r}"
+        return self.body.writer.let("scaled", f"{wide} {by} {scale}")
 
     def _source(self, place: Place) -> tuple[DequantizeNvfp4, Seen, Place]:
         """What decodes the elements at a place, and where in its result they are."""

@@ -4,24 +4,35 @@ A program makes a tile of rows by features. What comes before a product is compu
 reduction, as is what comes before a weight; what comes behind, for the tile of sums. Several dense products of one
 size may be added to each other.
 
+Where rows may be very few, as in a step of one token, there are further forms for them (`nemoc.codegen.triton.skinny`):
+a plan has a launch of each, and how many rows there are says which of them has any programs.
+
 Rows of a grouped product lie in order of their groups. Its tiles do not cross groups: how many tiles each group has
 is known when the kernel runs, so each program finds its own from the groups' offsets, and programs beyond the last tile
 have nothing to do.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sympy
 
-from nemoc.codegen.plan import Plan, RegionError, Site
+from nemoc.codegen.plan import Plan, RegionError, Site, Stage
 from nemoc.codegen.regions import as_region, body_of
 from nemoc.codegen.triton.body import Body, narrowest
-from nemoc.codegen.triton.operands import Packed, is_packed, operand
-from nemoc.codegen.triton.rows import cache_updates, row_place, stored_results, write_stores
+from nemoc.codegen.triton.operands import Packed, is_packed, operand, unrounded
+from nemoc.codegen.triton.rows import (
+    Store,
+    cache_updates,
+    row_place,
+    stored_results,
+    write_stores,
+)
 from nemoc.codegen.triton.seen import Place, Seen
+from nemoc.codegen.triton.skinny import left_out, skinny_sums
 from nemoc.codegen.triton.target import GpuTarget
 from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
-from nemoc.ir.dims import Dim, ceil_div, dim, product, symbols_of
+from nemoc.ir.dims import Dim, ceil_div, dim, evaluate_dim, product, symbols_of
 from nemoc.ir.dtypes import DType
 from nemoc.ir.graph import Graph
 from nemoc.ir.ops import (
@@ -44,6 +55,7 @@ class Schedule:
         warps, stages: as in `nemoc.codegen.triton.writer.GpuKernel`.
         neighbours: row blocks whose programs run side by side, so that they share weights in the cache.
         native: whether NVFP4 is multiplied as it is, which needs both operands in it.
+        skinny: whether rows are multiplied one by one, without matrix units.
     """
 
     rows: int
@@ -53,6 +65,7 @@ class Schedule:
     stages: int
     neighbours: int = 8
     native: bool = False
+    skinny: bool = False
 
     @property
     def least_depth(self) -> int:
@@ -60,8 +73,15 @@ class Schedule:
         return 64 if self.native else 16
 
 
-def emit_products(site: Site, target: GpuTarget) -> Plan:
+def emit_products(
+    site: Site, target: GpuTarget, few: Sequence[tuple[int, int]] | None = None
+) -> Plan:
     """The plan of a region whose anchors are dense products of one size, or one grouped product.
+
+    Args:
+        site: the region.
+        target: the GPU.
+        few: which forms without matrix units there are; None for `skinny_forms`.
 
     Raises:
         RegionError: the region has more in it than such a kernel can do.
@@ -69,30 +89,81 @@ def emit_products(site: Site, target: GpuTarget) -> Plan:
     site = as_region(site)
     graph = body_of(site)
     products = _products(graph)
-    schedule = default_schedule(graph, products, target)
-    writer = KernelWriter("product" if products[0].offsets is None else "grouped")
-    body = Body(writer, site)
     stores = stored_results(graph, products[0].count)
     for store in stores:
         if store.seen.width != products[0].features and not _is_blockwise(graph, store.seen.value):
             raise RegionError(f"rows of %{store.seen.value.name} are not those of the product")
-    group = ""
-    if products[0].offsets is None:
-        place = _dense_tile(body, products[0], schedule)
-        tasks = ceil_div(products[0].count, schedule.rows)
+    few = skinny_forms(graph, products, target) if few is None else few
+    stages, above = [], 0
+    for rows, most in (*few, (0, 0)):
+        taken = _between(products[0].count, above, most)
+        above = most
+        if taken != 0:
+            schedule = default_schedule(graph, products, target, rows)
+            stages.append(_stage(site, products, stores, schedule, taken))
+    return Plan(tuple(stages), updates=cache_updates(site, stores))
+
+
+def _between(count: Dim, above: int, most: int) -> Dim:
+    """1 if a number of rows is larger than one bound and not than another, else 0; no bound is 0."""
+    return dim(_reaches(count, above + 1) - (_reaches(count, most + 1) if most else 0))
+
+
+def _reaches(size: Dim, bound: int) -> Dim:
+    """1 if a size of at least 1 is at least a bound, else 0."""
+    if isinstance(size, int):
+        return int(size >= bound)
+    return sympy.Min(1, sympy.floor(size / sympy.Integer(bound))) if bound > 1 else 1
+
+
+def _stage(
+    site: Site, products: list["Product"], stores: list[Store], schedule: Schedule, taken: Dim
+) -> Stage:
+    """The launch that follows a schedule; `taken` is 1 if it has programs, else 0."""
+    first = products[0]
+    writer = KernelWriter("product" if first.offsets is None else "grouped")
+    body = Body(writer, site)
+    tile: _Tile
+    tasks: Dim
+    if first.offsets is not None:
+        tile, tasks = _grouped_tile(body, first, schedule), _most_tiles(first, schedule.rows)
+    elif schedule.skinny:  # of as many rows as there are, or more
+        tile, tasks = _dense_rows(body, first, schedule), 1
     else:
-        place, group = _grouped_tile(body, products[0], schedule)
-        tasks = _most_tiles(products[0], schedule.rows)
+        tile, tasks = _dense_tile(body, first, schedule), ceil_div(first.count, schedule.rows)
     for made in products:
-        sums = _write_product(body, made, schedule, place, group)
-        body.bind(Seen(made.result, made.features), place, sums)
+        sums = _write_product(body, made, schedule, tile)
+        body.bind(Seen(made.result, made.features), tile.place, sums)
     for store in stores:
         width = store.seen.width
-        columns = schedule.columns * width // products[0].features
-        write_stores(body, [store], body.resized(place, columns, width))
-    blocks = -(-products[0].features // schedule.columns)
-    stage = writer.finish(dim(tasks * blocks), schedule.warps, schedule.stages)
-    return Plan((stage,), updates=cache_updates(site, stores))
+        columns = schedule.columns * width // first.features
+        write_stores(body, [store], body.resized(tile.place, columns, width))
+    blocks = -(-first.features // schedule.columns)
+    return writer.finish(dim(tasks * blocks * taken), schedule.warps, schedule.stages)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Which part of the result a program makes.
+
+    Attributes:
+        place: of the result.
+        start, last: numbers of the tile's first row, and of the last one that there is.
+        group: which group's rows they are; empty in a dense product.
+    """
+
+    place: Place
+    start: str
+    last: str
+    group: str = ""
+
+    def single_rows(self, writer: KernelWriter) -> list[Place]:
+        """The place of each row by itself; those past the last are the last once more."""
+        rows = [self.start]
+        for number in range(1, self.place.rows):
+            text = f"tl.minimum({self.start} + {number}, {self.last})"
+            rows.append(writer.let("row", text))
+        return [Place(row, "0", 1, 1) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -101,7 +172,7 @@ class Product:
 
     Attributes:
         op, result: the op and what it makes.
-        x, w: its operands, seen through casts that only widen.
+        x, w: its operands, seen through casts that only widen, and `unrounded`.
         count: rows of x.
         width: K.
         features: N.
@@ -163,7 +234,7 @@ def _product(graph: Graph, op: Linear | GroupedLinear, result: Value) -> Product
         raise RegionError(f"%{result.name} has no fixed width")
     if op.interleave > 1 or op.acc != DType.F32:
         raise RegionError(f"%{result.name}: weights in another layout, or sums in {op.acc}")
-    x, w = narrowest(graph, op.x), narrowest(graph, op.w)
+    x, w = narrowest(graph, op.x), unrounded(graph, narrowest(graph, op.w))
     return Product(
         op,
         result,
@@ -178,16 +249,107 @@ def _product(graph: Graph, op: Linear | GroupedLinear, result: Value) -> Product
     )
 
 
-def default_schedule(graph: Graph, products: list[Product], target: GpuTarget) -> Schedule:
+_BITS_OF_NVFP4 = 4.5
+"""Of an element, its block's scale included."""
+
+_SKINNY_ROWS = (1, 2, 4)
+"""Rows of programs without matrix units: more have no room for their sums in registers."""
+
+
+def skinny_forms(
+    graph: Graph, products: list[Product], target: GpuTarget
+) -> tuple[tuple[int, int], ...]:
+    """The forms without matrix units that are worth having: rows of a program, and of a launch at most.
+
+    Reading a weight takes as long as `target.instructions_per_byte` times its bytes instructions, with all
+    multiprocessors at work. Until then it can be decoded, which takes about 5 instructions of NVFP4, 1 of bf16 and
+    none of f32, and be multiplied with each row, which takes 1. The tiles of matrix units take about 7, 0.5 and, as
+    f32 is cut into narrower numbers, 4; but they have at least 16 columns, for which a program goes through the whole
+    reduction, so that there are fewer of them with fewer bytes under way. So a form is worth having as long as reading
+    or the tile takes longer. Of those there are the one of a single row, and that of the most rows.
+
+    Rows of a grouped product are a few for each token, in different groups. Those of one token are single; those of
+    more are mostly, until as many rows as a quarter of a form's for each group have been chosen.
+    """
+    first = products[0]
+    if not first.is_few or any(all(p.packed) and target.nvfp4_rows == 16 for p in products):
+        return ()
+    rows = [n for n in _SKINNY_ROWS if all(_is_worth(p, n, target) for p in products)]
+    if not rows:
+        return ()
+    single, most = rows[0], rows[-1]
+    if first.offsets is None:
+        return tuple((n, n) for n in dict.fromkeys((single, most)))
+    of_one = evaluate_dim(first.count, {"B": 1})
+    several = max(of_one, first.groups * most // 4)
+    return ((single, of_one), *(((most, several),) if several > of_one else ()))
+
+
+def _is_worth(made: Product, rows: int, target: GpuTarget) -> bool:
+    """Whether so many rows take no longer without matrix units than reading the weights or the tile of matrix units."""
+    if made.packed[1]:
+        decode, tile, size = 5.0, 7.0, _BITS_OF_NVFP4 / 8
+    elif made.w.dtype == DType.F32:
+        decode, tile, size = 0.0, 4.0, 4.0
+    else:
+        decode, tile, size = 1.0, 4.0 if made.is_wide else 0.5, 2.0
+    return decode + rows <= max(tile, size * target.instructions_per_byte)
+
+
+def default_schedule(
+    graph: Graph, products: list[Product], target: GpuTarget, rows: int = 0
+) -> Schedule:
     """The schedule that is taken where nothing was tuned.
 
     Few rows: the weights are read once, so tiles are as flat as matrix units allow, and narrow, for many programs. Many
     rows: tiles as large as registers allow. AMD's GPUs have shared memory for two stages.
+
+    Args:
+        graph: the region's body.
+        products: its products.
+        target: the GPU.
+        rows: of the programs of one of `skinny_forms`; 0 for the form of matrix units.
     """
-    schedule = _schedule(graph, products, target)
+    schedule = (
+        _skinny_schedule(graph, products, target, rows)
+        if rows
+        else _schedule(graph, products, target)
+    )
     return (
         replace(schedule, stages=min(schedule.stages, 2)) if target.backend == "hip" else schedule
     )
+
+
+def _skinny_schedule(
+    graph: Graph, products: list[Product], target: GpuTarget, rows: int
+) -> Schedule:
+    """Programs of a few columns, for one or more rows.
+
+    A warp takes a thread's 16 bytes from each of 32 places of a row of NVFP4, or twice of bf16 or f32, and loads three
+    such parts ahead; four warps make one to four columns each. How many it is decides on how many programs there are:
+    all multiprocessors end together if the most that one of them has is little above the mean, and what every program
+    does besides costs as much as about two columns.
+    """
+    first = products[0]
+    elements = min(1024 if p.packed[1] else 1024 // p.w.dtype.bytes for p in products)
+    depth = max(32, min(elements, power_of_two(min(p.width for p in products))))
+    blockwise = any(isinstance(node.op, Nvfp4BlockScales | QuantizeNvfp4) for node in graph.nodes)
+    least = 16 if blockwise else 1
+    if target.is_interpreter:
+        columns = max(least, min(256, power_of_two(first.features)))
+        return Schedule(rows, columns, depth, 4, 1, 1, skinny=True)
+    most = max(least, min(16 if rows == 1 else 8, power_of_two(first.features)))
+    together = (
+        first.features * evaluate_dim(first.count, {"B": 1}) if first.offsets else first.features
+    )
+
+    def cost(columns: int) -> int:
+        programs = -(-together // columns)
+        return -(-programs // target.multiprocessors) * (columns + 2)
+
+    choices = [n for n in (1, 2, 4, 8, 16) if least <= n <= most]
+    columns = min(choices, key=lambda n: (cost(n), -n))
+    return Schedule(rows, columns, depth, min(4, columns), 3, 1, skinny=True)
 
 
 def _schedule(graph: Graph, products: list[Product], target: GpuTarget) -> Schedule:
@@ -226,7 +388,7 @@ def _native_schedule(made: Product, target: GpuTarget, narrow: int) -> Schedule:
     return Schedule(128, narrow, depth, 8, 3, native=True)
 
 
-def _dense_tile(body: Body, made: Product, schedule: Schedule) -> Place:
+def _dense_tile(body: Body, made: Product, schedule: Schedule) -> _Tile:
     """Which tile of the result a program makes."""
     writer = body.writer
     pid = writer.let("pid", "tl.program_id(0)")
@@ -243,10 +405,21 @@ def _dense_tile(body: Body, made: Product, schedule: Schedule) -> Place:
         row_block = writer.let("row_block", f"{first} + {pid} % {batch} % {size}")
         column_block = writer.let("column_block", f"{pid} % {batch} // {size}")
     place = row_place(writer, row_block, schedule.rows, made.count)
-    return body.part(column_block, schedule.columns, made.features, place)
+    place = body.part(column_block, schedule.columns, made.features, place)
+    return _Tile(place, f"{row_block} * {schedule.rows}", f"{size_text(made.count)} - 1")
 
 
-def _grouped_tile(body: Body, made: Product, schedule: Schedule) -> tuple[Place, str]:
+def _dense_rows(body: Body, made: Product, schedule: Schedule) -> _Tile:
+    """The columns that a program makes of all rows."""
+    writer = body.writer
+    pid = writer.let("pid", "tl.program_id(0)")
+    one = Place("0", "0", 1, 1)
+    place = one if schedule.rows == 1 else row_place(writer, "0", schedule.rows, made.count)
+    place = body.part(pid, schedule.columns, made.features, place)
+    return _Tile(place, "0", f"{size_text(made.count)} - 1")
+
+
+def _grouped_tile(body: Body, made: Product, schedule: Schedule) -> _Tile:
     """Which tile a program makes, and of which group."""
     writer = body.writer
     assert made.offsets is not None
@@ -257,16 +430,23 @@ def _grouped_tile(body: Body, made: Product, schedule: Schedule) -> tuple[Place,
     every = Place("0", "0", 1, 1)
     groups = body.span("0", columns, made.groups, every)
     one = Seen(made.offsets, made.groups + 1)
-    start = body.tile(one, groups)
     following = writer.let("next", f"{groups.column} + 1")
+    if schedule.rows == 1:  # then the tile is a row
+        stop = body.tile(one, replace(groups, column=following))
+        ended = f"({stop} <= {tile})" + (f" & {groups.mask}" if groups.mask else "")
+        group = writer.let("group", f"tl.sum(({ended}).to(tl.int32))")
+        _stop_behind(writer, group, made.groups)
+        place = Place(tile, "0", 1, 1)
+        block = writer.let("block", f"{pid} % {blocks}")
+        return _Tile(body.part(block, schedule.columns, made.features, place), tile, tile, group)
+    start = body.tile(one, groups)
     stop = body.tile(one, replace(groups, column=following))
     tiles = writer.let("tiles", f"({stop} - {start} + {schedule.rows - 1}) // {schedule.rows}")
     if groups.mask:
         tiles = writer.let("tiles", f"tl.where({groups.mask}, {tiles}, 0)")
     ends = writer.let("ends", f"tl.cumsum({tiles}, axis=1)")
     group = writer.let("group", f"tl.sum(({ends} <= {tile}).to(tl.int32))")
-    with writer.block(f"if {group} >= {made.groups}:"):
-        writer.line("return")
+    _stop_behind(writer, group, made.groups)
     mine = writer.let("mine", f"{groups.column} == {group}")
 
     def of_mine(values: str) -> str:
@@ -274,16 +454,21 @@ def _grouped_tile(body: Body, made: Product, schedule: Schedule) -> tuple[Place,
 
     first = of_mine(start)
     within = writer.let("within", f"{tile} - {of_mine(f'{ends} - {tiles}')}")
-    number = writer.let(
-        "number",
-        f"{first} + {within} * {schedule.rows} + tl.arange(0, {schedule.rows})[:, None]",
-    )
+    begin = writer.let("begin", f"{first} + {within} * {schedule.rows}")
+    number = writer.let("number", f"{begin} + tl.arange(0, {schedule.rows})[:, None]")
     end = of_mine(stop)
-    row = writer.let("row", f"tl.minimum({number}, {end} - 1)")
+    last = writer.let("last", f"{end} - 1")
+    row = writer.let("row", f"tl.minimum({number}, {last})")
     exists = writer.let("exists", f"{number} < {end}")
     place = Place(row, "0", schedule.rows, 1, exists=exists)
     block = writer.let("block", f"{pid} % {blocks}")
-    return body.part(block, schedule.columns, made.features, place), group
+    return _Tile(body.part(block, schedule.columns, made.features, place), begin, last, group)
+
+
+def _stop_behind(writer: KernelWriter, group: str, groups: int) -> None:
+    """End a program beyond the last tile."""
+    with writer.block(f"if {group} >= {groups}:"):
+        writer.line("return")
 
 
 def _most_tiles(made: Product, rows: int) -> Dim:
@@ -294,12 +479,14 @@ def _most_tiles(made: Product, rows: int) -> Dim:
     return sympy.Min(made.count, filled)
 
 
-def _write_product(body: Body, made: Product, schedule: Schedule, place: Place, group: str) -> str:
+def _write_product(body: Body, made: Product, schedule: Schedule, tile: _Tile) -> str:
     """The loop over the reduction; returns the tile of sums."""
-    writer = body.writer
+    writer, place, group = body.writer, tile.place, tile.group
     x, w = (operand(body, Seen(value, made.width)) for value in (made.x, made.w))
     rows = replace(place, column="0", columns=1, mask="")
-    x.prepare(rows)
+    lines = tile.single_rows(writer) if schedule.skinny else [rows]
+    for line in lines:
+        x.prepare(line)
     feature = writer.let("weight", f"tl.trans({place.column})")
     if place.mask:  # rows beyond the last would be another group's, or nobody's
         feature = writer.let("weight", f"tl.minimum({feature}, {made.features - 1})")
@@ -307,8 +494,13 @@ def _write_product(body: Body, made: Product, schedule: Schedule, place: Place, 
         feature = writer.let("weight", f"{group} * {made.features} + {feature}")
     weights = Place(feature, "0", schedule.columns, 1)
     w.prepare(weights)
-    sums = writer.fresh("sums", f"tl.zeros([{schedule.rows}, {schedule.columns}], tl.float32)")
     depth = min(schedule.depth, max(schedule.least_depth, power_of_two(made.width)))
+    first = f"{group} * {made.features}" if group else "0"
+    matrix = Place(writer.let("first", first), "0", 1, 1)
+    if schedule.skinny:
+        sums = skinny_sums(body, x, w, lines, weights, depth, schedule.stages)
+        return w.scaled(x.scaled(sums, rows, x.left_out), matrix, left_out(w))
+    sums = writer.fresh("sums", f"tl.zeros([{schedule.rows}, {schedule.columns}], tl.float32)")
     with writer.loop("k", str(made.width), step=depth) as k:
         at, across = (body.span(k, depth, made.width, p) for p in (rows, weights))
         if schedule.native:
@@ -320,9 +512,9 @@ def _write_product(body: Body, made: Product, schedule: Schedule, place: Place, 
             if at.mask and not body.is_operand(made.x):  # whatever became of zeros beyond the end
                 left = writer.let("left", f"tl.where({at.mask}, {left}, 0.0)")
             writer.line(f"{sums} = {_dot(x.dtype, w.dtype, left, w.tile(across), sums)}")
-    first = f"{group} * {made.features}" if group else "0"
-    matrix = Place(first if first == "0" else writer.let("first", first), "0", 1, 1)
-    return w.scaled(x.scaled(sums, rows), matrix)
+    if schedule.native:
+        return w.scaled(x.scaled(sums, rows), matrix)
+    return w.scaled(x.scaled(sums, rows, x.left_out), matrix, w.left_out)
 
 
 def _dot(x: DType, w: DType, left: str, right: str, sums: str) -> str:

@@ -126,7 +126,8 @@ def _widest(graph: Graph) -> int:
 
 def row_place(writer: KernelWriter, block: str, rows: int, count: Dim) -> Place:
     """The rows of a block, those past the last clamped to it; no columns yet."""
-    number = writer.let("number", f"{block} * {rows} + tl.arange(0, {rows})[:, None]")
+    base = f"tl.arange(0, {rows})[:, None]"
+    number = writer.let("number", base if block == "0" else f"{block} * {rows} + {base}")
     total = size_text(count)
     exists = "" if isinstance(count, int) and count % rows == 0 else f"{number} < {total}"
     if not exists:

@@ -22,6 +22,7 @@ class GpuTarget:
         multiprocessors: of the usual device of that architecture.
         products: Triton's `input_precision` for products of f32.
         bandwidth: bytes per second from memory, nominal, of that device.
+        clock: cycles per second, nominal, of that device.
         nvfp4_rows: the fewest rows of a tile of NVFP4 that its matrix units multiply as it is; 0 where they do not.
     """
 
@@ -37,12 +38,18 @@ class GpuTarget:
     multiprocessors: int = 1
     products: str = "ieee"
     bandwidth: float = 20e9
+    clock: float = 1e9
     nvfp4_rows: int = 0
 
     @property
     def is_interpreter(self) -> bool:
         """Whether kernels are interpreted on the CPU."""
         return not self.backend
+
+    @property
+    def instructions_per_byte(self) -> float:
+        """Instructions of single threads while a byte is read: 128 a cycle and multiprocessor, or 64 double ones."""
+        return self.multiprocessors * 128 * self.clock / self.bandwidth
 
 
 INTERPRETER = "triton-interpret"
@@ -67,6 +74,7 @@ GPUS = {
             108,
             "tf32x3",
             2.0e12,
+            1.41e9,
         ),
         GpuTarget(
             "cuda:sm_90",
@@ -81,6 +89,7 @@ GPUS = {
             132,
             "tf32x3",
             4.8e12,
+            1.83e9,
         ),
         GpuTarget(
             "cuda:sm_100",
@@ -95,6 +104,7 @@ GPUS = {
             148,
             "tf32x3",
             8.0e12,
+            1.85e9,
             nvfp4_rows=128,
         ),
         GpuTarget(
@@ -110,6 +120,7 @@ GPUS = {
             170,
             "tf32x3",
             1.8e12,
+            2.4e9,
             nvfp4_rows=16,
         ),
         GpuTarget(
@@ -125,6 +136,7 @@ GPUS = {
             304,
             "ieee",
             5.3e12,
+            2.1e9,
         ),
         GpuTarget(
             "hip:gfx950",
@@ -139,6 +151,7 @@ GPUS = {
             256,
             "ieee",
             8.0e12,
+            2.4e9,
         ),
     )
 }

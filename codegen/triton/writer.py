@@ -125,12 +125,22 @@ class KernelWriter:
         self._scopes.pop()
 
     @contextmanager
-    def loop(self, prefix: str, stop: str, start: str = "0", step: int = 1) -> Iterator[str]:
-        """A loop over `range(start, stop, step)`; gives the counter's name."""
+    def loop(
+        self, prefix: str, stop: str, start: str = "0", step: int = 1, ahead: int = 1
+    ) -> Iterator[str]:
+        """A loop over `range(start, stop, step)`; gives the counter's name.
+
+        Args:
+            prefix: of the counter's name.
+            stop, start, step: what it counts.
+            ahead: iterations whose loads are under way at a time. Loads for matrix units are ahead without this, by
+                the kernel's `stages`.
+        """
         counter = self.name(prefix)
         bounds = stop if (start, step) == ("0", 1) else f"{start}, {stop}"
         bounds += f", {step}" if step != 1 else ""
-        with self.block(f"for {counter} in range({bounds}):"):
+        called = f"range({bounds})" if ahead == 1 else f"tl.range({bounds}, num_stages={ahead})"
+        with self.block(f"for {counter} in {called}:"):
             yield counter
 
     def pointer(self, arg: Arg, dtype: DType) -> str:

@@ -90,3 +90,16 @@ def test_the_last_program_with_work_stays_within_its_tensors(name: str) -> None:
 
     sizes = {"B": BATCH, "C": capacity}
     assert_within_tensors(site, emit(site, gpu_target("cuda:sm_90")), sizes, last, integers)
+
+
+@pytest.mark.parametrize("batch,rows", [(1, 1), (2, 2)])
+def test_few_rows_reach_the_last_expert(batch: int, rows: int) -> None:
+    op = region(REGIONS["experts in NVFP4"])
+    (offsets,) = (i for i, value in enumerate(op.body.inputs) if value.name == "offsets")
+    integers = {Arg("operand", offsets): lambda at: np.where(at == EXPERTS, 2 * batch, 0)}
+
+    def last(programs: int) -> int:
+        return programs // rows - 1  # there is a program for each row, were each another expert's
+
+    plan = emit(Site.dense(op), gpu_target("cuda:sm_90"))
+    assert_within_tensors(Site.dense(op), plan, {"B": batch}, last, integers)

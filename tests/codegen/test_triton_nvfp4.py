@@ -167,8 +167,7 @@ def test_activations_are_quantized_by_the_product_that_makes_them(target: str) -
 
 
 def variant(site: Site, target: str) -> Variant:
-    (stage,) = emit(site, gpu_target(target)).stages
-    kernel = stage.kernel
+    kernel = emit(site, gpu_target(target)).stages[-1].kernel  # the form of matrix units
     assert isinstance(kernel, GpuKernel)
     return Variant(kernel, (True,) * len(kernel.pointers))
 
@@ -198,7 +197,7 @@ def test_codes_of_weights_are_loaded_by_sixteen_bytes_and_ahead(tmp_path: Path) 
     ).kernel
     module = tmp_path / "kernel.py"
     module.write_text(module_source([made], "tf32x3"))
-    types = {DType.BF16: "*bf16", DType.U8: "*u8", DType.F32: "*fp32"}
+    types = {DType.BF16: "*bf16", DType.U8: "*u8", DType.F32: "*fp32", DType.I32: "*i32"}
     pointers = {f"p{i}": types[dtype] for i, dtype in enumerate(made.pointers)}
     request = {
         "module": str(module),

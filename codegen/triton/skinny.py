@@ -1,0 +1,88 @@
+"""Products of very few rows on ordinary arithmetic units, where matrix units would be given mostly nothing to do.
+
+A program makes a few columns of the result for one to four rows. Its warps share the columns out, and the threads of a
+warp the reduction, sixteen bytes of a weight's row at a time: so each byte of the weights is read once, by whoever
+needs it, and decoded in registers. A thread multiplies and adds in f32, and its sums are added to those of others when
+the loop is over. Nothing crosses threads within it, and the order of additions does not depend on the run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from nemoc.codegen.triton.body import Body
+from nemoc.codegen.triton.operands import EIGHTHS, Operand, Packed
+from nemoc.codegen.triton.seen import Place
+from nemoc.ir.nvfp4 import BLOCK
+
+
+def skinny_sums(
+    body: Body,
+    x: Operand,
+    w: Operand,
+    rows: Sequence[Place],
+    weights: Place,
+    depth: int,
+    ahead: int,
+) -> str:
+    """The loop over the reduction; returns the tile of sums [rows, weights], without what operands leave out.
+
+    Args:
+        body: what is written.
+        x, w: the operands, prepared.
+        rows: the place of each row of x by itself.
+        weights: the place of the rows of w.
+        depth: how much of the reduction is taken at a time.
+        ahead: how many such parts are loaded at a time.
+    """
+    writer, width = body.writer, w.seen.width
+    by_words = isinstance(w, Packed) and w.has_words
+    columns = depth // BLOCK if by_words else depth
+    zeros = f"tl.zeros([{weights.rows}, {columns}], tl.float32)"
+    sums = [writer.fresh("sums", zeros) for _ in rows]
+    with writer.loop("k", str(width), step=depth, ahead=ahead) as k:
+        across = body.span(k, depth, width, weights)
+        term = _block_terms(w, across) if isinstance(w, Packed) and by_words else _terms(w, across)
+        for total, row in zip(sums, rows, strict=True):
+            at = replace(row, column=across.column, columns=across.columns, mask=across.mask)
+            writer.line(f"{total} += {term.format(_row(x, at))}")
+    return _joined(body, sums)
+
+
+def _terms(w: Operand, across: Place) -> str:
+    """What a part of a row of x adds, as a format: for each element its product."""
+    tile = w.body.writer.let("w", f"{w.tile(across)}.to(tl.float32)")
+    return f"{{}}.to(tl.float32) * {tile}"
+
+
+def _block_terms(w: Packed, across: Place) -> str:
+    """The same for each block of NVFP4, of which a weight's scale is taken after its products have been added."""
+    writer, blocks = w.body.writer, across.columns // BLOCK
+    words, scales = w.words(across)
+    codes = writer.let("codes", f"e2m1_eighths({words})")
+    steps = writer.let("steps", f"from_e4m3({scales})")
+    return f"sums_of_blocks({{}}, {codes}, {across.rows}, {blocks}) * {steps}"
+
+
+def _row(x: Operand, at: Place) -> str:
+    """A part of a row of x; 0 beyond its end, whatever became of zeros there."""
+    tile = x.tile(at)
+    if at.mask and not x.body.is_operand(x.seen.value):
+        tile = x.body.writer.let("row", f"tl.where({at.mask}, {tile}, 0.0)")
+    return tile
+
+
+def _joined(body: Body, sums: Sequence[str]) -> str:
+    """Sums of one row each, by columns of threads, as one tile of whole sums."""
+    writer, count = body.writer, len(sums)
+    joined, *others = (
+        writer.let("total", f"tl.expand_dims(tl.sum({one}, axis=1), 0)") for one in sums
+    )
+    number = f"tl.arange(0, {count})[:, None]"
+    for row, other in enumerate(others, 1):
+        joined = writer.let("total", f"tl.where({number} == {row}, {other}, {joined})")
+    return joined
+
+
+def left_out(w: Operand) -> float:
+    """What sums of `skinny_sums` have to be multiplied by, besides the scale of the weight."""
+    return EIGHTHS if isinstance(w, Packed) and w.has_words else w.left_out

@@ -1,0 +1,322 @@
+"""GPU kernels of products of very few rows: numbers in Triton's interpreter, which form is taken, and machine code."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemoc.codegen.plan import Plan, Site
+from nemoc.codegen.triton.build import Variant, compile_variants
+from nemoc.codegen.triton.children import Children, answers
+from nemoc.codegen.triton.emit import emit
+from nemoc.codegen.triton.module import module_source
+from nemoc.codegen.triton.target import GPUS, INTERPRETER, gpu_target
+from nemoc.codegen.triton.writer import GpuKernel
+from nemoc.ir import DType, parse
+from nemoc.ir.dims import evaluate_dim
+from nemoc.ir.nvfp4 import DIALECTS, decode
+from nemoc.ir.ops import Fused
+from support.gpu_kernels import check_kernel
+from support.watched import run_watched
+
+SM_90 = gpu_target("cuda:sm_90")
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+def region(text: str) -> Site:
+    """The dense site of a region whose body is that text."""
+    body = parse(f"graph @body {{\n{text}\n}}\n")
+    return Site.dense(Fused(body.inputs, body))
+
+
+def draw(*shape: int, seed: int, dtype: str = "f32") -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(TYPES[dtype])
+
+
+def packed(*shape: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and tensor scales of random weights [..., N, K]."""
+    generator = torch.Generator().manual_seed(seed)
+    *lead, rows, width = shape
+    codes = torch.randint(0, 256, (*lead, rows, width // 2), generator=generator)
+    scales = torch.rand(*lead, rows, width // 16, generator=generator).mul(8).exp2()
+    whole = torch.rand(lead, generator=generator) + 0.5
+    return codes.to(torch.uint8), scales.to(torch.float8_e4m3fn), whole
+
+
+def dense(width: int, features: int, x: str = "bf16", dialect: str = "modelopt") -> Site:
+    """Rows times a weight in NVFP4, rounded to their type as graphs do."""
+    weight = "%d" if x == "f32" else "%w"
+    rounded = "" if x == "f32" else f"%w = cast(%d) {{dtype={x}}} : {x}[{features}, {width}]"
+    return region(f"""
+      input %x: {x}[B, {width}]
+      input %q: u8[{features}, {width // 2}]
+      input %s: f8e4m3[{features}, {width // 16}]
+      input %g: f32[]
+      %d = dequantize_nvfp4(%q, %s, %g) {{dialect="{dialect}"}} : f32[{features}, {width}]
+      {rounded}
+      %y = linear(%x, {weight}) : f32[B, {features}]
+      return %y
+    """)
+
+
+def plain(width: int, features: int, x: str = "bf16", w: str = "bf16") -> Site:
+    return region(f"""
+      input %x: {x}[B, {width}]
+      input %w: {w}[{features}, {width}]
+      %y = linear(%x, %w) : f32[B, {features}]
+      return %y
+    """)
+
+
+def experts(width: int, features: int, groups: int, each: int, x: str = "bf16") -> Site:
+    """Products of gathered rows with groups' weights in NVFP4, and what follows them."""
+    return region(f"""
+      input %table: {x}[B, {width}]
+      input %token: i32[{each}*B] < B
+      input %q: u8[{groups}, {features}, {width // 2}]
+      input %s: f8e4m3[{groups}, {features}, {width // 16}]
+      input %g: f32[{groups}]
+      input %offsets: i32[{groups + 1}]
+      %x = take_rows(%table, %token) : {x}[{each}*B, {width}]
+      %wide = cast(%x) {{dtype=f32}} : f32[{each}*B, {width}]
+      %w = dequantize_nvfp4(%q, %s, %g) : f32[{groups}, {features}, {width}]
+      %y = grouped_linear(%wide, %w, %offsets) : f32[{each}*B, {features}]
+      %r = relu(%y) : f32[{each}*B, {features}]
+      %z = square(%r) : f32[{each}*B, {features}]
+      return %z
+    """)
+
+
+def taken(plan: Plan, batch: int) -> list[int]:
+    """Which launches have programs at a batch, by number."""
+    sizes = {"B": batch, "L": 1, "C": 1}
+    tasks = [evaluate_dim(stage.kernel.tasks, sizes) for stage in plan.stages]
+    assert min(tasks) >= 0
+    return [number for number, count in enumerate(tasks) if count]
+
+
+@pytest.mark.parametrize("batch,x", [(1, "bf16"), (1, "f32"), (2, "bf16"), (3, "f32"), (9, "bf16")])
+@pytest.mark.parametrize("width,features", [(32, 5), (176, 40), (1856, 7)])
+def test_products_with_nvfp4_weights(batch: int, x: str, width: int, features: int) -> None:
+    operands = (draw(batch, width, seed=batch, dtype=x), *packed(features, width, seed=2))
+    check_kernel(dense(width, features, x), {"B": batch}, *operands, target=SM_90)
+
+
+@pytest.mark.parametrize("dialect", ["modelopt", "compressed-tensors"])
+def test_the_whole_of_a_wide_weight_in_the_interpreters_schedule(dialect: str) -> None:
+    site = dense(64, 10304, dialect=dialect)
+    operands = (draw(1, 64, seed=3, dtype="bf16"), *packed(10304, 64, seed=4))
+    check_kernel(site, {"B": 1}, *operands)
+
+
+@pytest.mark.parametrize("kinds", ["f32 f32", "f32 bf16", "bf16 bf16"])
+@pytest.mark.parametrize("batch", [1, 2, 4, 5])
+@pytest.mark.parametrize("width,features", [(7, 5), (1000, 43)])
+def test_products_with_other_weights(batch: int, kinds: str, width: int, features: int) -> None:
+    x, w = kinds.split()
+    operands = (draw(batch, width, seed=5, dtype=x), draw(features, width, seed=6, dtype=w))
+    check_kernel(plain(width, features, x, w), {"B": batch}, *operands, target=SM_90)
+
+
+def test_every_code_times_every_scale_is_exact() -> None:
+    codes = torch.tensor(
+        [a | b << 4 for a, b in zip(range(0, 16, 2), range(1, 16, 2), strict=True)]
+    )
+    codes = codes.to(torch.uint8).repeat(254, 1)
+    bits = torch.tensor([b for b in range(256) if b & 127 != 127], dtype=torch.uint8)
+    scales = bits[:, None].view(torch.float8_e4m3fn)
+    numbers = decode(codes, DIALECTS["modelopt"], torch.float64) * scales.double()
+    site = dense(16, 254)
+    for batch in (1, 2, 16):
+        x = torch.eye(16)[-batch:].bfloat16()
+        (found,) = run_watched(
+            site, emit(site, SM_90), {"B": batch}, (x, codes, scales, torch.tensor(1.0))
+        )
+        assert torch.equal(found.double(), numbers.T[-batch:])
+
+
+def test_a_block_whose_scale_is_nan_is_nan() -> None:
+    site = dense(32, 3)
+    codes, scales, whole = packed(3, 32, seed=7)
+    scales.view(torch.uint8)[1, 1] = 0x7F
+    for batch in (1, 2, 3):
+        operands = (draw(batch, 32, seed=8, dtype="bf16"), codes, scales, whole)
+        (found,) = run_watched(site, emit(site, SM_90), {"B": batch}, operands)
+        assert found.isnan().tolist() == [[False, True, False]] * batch
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_norms_before_and_caches_behind_are_part_of_it(batch: int) -> None:
+    site = region("""
+      input %x: f32[B, 1, 48]
+      input %weight: f32[48]
+      input %q: u8[8, 24]
+      input %s: f8e4m3[8, 3]
+      input %g: f32[]
+      input %cache: f32[B, C, 2, 4]
+      input %lengths: i32[B]
+      %n = rms_norm(%x, %weight) {eps=1e-05} : f32[B, 1, 48]
+      %w = dequantize_nvfp4(%q, %s, %g) : f32[8, 48]
+      %y = linear(%n, %w) : f32[B, 1, 8]
+      %v = reshape(%y) {shape=[B, 1, 2, 4]} : f32[B, 1, 2, 4]
+      %c = cache_write(%cache, %v, %lengths) : f32[B, C, 2, 4]
+      return %c
+    """)
+    lengths = torch.tensor([2, 0, 9], dtype=torch.int32)[:batch]
+    operands = (draw(batch, 1, 48, seed=9), draw(48, seed=10), *packed(8, 48, seed=11))
+    cache = draw(batch, 9, 2, 4, seed=12)
+    check_kernel(site, {"B": batch, "C": 9}, *operands, cache, lengths, target=SM_90)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_products_that_are_added_and_a_residual(batch: int) -> None:
+    site = region("""
+      input %x: bf16[B, 12]
+      input %v: bf16[36, 12]
+      input %z: bf16[B, 32]
+      input %q: u8[36, 16]
+      input %s: f8e4m3[36, 2]
+      input %g: f32[]
+      input %residual: f32[B, 36]
+      %a = linear(%x, %v) : f32[B, 36]
+      %d = dequantize_nvfp4(%q, %s, %g) : f32[36, 32]
+      %wide = cast(%z) {dtype=f32} : f32[B, 32]
+      %b = linear(%wide, %d) : f32[B, 36]
+      %c = add(%a, %b) : f32[B, 36]
+      %r = add(%residual, %c) : f32[B, 36]
+      return %r
+    """)
+    dense = (draw(batch, 12, seed=13, dtype="bf16"), draw(36, 12, seed=14, dtype="bf16"))
+    more = (draw(batch, 32, seed=15, dtype="bf16"), *packed(36, 32, seed=16))
+    operands = (*dense, *more, draw(batch, 36, seed=17))
+    check_kernel(site, {"B": batch}, *operands, target=SM_90)
+
+
+@pytest.mark.parametrize("batch,x", [*((n, "bf16") for n in range(1, 10)), (1, "f32"), (3, "f32")])
+def test_groups_of_few_rows_some_of_them_empty(batch: int, x: str) -> None:
+    groups, each = 6, 2
+    generator = torch.Generator().manual_seed(batch)
+    picked = torch.randint(1, groups - 1, (each * batch,), generator=generator)  # ends stay empty
+    offsets = torch.bincount(picked, minlength=groups).cumsum(0).int()
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int32), offsets])
+    token = torch.randint(0, batch, (each * batch,), generator=generator, dtype=torch.int32)
+    operands = (draw(batch, 48, seed=18, dtype=x), token, *packed(groups, 34, 48, seed=19))
+    site = experts(48, 34, groups, each, x)
+    check_kernel(site, {"B": batch}, *operands, offsets, target=SM_90)
+
+
+def test_activations_are_quantized_behind_a_product_of_one_row() -> None:
+    site = region("""
+      input %x: bf16[B, 24]
+      input %w: bf16[80, 24]
+      input %g: f32[]
+      %y = linear(%x, %w) : f32[B, 80]
+      %v = reshape(%y) {shape=[B, 1, 80]} : f32[B, 1, 80]
+      %s = nvfp4_block_scales(%v, %g) : f8e4m3[B, 1, 5]
+      %q = quantize_nvfp4(%v, %s, %g) : u8[B, 1, 40]
+      return %s, %q
+    """)
+    operands = (draw(1, 24, seed=20, dtype="bf16"), draw(80, 24, seed=21, dtype="bf16"))
+    check_kernel(site, {"B": 1}, *operands, torch.tensor(0.01), target=SM_90)
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_one_form_is_taken_whatever_the_batch(target: str) -> None:
+    for site in (dense(2688, 1856), plain(2688, 256), experts(2688, 1856, 128, 6)):
+        plan = emit(site, gpu_target(target))
+        forms = [taken(plan, batch) for batch in range(1, 100)]
+        assert all(len(form) == 1 for form in forms)
+        assert [form[0] for form in forms] == sorted(form[0] for form in forms)
+        assert forms[0] == [0] and forms[-1] == [len(plan.stages) - 1]
+
+
+def test_decoding_nvfp4_for_more_than_two_rows_is_left_to_matrix_units() -> None:
+    nvfp4, bf16 = (emit(site, SM_90) for site in (dense(2688, 1856), plain(2688, 1856)))
+    assert [taken(nvfp4, batch)[0] for batch in (1, 2, 3, 64)] == [0, 1, 2, 2]
+    assert [taken(bf16, batch)[0] for batch in (1, 4, 5, 64)] == [0, 1, 2, 2]
+
+
+def test_prefill_and_products_of_native_nvfp4_have_one_form() -> None:
+    many = region("""
+      input %x: bf16[B, L, 64]
+      input %w: bf16[32, 64]
+      %y = linear(%x, %w) : f32[B, L, 32]
+      return %y
+    """)
+    both = region("""
+      input %xq: u8[B, 1, 32]
+      input %xs: f8e4m3[B, 1, 4]
+      input %xg: f32[B]
+      input %wq: u8[32, 32]
+      input %ws: f8e4m3[32, 4]
+      input %wg: f32[]
+      %x = dequantize_nvfp4(%xq, %xs, %xg) : f32[B, 1, 64]
+      %w = dequantize_nvfp4(%wq, %ws, %wg) : f32[32, 64]
+      %y = linear(%x, %w) : f32[B, 1, 32]
+      return %y
+    """)
+    assert len(emit(many, SM_90).stages) == 1
+    assert len(emit(both, gpu_target("cuda:sm_120")).stages) == 1
+    assert len(emit(both, SM_90).stages) > 1
+
+
+@pytest.mark.parametrize("features", [128, 256, 1856, 2688, 4096, 10304, 131072])
+def test_a_single_row_has_a_program_for_almost_every_multiprocessor(features: int) -> None:
+    plan = emit(dense(2688, features), SM_90)
+    programs = evaluate_dim(plan.stages[0].kernel.tasks, {"B": 1})
+    assert programs >= min(features, 116)
+    # The most programs of a multiprocessor are at most half as many again as the mean, if there are several.
+    most = -(-programs // SM_90.multiprocessors)
+    assert most == 1 or most * SM_90.multiprocessors <= 1.55 * programs
+
+
+def kernels(site: Site) -> list[GpuKernel]:
+    """The kernels of the forms without matrix units on sm_90."""
+    found = [stage.kernel for stage in emit(site, SM_90).stages[:-1]]
+    assert all(isinstance(kernel, GpuKernel) for kernel in found)
+    return found  # type: ignore[return-value]
+
+
+def test_nothing_spills_and_four_programs_share_a_multiprocessor() -> None:
+    sites = (dense(2688, 10304), plain(2688, 10304), experts(1856, 2688, 128, 6))
+    wanted = [Variant(k, (True,) * len(k.pointers)) for site in sites for k in kernels(site)]
+    for binary in compile_variants(wanted, SM_90).values():
+        assert binary.report.spilled == 0
+        assert binary.report.occupancy.warps >= 8
+        assert binary.report.matrix == ()
+
+
+@pytest.mark.targets
+@pytest.mark.parametrize("target", [name for name in GPUS if name != INTERPRETER])
+def test_forms_of_few_rows_compile_for_every_gpu(target: str) -> None:
+    gpu = gpu_target(target)
+    sites = (dense(2688, 1856), plain(2688, 256), plain(2688, 128, "f32", "f32"))
+    stages = [stage for site in sites for stage in emit(site, gpu).stages]
+    wanted = {
+        Variant(s.kernel, (True,) * len(s.args)) for s in stages if isinstance(s.kernel, GpuKernel)
+    }
+    assert len(compile_variants(wanted, gpu)) == len(stages)
+
+
+@pytest.mark.parametrize("site", [dense(2688, 10304), plain(2688, 10304)], ids=["nvfp4", "bf16"])
+def test_weights_are_loaded_by_sixteen_bytes_and_ahead(site: Site, tmp_path: Path) -> None:
+    for number, made in enumerate(kernels(site)):
+        module = tmp_path / f"kernel_{number}.py"
+        module.write_text(module_source([made], SM_90.products))
+        types = {DType.BF16: "*bf16", DType.U8: "*u8", DType.F32: "*fp32", DType.I32: "*i32"}
+        pointers = {f"p{i}": types[dtype] for i, dtype in enumerate(made.pointers)}
+        request = {
+            "module": str(module),
+            "kernel": made.name,
+            "signature": pointers | dict.fromkeys("BLC", "i32"),
+            "aligned": list(range(len(pointers))),
+            "warps": made.warps,
+            "stages": made.stages,
+        }
+        setup = {"backend": "cuda", "arch": 90, "warp": 32}
+        ((_, answer),) = answers([request], setup, Children(jobs=1, seconds=100), tmp_path)
+        loop = answer["assembly"].rpartition("$L__BB0_1:")[2]
+        assert len(re.findall(r"cp\.async\.cg\.shared\.global .*, 0x10", loop)) >= 2
+        assert not re.search(r"ld\.global", loop.partition("bra")[0])
