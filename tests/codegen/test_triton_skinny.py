@@ -1,14 +1,15 @@
 """GPU kernels of products of very few rows: numbers in Triton's interpreter, which form is taken, and machine code."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from nemoc.codegen.children import answers
 from nemoc.codegen.plan import Plan, Site
-from nemoc.codegen.triton.build import Variant, compile_variants
-from nemoc.codegen.triton.children import Children, answers
+from nemoc.codegen.triton.build import COMPILERS, Variant, compile_variants
 from nemoc.codegen.triton.emit import emit
 from nemoc.codegen.triton.module import module_source
 from nemoc.codegen.triton.target import GPUS, INTERPRETER, gpu_target
@@ -316,7 +317,9 @@ def test_weights_are_loaded_by_sixteen_bytes_and_ahead(site: Site, tmp_path: Pat
             "stages": made.stages,
         }
         setup = {"backend": "cuda", "arch": 90, "warp": 32}
-        ((_, answer),) = answers([request], setup, Children(jobs=1, seconds=100), tmp_path)
+        ((_, answer),) = answers(
+            [request], setup, dataclasses.replace(COMPILERS, jobs=1, seconds=100), tmp_path
+        )
         loop = answer["assembly"].rpartition("$L__BB0_1:")[2]
         assert len(re.findall(r"cp\.async\.cg\.shared\.global .*, 0x10", loop)) >= 2
         assert not re.search(r"ld\.global", loop.partition("bra")[0])
