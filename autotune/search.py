@@ -157,13 +157,6 @@ class Search:
         return {k: v for k, v in schedule.items() if v in values.get(k, ())}
 
 
-def best_trial(trials: Sequence[Trial]) -> Trial | None:
-    """The fastest of some trials, if one is faster than the default at all."""
-    timed = [t for t in trials if t.ratio is not None]
-    best = min(timed, key=lambda t: t.ratio or math.inf, default=None)
-    return best if best is not None and (best.ratio or 1.0) < 1.0 else None
-
-
 def expected_gain(trials: Sequence[Trial], untried: int) -> float:
     """By how much of the default's time the best is likely to improve with a few more trials.
 
