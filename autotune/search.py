@@ -135,7 +135,8 @@ class Search:
             plan = self._plan(schedule)
             if plan is not None and plan.name not in seen:
                 seen.add(plan.name)
-                found.append(Candidate(schedule, plan))
+                # What does not matter has its default: a candidate is one set of settings for all processes.
+                found.append(Candidate(schedule_changes(self.space, schedule), plan))
                 if len(found) == count:
                     break
         return found

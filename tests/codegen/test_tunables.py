@@ -151,7 +151,7 @@ def test_schedule_is_taken_for_the_kernel_that_it_is_for() -> None:
     site = CASES["linear"].site
     default = emit(site, SUITE.target)
     lookup = {default.name: {"unroll": 4}}
-    backend = tuned(lambda s: emit(s, SUITE.target), lambda name: lookup.get(name, {}))
+    backend = tuned(lambda s: emit(s, SUITE.target), lambda name, *_: lookup.get(name, {}))
     assert backend(site).name != default.name
     other = CASES["fused-linear"].site
     assert backend(other).name == emit(other, SUITE.target).name
@@ -165,6 +165,6 @@ def test_schedule_is_taken_for_the_kernel_that_it_is_for() -> None:
     ],
 )
 def test_schedule_that_does_not_fit_is_one_line(schedule: Schedule, message: str) -> None:
-    backend = tuned(lambda s: emit(s, SUITE.target), lambda name: schedule)
+    backend = tuned(lambda s: emit(s, SUITE.target), lambda *_: schedule)
     with pytest.raises(NemocError, match=message):
         backend(CASES["linear"].site)
