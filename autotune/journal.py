@@ -18,15 +18,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 
+from nemoc.codegen.bench import Outcome
 from nemoc.codegen.tunables import Schedule, Tunable
 from nemoc.ir.errors import NemocError
-
-Outcome = Literal["ok", "compile", "wrong", "crash", "hang", "memory"]
-"""How a trial ended: with a time, or by what was wrong with the candidate."""
 
 _FOREIGN = timedelta(minutes=15)
 """Age from which on an open trial of another machine counts as lost."""
@@ -226,7 +224,6 @@ class Study:
     ) -> None:
         """Close a trial; fields as in `Trial`."""
         states = _optuna().trial.TrialState
-        trial_id = self._study.get_trials(deepcopy=False)[number]._trial_id
         details = {
             "kernels": kernels,
             "seconds": [float(f"{s:.4g}") for s in seconds],
@@ -236,6 +233,7 @@ class Study:
             "outcome": outcome,
         }
         with _explained(self._place):
+            trial_id = self._study.get_trials(deepcopy=False)[number]._trial_id
             for key, value in details.items():
                 self._study._storage.set_trial_user_attr(trial_id, key, value)
             if ratio is None:

@@ -10,11 +10,12 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nemoc.autotune.journal import Study, Trial
+from nemoc.codegen.lower import Emit
 from nemoc.codegen.plan import Plan, RegionError, Site
 from nemoc.codegen.tunables import Choices, IllegalSchedule, Schedule, Tunable
 
@@ -23,8 +24,6 @@ _PROPOSALS = 24
 
 _ENUMERATED = 4096
 """Schedules of a space that are gone through to find untried ones."""
-
-Emit = Callable[[Site], Plan]
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
-from nemoc.autotune.journal import Journal, Outcome, Study, Trial
+from nemoc.autotune.journal import Journal, Study, Trial
 from nemoc.autotune.predict import seeds
 from nemoc.autotune.records import Device, Record, Records, compact, structure_of
-from nemoc.autotune.search import Candidate, Emit, Search, Space, expected_gain, schedule_changes
+from nemoc.autotune.search import Candidate, Search, Space, expected_gain, schedule_changes
 from nemoc.autotune.statistics import Interval, ratio_of_times
+from nemoc.codegen.bench import Bench, Finding
+from nemoc.codegen.lower import Emit
 from nemoc.codegen.plan import Plan, Site
 from nemoc.codegen.tunables import Schedule
 
@@ -46,37 +48,6 @@ _ROUND_SECONDS = 0.012
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What is said of a candidate that was checked.
-
-    Attributes:
-        outcome: "ok", or what is wrong with it.
-        equal: whether its results have the bits of the default's.
-        message: what is wrong, one line.
-    """
-
-    outcome: Outcome
-    equal: bool = False
-    message: str = ""
-
-
-class Bench(Protocol):
-    """Where candidates of one kernel are compiled and measured; nothing that they do reaches this process."""
-
-    def compile(self, plans: Sequence[Plan]) -> Mapping[str, Finding]:
-        """Compile plans; what is wrong with those that fail, by name."""
-        ...
-
-    def check(self, plan: Plan) -> Finding:
-        """Run a compiled plan once on guarded memory and compare its results with what they should be."""
-        ...
-
-    def time(self, plans: Sequence[Plan], rounds: int, seed: int) -> list[list[float]] | Finding:
-        """Seconds of checked plans in each round; what went wrong if it did not come to that."""
-        ...
-
-
-@dataclass(frozen=True)
 class Kernel:
     """A kernel that a model launches.
 
@@ -94,7 +65,7 @@ class Kernel:
     function: str
     launches: int
     sizes: Mapping[str, int]
-    bench: Callable[[], contextlib.AbstractContextManager[Bench]]
+    bench: Callable[[], Bench]
 
 
 @dataclass
@@ -109,7 +80,8 @@ class KernelReport:
         share: its part of the time of its function's tuned kernels.
         settled: whether nothing more is to be expected of it.
         best: the schedule that is fastest, empty for the default.
-        gain: how its time compares with the default's; none until it has been measured at the end.
+        gain: how its time compares with the default's; none until it has been measured at the end, and where the
+            default has no time.
         equal: whether its results have the bits of the default's.
     """
 
@@ -209,16 +181,17 @@ class Tuner:
             self._measure_default(report)
             spent()
         self._share_out()
-        with contextlib.suppress(
-            KeyboardInterrupt
-        ):  # which ends the search: what is best so far counts
+        # An interrupt ends the search: what is best so far counts.
+        with contextlib.suppress(KeyboardInterrupt):
             while self._clock() < deadline:
-                promising = [r for r in self.reports if self._promise(r) >= _WORTH]
-                if not promising:
+                promises = [self._promise(report) for report in self.reports]
+                if max(promises, default=0.0) < _WORTH:
                     break
-                self._batch(max(promising, key=self._promise), deadline)
+                self._batch(self.reports[promises.index(max(promises))], deadline)
                 spent()
         for report in self.reports:
+            if self._default_trial(report) is None:
+                continue  # another process is at it, who knows better what is to be expected
             report.settled = self._promise(report) < _WORTH
             self._conclude(report)
             spent()
@@ -302,20 +275,18 @@ class Tuner:
         def cost() -> float:
             return (self._clock() - started) / len(mine)
 
-        with report.kernel.bench() as bench:
-            plans = {c.plan.name: c.plan for _, c in mine}
-            compiled = bench.compile([report.kernel.default, *plans.values()])
-            right: list[tuple[int, Candidate, Finding]] = []
-            for number, candidate in mine:
-                name = candidate.plan.name
-                finding = compiled.get(name) or bench.check(candidate.plan)
-                if finding.outcome == "ok":
-                    right.append((number, candidate, finding))
-                else:
-                    study.finish(
-                        number, name, finding.outcome, cost=cost(), message=finding.message
-                    )
-            self._time(report, bench, right, cost)
+        bench = report.kernel.bench()
+        plans = {c.plan.name: c.plan for _, c in mine}
+        compiled = bench.compile([report.kernel.default, *plans.values()])
+        right: list[tuple[int, Candidate, Finding]] = []
+        for number, candidate in mine:
+            name = candidate.plan.name
+            finding = compiled.get(name) or bench.check(candidate.plan)
+            if finding.outcome == "ok":
+                right.append((number, candidate, finding))
+            else:
+                study.finish(number, name, finding.outcome, cost=cost(), message=finding.message)
+        self._time(report, bench, right, cost)
 
     def _time(
         self,
@@ -355,14 +326,16 @@ class Tuner:
             )
 
     def _conclude(self, report: KernelReport) -> None:
-        """Measure the best again, unless that was done with the same candidates."""
+        """Measure the best again, unless that was done with the same candidates or the default has no time."""
+        if report.settled:
+            report.study.note("settled", True)
+        if not report.seconds:
+            return
         trials = report.study.trials()
         done = report.study.about.get("concluded")
         if done is None or done["trials"] != len(trials):
             done = self._last_measurement(report, trials) | {"trials": len(trials)}
             report.study.note("concluded", done)
-        if report.settled:
-            report.study.note("settled", True)
         report.best = done["schedule"]
         report.equal = done["equal"]
         report.gain = Interval(done["ratio"], done["low"], done["high"])
@@ -371,18 +344,23 @@ class Tuner:
         """The finalists beside the default: the fastest that is faster beyond doubt, else the default."""
         nothing = {"schedule": {}, "equal": True, "ratio": 1.0, "low": 1.0, "high": 1.0}
         faster = sorted(
-            (t for t in trials if t.ratio is not None and t.ratio < 1.0), key=lambda t: t.ratio or 0
+            (
+                t
+                for t in trials
+                if t.ratio is not None and t.ratio < 1.0 and (t.equal or not self._keep_bits)
+            ),
+            key=lambda t: t.ratio or 0,
         )
         plans = [(t, report.space.plan(t.schedule)) for t in faster[:_FINALISTS]]
         finalists = [(t, plan) for t, plan in plans if plan is not None]
         if not finalists:
             return nothing
-        with report.kernel.bench() as bench:
-            together = [report.kernel.default, *(plan for _, plan in finalists)]
-            if bench.compile(together):
-                return nothing
-            rounds = _rounds(report.seconds, len(together), _FINAL_ROUNDS, _FINAL_SECONDS)
-            times = bench.time(together, rounds, seed=len(trials))
+        bench = report.kernel.bench()
+        together = [report.kernel.default, *(plan for _, plan in finalists)]
+        if bench.compile(together):
+            return nothing
+        rounds = _rounds(report.seconds, len(together), _FINAL_ROUNDS, _FINAL_SECONDS)
+        times = bench.time(together, rounds, seed=len(trials))
         if isinstance(times, Finding):
             return nothing
         compared = [

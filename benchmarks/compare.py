@@ -21,6 +21,7 @@ from benchmarks.peers import Engine, Nemoc, Transformers
 from nemoc.autotune.measure import Timing, interleaved, read_bandwidth
 from nemoc.measurement import decode_bytes
 from nemoc.models import preset
+from nemoc.runtime.machine import processor_model
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _report(
     return {
         "machine": {
             "processor": platform.processor() or platform.machine(),
-            "model": cpu_model(),
+            "model": processor_model(),
             "read_bandwidth_GBps": round(bandwidth / 1e9, 2),
         },
         "versions": {p: version(p) for p in ("nemoc", "torch", "transformers", "apache-tvm")},
@@ -180,16 +181,6 @@ def _report(
             for r in rows
         ],
     }
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 
 import nemoc
 from benchmarks.checkpoints import random_checkpoint
-from benchmarks.compare import cpu_model, prompt
+from benchmarks.compare import prompt
 from nemoc import compiler
 from nemoc.autotune.measure import Timing, interleaved
 from nemoc.codegen.lower import corner_sizes, lower_program
@@ -28,6 +28,7 @@ from nemoc.codegen.tvm.emit import expanded
 from nemoc.codegen.tvm.target import cpu_target
 from nemoc.passes import preset, print_pipeline
 from nemoc.runtime import Executable
+from nemoc.runtime.machine import processor_model
 
 
 def variants() -> Iterator[tuple[str, str]]:
@@ -77,7 +78,7 @@ def main(
         errors = _errors({k: e[0] for k, e in executables.items()}, ids)
     report = {
         "model": name,
-        "processor": cpu_model(),
+        "processor": processor_model(),
         "versions": {p: version(p) for p in ("nemoc", "torch", "apache-tvm")},
         "loads": loads,
         "rounds": rounds,

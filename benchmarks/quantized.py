@@ -26,7 +26,6 @@ import click
 import torch
 
 import nemoc
-from benchmarks.compare import cpu_model
 from benchmarks.serving import EngineError, Served
 from nemoc.autotune.measure import Timing, interleaved, read_bandwidth
 from nemoc.ir import DType, NemocError
@@ -35,6 +34,7 @@ from nemoc.models.gguf_file import read_gguf
 from nemoc.models.gguf_writer import GgufType
 from nemoc.models.quantize import Written
 from nemoc.models.summary import summarize
+from nemoc.runtime.machine import processor_model
 
 BASE = "nemoc f32"
 """What all are compared with."""
@@ -177,7 +177,7 @@ def compare(
     return {
         "machine": {
             "processor": platform.processor() or platform.machine(),
-            "model": cpu_model(),
+            "model": processor_model(),
             "read_bandwidth_GBps": round(bandwidth / 1e9, 2),
         },
         "versions": {p: version(p) for p in ("nemoc", "torch", "apache-tvm")} | (about or {}),

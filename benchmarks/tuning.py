@@ -1,8 +1,8 @@
 """What tuning does, and whether it does it again: `python -m benchmarks.tuning COMMAND SOURCE`.
 
 `repeat` tunes a model several times from nothing, each time with a journal and records of its own, then compiles it
-without records and with those of each tuning, and times all of these in turns: the tunings agree if each one's interval
-holds the median of the others. `kill` ends a tuning with SIGKILL at random moments again and again, lets it finish, and
+without records and with those of each tuning, and times all of these in turns: the tunings agree if the intervals of
+each two overlap. `kill` ends a tuning with SIGKILL at random moments again and again, lets it finish, and
 counts what was kept and what was paid for twice.
 """
 
@@ -23,13 +23,13 @@ from typing import Any
 
 import click
 
-from benchmarks.compare import cpu_model
 from nemoc import compiler
 from nemoc.autotune.journal import Journal
 from nemoc.autotune.measure import interleaved
 from nemoc.autotune.records import Records, read_records
 from nemoc.autotune.statistics import Interval, ratio_of_times
 from nemoc.models import open_model
+from nemoc.runtime.machine import processor_model
 from nemoc.tuning import Workload, steps, tune
 
 NONE = "no records"
@@ -101,7 +101,7 @@ def repeat(
     if json_file is not None:
         report_json = {
             "source": source,
-            "processor": cpu_model(),
+            "processor": processor_model(),
             "versions": {p: version(p) for p in ("nemoc", "torch", "apache-tvm", "optuna")},
             "numerics": numerics,
             "budget": budget,

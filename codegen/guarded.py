@@ -139,7 +139,7 @@ class Buffer:
             )
         once = tuple(slice(0, 1) if s == 0 else slice(None) for s in buffer._strides)
         buffer.tensor[once] = values[once]
-        if not torch.equal(_bits(buffer.tensor), _bits(values)):
+        if not torch.equal(bits(buffer.tensor), bits(values)):
             raise NemocError("an operand's values differ along a stride of 0")
         return buffer
 
@@ -170,5 +170,6 @@ class Buffer:
 _RAW = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's elements as integers of their size, so that NaN and zeros compare as what they are."""
     return tensor.contiguous().view(_RAW[tensor.element_size()])

@@ -1,9 +1,9 @@
 """What a lowering can do in several ways, all of them right: tile sizes, unrolling, how work is divided.
 
-An emitter asks its site for each choice as it comes to it (`site.pick(ROWS)`), and gets the tunable's default unless a
-schedule says otherwise. So the tunables of an emitter are declared where they are used and nowhere else; which ones a
-site has is known by emitting it once. What a choice must not be in the light of others is refused by
-`site.require(...)`, as a predicate that the emitter states.
+An emitter asks its site for each choice as it comes to it (`site.choices.pick(ROWS)`), and gets the tunable's default
+unless a schedule says otherwise. So the tunables of an emitter are declared where they are used and nowhere else; which
+ones a site has is known by emitting it once. What a choice must not be in the light of others is refused by
+`site.choices.require(...)`, as a predicate that the emitter states.
 """
 
 from collections.abc import Mapping

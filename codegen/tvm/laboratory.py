@@ -1,10 +1,10 @@
 """Trying kernels on the CPU at hand: compiled, checked and timed in child processes.
 
-    with Laboratory(cpu_target(), threads=2, folder=folder, store=store) as laboratory:
+    with Laboratory(cpu_target(), 2, folder, store, bound=1e-5) as laboratory:
         subject = laboratory.subject(site, plan, operands, sizes, warm)
-        laboratory.compile([(subject, other)])
-        laboratory.check(subject, other)
-        laboratory.time(subject, [plan, other], rounds=10, seed=0)
+        subject.compile([plan, other])
+        subject.check(other)
+        subject.time([plan, other], rounds=10, seed=0)
 
 Compilers run side by side, one for each core; kernels are checked and timed by one process, while nothing else runs.
 What children do, `nemoc.codegen.tvm.trial_worker` says.
@@ -17,22 +17,21 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
 
 import nemoc
+from nemoc.codegen.bench import Finding, Outcome
 from nemoc.codegen.check import exact_results
 from nemoc.codegen.children import Children, Pool
 from nemoc.codegen.guarded import arguments
 from nemoc.codegen.plan import Address, Launch, Plan, Site, StepFunction, View
 from nemoc.codegen.tvm.step import module_source
 from nemoc.codegen.tvm.target import CpuTarget
+from nemoc.codegen.tvm.trial_worker import FUNCTION
 from nemoc.ir.dims import evaluate_dim
-
-FUNCTION = "trial"
-"""The function that a candidate's library exports."""
 
 WORKERS = Children(
     command=(sys.executable, "-P", "-m", "nemoc.codegen.tvm.trial_worker"),
@@ -41,52 +40,6 @@ WORKERS = Children(
     variables=(("PYTHONPATH", str(Path(nemoc.__file__).parents[1])),),
 )
 """Processes that compile and run candidates."""
-
-Kind = Literal["compile", "wrong", "crash", "hang", "memory"]
-"""What can be wrong with a candidate."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Why a candidate is out.
-
-    Attributes:
-        kind: what is wrong.
-        message: one line.
-    """
-
-    kind: Kind
-    message: str
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A candidate that runs and is right.
-
-    Attributes:
-        error: the largest relative error of a result against float64.
-        equal: whether all results have the bits of the default's.
-    """
-
-    error: float
-    equal: bool
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A site that candidates are tried on.
-
-    Attributes:
-        site: the op and its views.
-        default: the plan that others are compared with.
-        sizes: B, L and C.
-        folder: where its tensors are.
-    """
-
-    site: Site
-    default: Plan
-    sizes: Mapping[str, int]
-    folder: Path
 
 
 class Laboratory:
@@ -97,6 +50,7 @@ class Laboratory:
         threads: that kernels run on.
         folder: an empty folder for tensors and libraries.
         store: folder of compiled functions (`nemoc.codegen.object_store`).
+        bound: the largest relative error of a result that is right.
         workers: the processes and their limits.
     """
 
@@ -106,18 +60,16 @@ class Laboratory:
         threads: int,
         folder: Path,
         store: Path,
+        bound: float,
         workers: Children = WORKERS,
     ) -> None:
-        self._folder = folder
+        self._folder, self._bound = folder, bound
         for name in ("subjects", "libraries", "compilers", "runs"):
             (folder / name).mkdir()
         name = f"cpu:{target.mcpu}"
         setup = {"target": name, "threads": threads, "store": str(store)}
         self._compilers = Pool(setup | {"threads": 1}, workers, folder / "compilers")
         self._runs = Pool(setup, dataclasses.replace(workers, jobs=1), folder / "runs")
-
-    fault = Fault
-    """What `check` and `time` give where something is wrong."""
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +85,7 @@ class Laboratory:
         operands: Sequence[torch.Tensor],
         sizes: Mapping[str, int],
         warm: Sequence[bool],
-    ) -> Subject:
+    ) -> "Subject":
         """Write a site's operands, and what its results should be, to a folder.
 
         Args:
@@ -143,7 +95,9 @@ class Laboratory:
             sizes: B, L and C.
             warm: for each operand, whether a step has just computed it.
         """
-        folder = self._folder / "subjects" / default.name
+        # One kernel may be launched at several sizes.
+        name = "-".join((default.name, *(f"{symbol}{sizes[symbol]}" for symbol in "BLC")))
+        folder = self._folder / "subjects" / _file_name(name)
         if not folder.exists():
             folder.mkdir()
             record = {
@@ -160,11 +114,11 @@ class Laboratory:
             }
             # Operands may be one tensor, which safetensors refuses to write twice.
             save_file({k: t.clone() for k, t in tensors.items()}, folder / "tensors.safetensors")
-        return Subject(site, default, sizes, folder)
+        return Subject(self, site, default, sizes, folder)
 
-    def compile(self, plans: Iterable[tuple[Subject, Plan]]) -> dict[str, Fault]:
-        """Compile what is not compiled yet; returns what is wrong with plans, by their names."""
-        wanted = {plan.name: (subject, plan) for subject, plan in plans}
+    def compile(self, plans: Iterable[tuple[Site, Plan]]) -> dict[str, Finding]:
+        """Compile what is not compiled yet, side by side; what is wrong with plans, by their names."""
+        wanted = {plan.name: (site, plan) for site, plan in plans}
         missing = [name for name in wanted if not self._library(wanted[name][1]).exists()]
         requests = []
         for name in missing:
@@ -178,13 +132,8 @@ class Laboratory:
             if "error" in answer
         }
 
-    def check(self, subject: Subject, plan: Plan, bound: float) -> Checked | Fault:
-        """Run a compiled plan and its subject's default on guarded memory.
-
-        Args:
-            subject, plan: what runs.
-            bound: the largest relative error of a result that is right.
-        """
+    def check(self, subject: "Subject", plan: Plan) -> Finding:
+        """As `Subject.check`."""
         request = {
             "do": "check",
             "subject": str(subject.folder),
@@ -195,15 +144,15 @@ class Laboratory:
         if "error" in answer:
             return _fault("crash", answer)
         error = float(answer["deviation"])
-        if not error <= bound:
-            fault = answer.get("fault", f"relative error {error:.1e}, expected at most {bound:g}")
-            return Fault("wrong", fault)
-        return Checked(error, bool(answer["equal"]))
+        if not error <= self._bound:
+            expected = f"relative error {error:.1e}, expected at most {self._bound:g}"
+            return Finding("wrong", error=error, message=answer.get("fault", expected))
+        return Finding("ok", bool(answer["equal"]), error)
 
     def time(
-        self, subject: Subject, plans: Sequence[Plan], rounds: int, seed: int
-    ) -> list[list[float]] | Fault:
-        """Seconds of compiled and checked plans, round by round; each list has one for each round."""
+        self, subject: "Subject", plans: Sequence[Plan], rounds: int, seed: int
+    ) -> list[list[float]] | Finding:
+        """As `Subject.time`."""
         request = {
             "do": "time",
             "subject": str(subject.folder),
@@ -220,7 +169,7 @@ class Laboratory:
     def _library(self, plan: Plan) -> Path:
         return self._folder / "libraries" / f"{_file_name(plan.name)}.so"
 
-    def _record(self, subject: Subject, plan: Plan) -> dict[str, Any]:
+    def _record(self, subject: "Subject", plan: Plan) -> dict[str, Any]:
         return {
             "library": str(self._library(plan)),
             "scratch": [_record(view, subject.sizes) for view in plan.scratch],
@@ -228,14 +177,42 @@ class Laboratory:
         }
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A site that candidates are tried on: a `Bench`.
+
+    Attributes:
+        laboratory: where.
+        site: the op and its views.
+        default: the plan that others are compared with.
+        sizes: B, L and C.
+        folder: where its tensors are.
+    """
+
+    laboratory: Laboratory
+    site: Site
+    default: Plan
+    sizes: Mapping[str, int]
+    folder: Path
+
+    def compile(self, plans: Sequence[Plan]) -> dict[str, Finding]:
+        return self.laboratory.compile((self.site, plan) for plan in plans)
+
+    def check(self, plan: Plan) -> Finding:
+        return self.laboratory.check(self, plan)
+
+    def time(self, plans: Sequence[Plan], rounds: int, seed: int) -> list[list[float]] | Finding:
+        return self.laboratory.time(self, plans, rounds, seed)
+
+
 def _file_name(name: str) -> str:
     """A plan's name, which may be longer than file names are."""
     return name if len(name) < 100 else hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
-def _module(subject: Subject, plan: Plan) -> str:
+def _module(site: Site, plan: Plan) -> str:
     """The text of a module that exports a plan."""
-    args = arguments(subject.site, plan)
+    args = arguments(site, plan)
     phases = tuple(
         (Launch(stage.kernel, tuple(Address(str(a)) for a in stage.args)),) for stage in plan.stages
     )
@@ -250,11 +227,11 @@ def _record(view: View, sizes: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _fault(kind: Kind, answer: Mapping[str, Any]) -> Fault:
+def _fault(outcome: Outcome, answer: Mapping[str, Any]) -> Finding:
     """What became of a request: what its process said, or how it ended."""
     message = str(answer["error"])
     if any(word in message for word in ("MemoryError", "bad_alloc", "memory")):
-        return Fault("memory", message)
-    if "did not answer" in str(answer.get("lost")):
-        return Fault("hang", message)
-    return Fault(kind, message)
+        outcome = "memory"
+    elif "did not answer" in str(answer.get("lost")):
+        outcome = "hang"
+    return Finding(outcome, message=message)

@@ -34,7 +34,7 @@ import tvm
 import tvm_ffi
 from safetensors.torch import load_file
 
-from nemoc.codegen.guarded import Buffer, KernelFault, Views, run_views
+from nemoc.codegen.guarded import Buffer, KernelFault, Views, bits, run_views
 from nemoc.codegen.object_store import ObjectStore
 from nemoc.codegen.plan import Arg, View
 from nemoc.codegen.storage import ALIGNMENT
@@ -165,7 +165,7 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(bits(a), bits(b))
 
 
 def measure(

@@ -19,8 +19,8 @@ class Options:
             each core that the process may use.
         plugins: `NEMOC_PLUGINS`, modules with passes of the user's own, separated by commas.
         debug: `NEMOC_DEBUG`, whether errors show their traceback.
-        cache: `NEMOC_CACHE`, the folder of compiled kernels, which may be deleted at any time; by default `nemoc` in
-            the user's cache folder.
+        cache: `NEMOC_CACHE`, the folder of compiled kernels and of what tuning found, which may be deleted at any time
+            and is then made anew; by default `nemoc` in the user's cache folder.
     """
 
     threads: int | None = None

@@ -18,8 +18,7 @@ from nemoc.autotune.journal import Journal
 from nemoc.autotune.measure import interleaved
 from nemoc.autotune.records import Device, Records, read_records
 from nemoc.autotune.statistics import Interval, ratio_of_times
-from nemoc.autotune.tuner import Finding, Kernel, KernelReport, Told, Tuner
-from nemoc.codegen.plan import Plan
+from nemoc.autotune.tuner import Kernel, KernelReport, Told, Tuner
 from nemoc.codegen.sites import RecordedSite, record_sites
 from nemoc.codegen.storage import bind_weights, weight_layout
 from nemoc.compiler import Functions
@@ -263,46 +262,13 @@ class _CpuBenches:
 
     def prepare(self, kernels: Sequence[Kernel]) -> None:
         """Compile the defaults of kernels together; what fails, fails again when its turn comes."""
-        with contextlib.ExitStack() as stack:
-            benches = [stack.enter_context(kernel.bench()) for kernel in kernels]
-            self._laboratory.compile(
-                (bench.subject, kernel.default)
-                for bench, kernel in zip(benches, kernels, strict=True)
-                if isinstance(bench, _CpuBench)
-            )
+        self._laboratory.compile((kernel.site, kernel.default) for kernel in kernels)
 
-    @contextlib.contextmanager
-    def open(
+    def subject(
         self, found: RecordedSite, sizes: Mapping[str, int], warm: Sequence[bool]
-    ) -> Iterator["_CpuBench"]:
+    ) -> "Subject":
         """The bench of a kernel."""
-        subject = self._laboratory.subject(found.site, found.plan, found.operands, sizes, warm)
-        yield _CpuBench(self._laboratory, subject)
-
-
-class _CpuBench:
-    """A `Bench` for one kernel.
-
-    Attributes:
-        subject: what candidates are tried on.
-    """
-
-    def __init__(self, laboratory: "Laboratory", subject: "Subject") -> None:
-        self._laboratory, self.subject = laboratory, subject
-
-    def compile(self, plans: Sequence[Plan]) -> dict[str, Finding]:
-        faults = self._laboratory.compile((self.subject, plan) for plan in plans)
-        return {name: Finding(f.kind, message=f.message) for name, f in faults.items()}
-
-    def check(self, plan: Plan) -> Finding:
-        found = self._laboratory.check(self.subject, plan, _BOUND)
-        if isinstance(found, self._laboratory.fault):
-            return Finding(found.kind, message=found.message)
-        return Finding("ok", found.equal)
-
-    def time(self, plans: Sequence[Plan], rounds: int, seed: int) -> list[list[float]] | Finding:
-        found = self._laboratory.time(self.subject, plans, rounds, seed)
-        return found if isinstance(found, list) else Finding(found.kind, message=found.message)
+        return self._laboratory.subject(found.site, found.plan, found.operands, sizes, warm)
 
 
 @contextlib.contextmanager
@@ -318,7 +284,8 @@ def _benches(target: str, threads: int, folder: Path) -> Iterator[_CpuBenches]:
     from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
 
     cpu = cpu_target(target)
-    with Laboratory(cpu, threads, folder, read_options().cache / "objects") as laboratory:
+    store = read_options().cache / "objects"
+    with Laboratory(cpu, threads, folder, store, _BOUND) as laboratory:
         yield _CpuBenches(laboratory, cpu, threads)
 
 
@@ -349,7 +316,7 @@ def _kernels(found: Functions, work: Workload, benches: _CpuBenches) -> Iterator
                 function,
                 counts[site.plan.stages[0].kernel.name],
                 sizes,
-                functools.partial(benches.open, site, sizes, warm),
+                functools.partial(benches.subject, site, sizes, warm),
             )
 
 

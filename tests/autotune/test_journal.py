@@ -13,7 +13,7 @@ import pytest
 from nemoc.autotune import journal as journal_module
 from nemoc.autotune.journal import Journal, Study
 from nemoc.ir.errors import NemocError
-from support.tuning import CHAINS, TILE, UNROLL
+from support.paper_kernels import CHAINS, TILE, UNROLL
 
 TUNABLES = (TILE, UNROLL, CHAINS)
 
@@ -34,7 +34,7 @@ def begun_elsewhere(place: Path, schedule: dict[str, int]) -> None:
     script = (
         "import sys, json, os\n"
         "from nemoc.autotune.journal import Journal\n"
-        "from support.tuning import CHAINS, TILE, UNROLL\n"
+        "from support.paper_kernels import CHAINS, TILE, UNROLL\n"
         "study = Journal(sys.argv[1]).study('kernel', (TILE, UNROLL, CHAINS), {})\n"
         "assert study.begin(json.loads(sys.argv[2])) is not None\n"
         "os._exit(9)\n"

@@ -14,9 +14,9 @@ from nemoc.autotune.records import MOST_TRIED, Record, Records, structure_of
 from nemoc.autotune.search import Space
 from nemoc.autotune.tuner import Tuner
 from nemoc.codegen.tunables import Schedule, Setting, Tunable
-from support.tuned_kernels import record, space, valley
-from support.tuning import DEVICE as PAPER
-from support.tuning import PaperBench, emit, paper_kernel, site
+from support.made_up_records import record, space, valley
+from support.paper_kernels import DEVICE as PAPER
+from support.paper_kernels import PaperBench, emit, paper_kernel, site
 
 ROWS = Tunable("rows", 15, (1, 3, 7, 15, 31, 63, 127))
 ORDER = Tunable("order", "rows", ("rows", "columns"))

@@ -11,7 +11,7 @@ import pytest
 from nemoc.autotune.records import MOST_TRIED, Record, Records, read_records, records_text
 from nemoc.codegen.tunables import Tunable
 from nemoc.ir.errors import NemocError
-from support.tuned_kernels import DEVICE, TOOLS, record
+from support.made_up_records import DEVICE, TOOLS, record
 
 ROWS = Tunable("rows", 8, (4, 8, 16))
 

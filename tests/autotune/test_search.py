@@ -8,7 +8,7 @@ import pytest
 from nemoc.autotune.journal import Journal
 from nemoc.autotune.search import Search, Space, expected_gain
 from nemoc.codegen.tunables import Choices, IllegalSchedule, Tunable
-from support.tuning import CHAINS, TILE, emit, settings_of, site
+from support.paper_kernels import CHAINS, TILE, emit, settings_of, site
 
 
 def search(folder: Path, keep_bits: bool = False) -> Search:

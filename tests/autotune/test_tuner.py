@@ -14,9 +14,10 @@ import pytest
 
 from nemoc.autotune.journal import Journal
 from nemoc.autotune.statistics import ratio_of_times
-from nemoc.autotune.tuner import BATCH, Finding, Told, Tuner
+from nemoc.autotune.tuner import BATCH, Told, Tuner
+from nemoc.codegen.bench import Finding
 from nemoc.codegen.plan import Plan
-from support.tuning import DEVICE, PaperBench, emit, paper_kernel, paper_seconds, settings_of
+from support.paper_kernels import DEVICE, PaperBench, emit, paper_kernel, paper_seconds, settings_of
 
 EVER = float("inf")
 LEGAL = 2 * (4 * 3 - 1)
@@ -167,6 +168,46 @@ def test_candidate_that_fails_among_others_is_found(tmp_path: Path) -> None:
     assert outcomes == {1: "ok", 2: "ok", 4: "crash", 8: "ok"}
 
 
+@pytest.mark.parametrize("kind", ["compile", "wrong", "crash"])
+def test_kernel_whose_default_fails_is_left_alone(kind: str, tmp_path: Path) -> None:
+    """It has no time that anything could be compared with: no record says otherwise, and nothing is tried again."""
+
+    def faults(settings: Mapping[str, int]) -> Finding | None:
+        default = settings == {"tile": 2, "unroll": 1, "chains": 1}
+        return Finding(kind, message="planted") if default else None  # type: ignore[arg-type]
+
+    made = tuner(tmp_path, PaperBench(faults=faults))
+    made.run(EVER)
+    assert len(made.results()) == 0 and made.is_settled
+    assert [t.outcome for t in made.reports[0].study.trials()] == [kind]
+    bench = PaperBench(faults=faults)
+    tuner(tmp_path, bench).run(EVER)
+    assert bench.tried == []
+
+
+def test_kernel_that_another_process_has_begun_is_not_settled(tmp_path: Path) -> None:
+    other = tuner(tmp_path, PaperBench())
+    assert other.reports[0].study.begin({}) == 0
+    made = tuner(tmp_path, PaperBench())
+    made.run(EVER)
+    assert len(made.results()) == 0 and not made.is_settled
+
+
+def test_candidate_that_does_not_keep_bits_after_all_is_not_taken_where_it_must(
+    tmp_path: Path,
+) -> None:
+    """Whatever a tunable says of itself, what counts is what was seen."""
+
+    class Liar(PaperBench):
+        def check(self, plan: Plan) -> Finding:
+            return Finding("ok", equal=settings_of(plan)["tile"] != 4)
+
+    made = tuner(tmp_path, Liar(), keep_bits=True)
+    made.run(EVER)
+    (record,) = made.results()
+    assert record.numerics == "same" and record.schedule == {"unroll": 2}
+
+
 def test_interrupt_ends_the_search_with_what_is_best_so_far(tmp_path: Path) -> None:
     batches = 0
 
@@ -232,7 +273,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 from nemoc.autotune.journal import Journal
 from nemoc.autotune.tuner import Tuner
-from support.tuning import DEVICE, PaperBench, emit, paper_kernel
+from support.paper_kernels import DEVICE, PaperBench, emit, paper_kernel
 
 folder, log = Path(sys.argv[1]), Path(sys.argv[2])
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemoc.codegen.bench import Finding
 from nemoc.codegen.plan import Plan, Site, View, kernel_name
 from nemoc.codegen.tunables import Choices
 from nemoc.codegen.tvm.emit import emit
-from nemoc.codegen.tvm.laboratory import WORKERS, Checked, Fault, Laboratory, Subject
+from nemoc.codegen.tvm.laboratory import WORKERS, Laboratory, Subject
 from nemoc.codegen.tvm.target import cpu_target
 from nemoc.ir.dims import B
 from nemoc.ir.dtypes import DType
@@ -31,7 +32,7 @@ DEFAULT = emit(SITE, TARGET)
 def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
     limits = dataclasses.replace(WORKERS, jobs=1, seconds=60.0, bytes=2 << 30)
     folder, store = (tmp_path_factory.mktemp(name) for name in ("lab", "store"))
-    with Laboratory(TARGET, 2, folder, store, limits) as made:
+    with Laboratory(TARGET, 2, folder, store, 1e-5, limits) as made:
         yield made
 
 
@@ -43,7 +44,7 @@ def subject(laboratory: Laboratory) -> Subject:
         torch.randn(2, 48, 32, generator=generator).bfloat16(),
     )
     made = laboratory.subject(SITE, DEFAULT, operands, SIZES, [True, False])
-    assert laboratory.compile([(made, DEFAULT)]) == {}
+    assert made.compile([DEFAULT]) == {}
     return made
 
 
@@ -59,77 +60,78 @@ def sabotaged(statement: str) -> Plan:
     return dataclasses.replace(DEFAULT, stages=(dataclasses.replace(stage, kernel=kernel),))
 
 
-def fault_of(laboratory: Laboratory, subject: Subject, plan: Plan) -> Fault:
-    assert laboratory.compile([(subject, plan)]) == {}
-    found = laboratory.check(subject, plan, 1e-5)
-    assert isinstance(found, Fault)
-    return found
+def fault_of(subject: Subject, plan: Plan) -> Finding:
+    assert subject.compile([plan]) == {}
+    return subject.check(plan)
 
 
-def test_candidate_is_compared_with_float64_and_with_the_default(
-    laboratory: Laboratory, subject: Subject
-) -> None:
+def test_candidate_is_compared_with_float64_and_with_the_default(subject: Subject) -> None:
     other = emit(dataclasses.replace(SITE, choices=Choices({"sums": 16})), TARGET)
     same = emit(dataclasses.replace(SITE, choices=Choices({"ahead": 0})), TARGET)
-    assert laboratory.compile([(subject, other), (subject, same)]) == {}
+    assert subject.compile([other, same]) == {}
     for plan in (DEFAULT, same, other):
-        found = laboratory.check(subject, plan, 1e-5)
-        assert isinstance(found, Checked) and 0.0 < found.error < 1e-6
+        found = subject.check(plan)
+        assert found.outcome == "ok" and 0.0 < found.error < 1e-6
         assert found.equal == (plan is not other)
 
 
-def test_times_are_of_every_candidate_in_every_round(
-    laboratory: Laboratory, subject: Subject
-) -> None:
+def test_times_are_of_every_candidate_in_every_round(subject: Subject) -> None:
     same = emit(dataclasses.replace(SITE, choices=Choices({"ahead": 0})), TARGET)
-    assert laboratory.compile([(subject, same)]) == {}
-    times = laboratory.time(subject, [DEFAULT, same], rounds=3, seed=1)
+    assert subject.compile([same]) == {}
+    times = subject.time([DEFAULT, same], rounds=3, seed=1)
     assert isinstance(times, list) and [len(t) for t in times] == [3, 3]
     assert all(s > 0.0 for seconds in times for s in seconds)
 
 
-def test_wrong_result_is_found(laboratory: Laboratory, subject: Subject) -> None:
-    fault = fault_of(laboratory, subject, sabotaged("y[0, 0] = y[0, 0] * T.float32(1.5)"))
-    assert fault.kind == "wrong" and "relative error" in fault.message
+def test_wrong_result_is_found(subject: Subject) -> None:
+    fault = fault_of(subject, sabotaged("y[0, 0] = y[0, 0] * T.float32(1.5)"))
+    assert fault.outcome == "wrong" and "relative error" in fault.message
 
 
-def test_writing_outside_is_found(laboratory: Laboratory, subject: Subject) -> None:
-    fault = fault_of(laboratory, subject, sabotaged("y[B, 3] = T.float32(0)"))
-    assert fault == Fault("wrong", "result0: written where it must not be")
+def test_writing_outside_is_found(subject: Subject) -> None:
+    fault = fault_of(subject, sabotaged("y[B, 3] = T.float32(0)"))
+    assert fault.outcome == "wrong" and fault.message == "result0: written where it must not be"
 
 
-def test_crash_is_named_with_its_signal(laboratory: Laboratory, subject: Subject) -> None:
-    fault = fault_of(laboratory, subject, sabotaged('T.evaluate(T.call_extern("int32", "abort"))'))
-    assert fault.kind == "crash" and signal.SIGABRT.name in fault.message
+def test_crash_is_named_with_its_signal(subject: Subject) -> None:
+    fault = fault_of(subject, sabotaged('T.evaluate(T.call_extern("int32", "abort"))'))
+    assert fault.outcome == "crash" and signal.SIGABRT.name in fault.message
 
 
 def test_hang_ends_at_the_limit(tmp_path: Path) -> None:
     limits = dataclasses.replace(WORKERS, jobs=1, seconds=15.0)
     operands = (torch.randn(7, 48), torch.randn(2, 48, 32).bfloat16())
     (tmp_path / "lab").mkdir()
-    with Laboratory(TARGET, 2, tmp_path / "lab", tmp_path / "store", limits) as laboratory:
+    with Laboratory(TARGET, 2, tmp_path / "lab", tmp_path / "store", 1e-5, limits) as laboratory:
         subject = laboratory.subject(SITE, DEFAULT, operands, SIZES, [True, False])
         hanging = sabotaged('T.evaluate(T.call_extern("int32", "pause"))')
-        assert laboratory.compile([(subject, DEFAULT), (subject, hanging)]) == {}
-        laboratory.check(subject, DEFAULT, 1e-5)  # whose process is up by then
-        fault = laboratory.check(subject, hanging, 1e-5)
-        assert isinstance(fault, Fault) and fault.kind == "hang"
+        assert subject.compile([DEFAULT, hanging]) == {}
+        subject.check(DEFAULT)  # whose process is up by then
+        fault = subject.check(hanging)
+        assert fault.outcome == "hang"
         assert "did not answer within 15 s" in fault.message
 
 
-def test_what_needs_too_much_memory_is_named(laboratory: Laboratory, subject: Subject) -> None:
+def test_what_needs_too_much_memory_is_named(subject: Subject) -> None:
     huge = View.dense(TensorType(DType.F32, (1 << 30,)))
     (stage,) = DEFAULT.stages
-    fault = fault_of(laboratory, subject, dataclasses.replace(DEFAULT, scratch=(huge,)))
-    assert fault.kind == "memory" and stage.kernel.name in DEFAULT.name
+    fault = fault_of(subject, dataclasses.replace(DEFAULT, scratch=(huge,)))
+    assert fault.outcome == "memory" and stage.kernel.name in DEFAULT.name
 
 
-def test_source_that_does_not_compile_is_named_and_the_others_do(
-    laboratory: Laboratory, subject: Subject
-) -> None:
+def test_source_that_does_not_compile_is_named_and_the_others_do(subject: Subject) -> None:
     broken, other = sabotaged("y[0, 0] = nothing_like_it"), sabotaged("y[0, 1] = y[0, 1]")
-    faults = laboratory.compile([(subject, broken), (subject, other)])
+    faults = subject.compile([broken, other])
     assert list(faults) == [broken.name]
     assert (
-        faults[broken.name].kind == "compile" and "nothing_like_it" in faults[broken.name].message
+        faults[broken.name].outcome == "compile"
+        and "nothing_like_it" in faults[broken.name].message
     )
+
+
+def test_kernel_at_other_sizes_is_another_subject(laboratory: Laboratory, subject: Subject) -> None:
+    operands = (torch.randn(2, 48), torch.randn(2, 48, 32).bfloat16())
+    other = laboratory.subject(SITE, DEFAULT, operands, SIZES | {"B": 2}, [True, False])
+    assert other.folder != subject.folder
+    assert other.compile([DEFAULT]) == {}
+    assert other.check(DEFAULT).outcome == "ok"

@@ -1,6 +1,5 @@
 """GPU kernels that make NVFP4 of activations and multiply it, in Triton's interpreter and as machine code."""
 
-import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -9,17 +8,15 @@ import pytest
 import torch
 
 from nemoc.codegen.check import check_site
-from nemoc.codegen.children import answers
 from nemoc.codegen.plan import Site
-from nemoc.codegen.triton.build import COMPILERS, Variant, compile_variants
+from nemoc.codegen.triton.build import Variant, compile_variants
 from nemoc.codegen.triton.emit import emit
 from nemoc.codegen.triton.interpret import run_site
-from nemoc.codegen.triton.module import module_source
 from nemoc.codegen.triton.target import gpu_target
 from nemoc.codegen.triton.writer import GpuKernel
-from nemoc.ir import DType, parse
+from nemoc.ir import parse
 from nemoc.ir.ops import Fused
-from support.gpu_kernels import check_kernel
+from support.gpu_kernels import assembly, check_kernel
 from support.kernels import relative_error
 
 NATIVE = {
@@ -195,21 +192,6 @@ def test_codes_of_weights_are_loaded_by_sixteen_bytes_and_ahead(tmp_path: Path) 
     """),
         "cuda:sm_90",
     ).kernel
-    module = tmp_path / "kernel.py"
-    module.write_text(module_source([made], "tf32x3"))
-    types = {DType.BF16: "*bf16", DType.U8: "*u8", DType.F32: "*fp32", DType.I32: "*i32"}
-    pointers = {f"p{i}": types[dtype] for i, dtype in enumerate(made.pointers)}
-    request = {
-        "module": str(module),
-        "kernel": made.name,
-        "signature": pointers | dict.fromkeys("BLC", "i32"),
-        "aligned": list(range(len(pointers))),
-        "warps": made.warps,
-        "stages": made.stages,
-    }
-    setup = {"backend": "cuda", "arch": 90, "warp": 32}
-    ((_, answer),) = answers(
-        [request], setup, dataclasses.replace(COMPILERS, jobs=1, seconds=100), tmp_path
-    )
-    assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10", answer["assembly"])
-    assert not re.search(r"ld\.global\S*\.[bu]8 ", answer["assembly"])
+    text = assembly(made, gpu_target("cuda:sm_90"), tmp_path)
+    assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10", text)
+    assert not re.search(r"ld\.global\S*\.[bu]8 ", text)

@@ -1,24 +1,21 @@
 """GPU kernels of products of very few rows: numbers in Triton's interpreter, which form is taken, and machine code."""
 
-import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from nemoc.codegen.children import answers
 from nemoc.codegen.plan import Plan, Site
-from nemoc.codegen.triton.build import COMPILERS, Variant, compile_variants
+from nemoc.codegen.triton.build import Variant, compile_variants
 from nemoc.codegen.triton.emit import emit
-from nemoc.codegen.triton.module import module_source
 from nemoc.codegen.triton.target import GPUS, INTERPRETER, gpu_target
 from nemoc.codegen.triton.writer import GpuKernel
-from nemoc.ir import DType, parse
+from nemoc.ir import parse
 from nemoc.ir.dims import evaluate_dim
 from nemoc.ir.nvfp4 import DIALECTS, decode
 from nemoc.ir.ops import Fused
-from support.gpu_kernels import check_kernel
+from support.gpu_kernels import assembly, check_kernel
 from support.watched import run_watched
 
 SM_90 = gpu_target("cuda:sm_90")
@@ -303,23 +300,7 @@ def test_forms_of_few_rows_compile_for_every_gpu(target: str) -> None:
 
 @pytest.mark.parametrize("site", [dense(2688, 10304), plain(2688, 10304)], ids=["nvfp4", "bf16"])
 def test_weights_are_loaded_by_sixteen_bytes_and_ahead(site: Site, tmp_path: Path) -> None:
-    for number, made in enumerate(kernels(site)):
-        module = tmp_path / f"kernel_{number}.py"
-        module.write_text(module_source([made], SM_90.products))
-        types = {DType.BF16: "*bf16", DType.U8: "*u8", DType.F32: "*fp32", DType.I32: "*i32"}
-        pointers = {f"p{i}": types[dtype] for i, dtype in enumerate(made.pointers)}
-        request = {
-            "module": str(module),
-            "kernel": made.name,
-            "signature": pointers | dict.fromkeys("BLC", "i32"),
-            "aligned": list(range(len(pointers))),
-            "warps": made.warps,
-            "stages": made.stages,
-        }
-        setup = {"backend": "cuda", "arch": 90, "warp": 32}
-        ((_, answer),) = answers(
-            [request], setup, dataclasses.replace(COMPILERS, jobs=1, seconds=100), tmp_path
-        )
-        loop = answer["assembly"].rpartition("$L__BB0_1:")[2]
+    for made in kernels(site):
+        loop = assembly(made, SM_90, tmp_path).rpartition("$L__BB0_1:")[2]
         assert len(re.findall(r"cp\.async\.cg\.shared\.global .*, 0x10", loop)) >= 2
         assert not re.search(r"ld\.global", loop.partition("bra")[0])

@@ -20,7 +20,7 @@ from nemoc.ir.dtypes import DType
 from nemoc.ir.ops import Interleave, Linear
 from nemoc.schedules import SCHEDULES, Chosen, Numerics, cpu_device
 from support.kernels import value
-from support.tuned_kernels import record
+from support.made_up_records import record
 
 CPU = cpu_target("cpu:x86-64-v3")
 DEVICE = cpu_device(CPU.mcpu, 2)

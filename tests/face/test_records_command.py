@@ -12,7 +12,7 @@ from nemoc.autotune.records import Record, Records, read_records, records_text
 from nemoc.codegen.tunables import Tunable
 from nemoc.runtime.machine import processor_model
 from nemoc.schedules import own_records
-from support.tuned_kernels import DEVICE, record
+from support.made_up_records import DEVICE, record
 
 ROWS = Tunable("rows", 8, (4, 8, 16))
 

@@ -25,8 +25,8 @@ from nemoc.runtime.machine import thread_count
 from nemoc.schedules import SCHEDULES, Chosen, cpu_device
 from nemoc.tuning import Workload, tune
 from support.checkpoints import write_checkpoint
+from support.made_up_records import site as product
 from support.quantized import WIDE
-from support.tuned_kernels import site as product
 
 WORK = Workload(prefill=16, cached=8)
 CPU = cpu_target()

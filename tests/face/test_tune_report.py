@@ -16,7 +16,7 @@ from nemoc.codegen.tunables import Tunable
 from nemoc.ir.errors import NemocError
 from nemoc.tune_report import explained_variance, report_html, write_report
 from nemoc.tuning import TuneReport
-from support.tuning import PaperBench, emit, paper_kernel
+from support.paper_kernels import PaperBench, emit, paper_kernel
 
 BAD = "<script>alert('1')</script> & \"<img src=x onerror=alert(2)>\" $\\frac{1}{2}$"
 VOID = {"meta", "br", "hr", "img", "link", "input"}

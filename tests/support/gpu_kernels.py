@@ -1,12 +1,19 @@
 """GPU kernels against their ops in tests: through Triton's interpreter, on guarded and poisoned memory."""
 
+import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
+from nemoc.codegen.children import answers
 from nemoc.codegen.plan import Plan, Site
+from nemoc.codegen.triton.build import COMPILERS
 from nemoc.codegen.triton.emit import emit
+from nemoc.codegen.triton.module import module_source
 from nemoc.codegen.triton.target import GpuTarget, gpu_target
+from nemoc.codegen.triton.writer import GpuKernel
+from nemoc.ir.dtypes import DType
 from nemoc.ir.op import Env
 from nemoc.ir.region import evaluate_op
 from support.kernels import relative_error
@@ -52,3 +59,24 @@ def check_kernel(
             assert error <= tolerance, f"{where}: relative error {error:.3g}"
         else:
             assert torch.equal(f, e.to(f.dtype)), where
+
+
+def assembly(kernel: GpuKernel, target: GpuTarget, folder: Path) -> str:
+    """The assembly of a kernel for an NVIDIA GPU, every pointer of which is a multiple of 16."""
+    types = {DType.BF16: "*bf16", DType.U8: "*u8", DType.F32: "*fp32", DType.I32: "*i32"}
+    pointers = {f"p{i}": types[dtype] for i, dtype in enumerate(kernel.pointers)}
+    module = folder / f"{kernel.name}.py"
+    module.write_text(module_source([kernel], target.products))
+    request = {
+        "module": str(module),
+        "kernel": kernel.name,
+        "signature": pointers | dict.fromkeys("BLC", "i32"),
+        "aligned": list(range(len(pointers))),
+        "warps": kernel.warps,
+        "stages": kernel.stages,
+    }
+    setup = {"backend": target.backend, "arch": target.arch, "warp": target.warp}
+    children = dataclasses.replace(COMPILERS, jobs=1, seconds=100)
+    ((_, answer),) = answers([request], setup, children, folder)
+    text: str = answer["assembly"]
+    return text

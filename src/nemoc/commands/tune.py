@@ -68,7 +68,7 @@ def seconds_of(text: str) -> float:
 
 def print_report(console: Console, found: TuneReport) -> None:
     """What tuning came to, kernel by kernel and for the model."""
-    shown = [k for k in found.kernels if k.space.tunables and k.share >= 0.005]
+    shown = [k for k in found.kernels if k.space.tunables and (k.share >= 0.005 or not k.seconds)]
     heading(console, f"Kernels on {found.device.name}; time relative to the default")
     rows = [
         (
@@ -99,9 +99,9 @@ def print_report(console: Console, found: TuneReport) -> None:
 
 
 def _gain(kernel: KernelReport) -> str:
-    if not kernel.best or kernel.gain is None:
-        return "no gain"
-    return str(kernel.gain)
+    if kernel.gain is None:
+        return "not measured"
+    return str(kernel.gain) if kernel.best else "no gain"
 
 
 def _verdict(interval: Interval) -> str:
