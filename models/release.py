@@ -104,8 +104,10 @@ def write_release(
 
 
 def _check_scales(selection: Selection, scales: Mapping[str, float] | None) -> None:
-    for name in () if scales is None else sorted(selection.chosen):
-        found = scales.get(name) if scales is not None else None
+    if scales is None:
+        return
+    for name in sorted(selection.chosen):
+        found = scales.get(name)
         if found is None or not 0 < found < math.inf:
             raise NemocError(
                 f"{name}: found {'nothing' if found is None else found} as the scale of the "

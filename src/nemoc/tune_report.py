@@ -245,7 +245,9 @@ def _plots(report: TuneReport) -> list[tuple[str, Markup]]:
     if report.whole:
         whole = sorted(report.whole.items())
         height = 0.7 + 0.5 * len(whole)
-        caption = "The whole model's time relative to before, with intervals of 95 %"
+        caption = (
+            "The whole model's time relative to that with all defaults, with intervals of 95 %"
+        )
         found.append((caption, _drawn("whole", lambda axes: _whole_bars(axes, whole), 7.0, height)))
     functions = sorted({k.kernel.function for k in report.kernels})
     for i, function in enumerate(functions):

@@ -90,8 +90,8 @@ class TuneReport:
         device: what for.
         records: what was found now.
         gains: expected parts of each function's kernel time that are saved.
-        whole: the time of each function of the whole model relative to before, measured; empty where nothing changed
-            or the budget did not allow it.
+        whole: the time of each function of the whole model relative to the defaults, measured; empty where nothing
+            changed or the budget did not allow it.
         spent: seconds of this run.
         earlier: seconds that runs before it had spent.
         finished: whether nothing more is expected of any kernel.
@@ -341,10 +341,10 @@ def _compare(
     work: Workload,
     clock: _Budget,
 ) -> dict[str, Interval]:
-    """The whole model's time relative to before, by function, in one interleaved run."""
+    """The whole model's time relative to that with all defaults, by function, in one interleaved run."""
     known = known_records()
     known.add(results)
-    both = {"before": Records(), "after": known}
+    both = {"default": Records(), "tuned": known}
     runs: dict[str, Callable[[], object]] = {}
     for name, records in both.items():
         executable = compiler.compile(model, records=records, numerics=numerics, **options)
@@ -354,7 +354,7 @@ def _compare(
     each = (time.monotonic() - started) / 2
     timings = interleaved(runs, int(min(max(_COMPARED, clock.left / each), 60)), warmup=0)
     return {
-        step: ratio_of_times(timings[f"{step} after"].seconds, timings[f"{step} before"].seconds)
+        step: ratio_of_times(timings[f"{step} tuned"].seconds, timings[f"{step} default"].seconds)
         for step in ("prefill", "decode")
     }
 

@@ -93,7 +93,7 @@ def print_report(console: Console, found: TuneReport) -> None:
     if not found.finished:
         console.print("The budget ended before the search; a larger one goes on from here")
     for step, interval in found.whole.items():
-        console.print(f"{step} of the whole model, relative to before: {_verdict(interval)}")
+        console.print(f"{step} of the whole model, relative to the defaults: {_verdict(interval)}")
     if not any(k.best for k in found.kernels):
         console.print("No gain over the defaults: they stay as they are")
 
