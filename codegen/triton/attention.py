@@ -12,6 +12,8 @@ How many programs have a part depends on how many rows there are, which both lau
 
 from dataclasses import dataclass
 
+import sympy
+
 from nemoc.codegen.plan import Arg, Plan, RegionError, Site, Stage, View, dense_strides
 from nemoc.codegen.regions import as_region, body_of
 from nemoc.codegen.triton.body import Body
@@ -24,9 +26,11 @@ from nemoc.codegen.triton.rows import (
     write_stores,
 )
 from nemoc.codegen.triton.seen import Place, Seen
+from nemoc.codegen.triton.spaces import attention_schedule
 from nemoc.codegen.triton.target import GpuTarget
+from nemoc.codegen.triton.work import Work
 from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
-from nemoc.ir.dims import ceil_div, dim, product
+from nemoc.ir.dims import Dim, ceil_div, dim, product
 from nemoc.ir.dtypes import DType
 
 _SUMS, _TOPS, _TOTALS = (Arg("scratch", i) for i in range(3))
@@ -72,7 +76,7 @@ def emit_attention(site: Site, target: GpuTarget) -> Plan:
     for store in stores:
         if store.seen.width != made.width:
             raise RegionError(f"rows of %{store.seen.value.name} are not those of attention")
-    schedule = default_schedule(made, target)
+    schedule = attention_schedule(site.choices, default_schedule(made, target), made, target)
     updates = cache_updates(site, stores)
     if made.length != 1:
         return Plan((_prefill(site, made, schedule, stores),), updates=updates)
@@ -162,7 +166,8 @@ def _prefill(site: Site, made: Attended, schedule: Schedule, stores: list[Store]
     y = writer.let("y", f"{flash.sums} / {flash.total}[:, None]")
     body.bind(Seen(made.result, made.width), flash.place, y)
     write_stores(body, stores, flash.place)
-    return writer.finish(dim(pairs * blocks), schedule.warps, schedule.stages)
+    work = _work(made, schedule, made.mean_seen)
+    return writer.finish(dim(pairs * blocks), schedule.warps, schedule.stages, work)
 
 
 def _split(site: Site, made: Attended, schedule: Schedule) -> Stage:
@@ -186,8 +191,24 @@ def _split(site: Site, made: Attended, schedule: Schedule) -> Stage:
     flash = Flash(body, made, place, schedule.keys, batch, head)
     flash.attend(start, full, stop, f"{stop} - 1")
     _keep(flash, made, schedule, split)
-    tasks = dim(made.batch * (made.kv_heads * tiles * schedule.splits))
-    return writer.finish(tasks, schedule.warps, schedule.stages)
+    pairs = dim(made.batch * (made.kv_heads * tiles))
+    parts = sympy.Min(schedule.splits, ceil_div(made.mean_seen, schedule.keys))
+    each = dim(sympy.ceiling(made.mean_seen / parts))
+    work = _work(made, schedule, each, dim(pairs * parts))
+    return writer.finish(dim(pairs * schedule.splits), schedule.warps, schedule.stages, work)
+
+
+def _work(made: Attended, schedule: Schedule, seen: Dim, programs: Dim | None = None) -> Work:
+    """What a program does that goes over so many cached rows."""
+    both = made.k.dtype.bytes + made.v.dtype.bytes
+    return Work(
+        flops=dim(seen * (4 * schedule.rows * made.columns)),
+        loaded=dim(seen * (made.columns * both)),
+        steps=ceil_div(seen, schedule.keys),
+        tile=(schedule.rows, schedule.keys),
+        run=made.width * min(made.k.dtype.bytes, made.v.dtype.bytes),
+        programs=programs,
+    )
 
 
 def _heads(

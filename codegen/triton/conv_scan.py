@@ -20,8 +20,10 @@ from nemoc.codegen.regions import as_region
 from nemoc.codegen.triton.chunks import Chunk, Steps
 from nemoc.codegen.triton.scan_parts import Recurrence, Results, is_narrow, padded, stages_behind
 from nemoc.codegen.triton.seen import Place, Seen, pointer_to, store_tile
+from nemoc.codegen.triton.spaces import scan_schedule
 from nemoc.codegen.triton.target import GpuTarget
 from nemoc.codegen.triton.tokens import Tokens
+from nemoc.codegen.triton.work import Work
 from nemoc.codegen.triton.writer import power_of_two, size_text
 from nemoc.ir.dims import Dim, ceil_div, dim, product
 from nemoc.ir.dtypes import DType
@@ -136,7 +138,8 @@ def emit_conv_scan(site: Site, target: GpuTarget, schedule: ScanSchedule | None 
     site = as_region(site)
     mixer = take_apart(site)
     results = Results.of(mixer)
-    schedule = schedule or default_scan_schedule(mixer, target)
+    if schedule is None:
+        schedule = scan_schedule(site.choices, default_scan_schedule(mixer, target), mixer)
     scratch = results.scratch(mixer)
     forms = _Forms(site, mixer, results, schedule, len(scratch))
     scratch += (forms.steps,)
@@ -222,7 +225,10 @@ class _Forms:
             for parts_of in zip(pointers, states, places, strict=True):
                 for pointer, block, place in zip(*parts_of, strict=True):
                     store_tile(writer, pointer, block, place)
-        return writer.finish(dim(mixer.batch * parts * taken), schedule.single.warps, 1)
+        heads_of, chunks = schedule.single.heads, ceil_div(mixer.length, size)
+        work = self._work(size, heads_of, chunks, outputs=True, additions=True)
+        tasks = dim(mixer.batch * parts * taken)
+        return writer.finish(tasks, schedule.single.warps, 1, work)
 
     def additions(self, taken: Dim) -> Stage:
         """The launch that makes what each chunk adds to the states, and dt and g for itself and the others."""
@@ -247,7 +253,8 @@ class _Forms:
             added = chunk.added(chunk.head(head, slot), b, zeros)
             for at, block in zip(places, added, strict=True):
                 store_tile(writer, self._kept(kernel, at), block, at)
-        return writer.finish(self._tasks(heads, taken), self._schedule.adding.warps, 1)
+        work = self._work(self._schedule.chunk, heads, 1, outputs=False, additions=True)
+        return writer.finish(self._tasks(heads, taken), self._schedule.adding.warps, 1, work)
 
     def passing(self, taken: Dim) -> Stage:
         """The launch that goes through the chunks: what each adds gives way to the state at its start.
@@ -290,7 +297,12 @@ class _Forms:
                 writer.line(f"{state} = {state} * tl.exp({total}) + {added}")
         if mixer.stores_state:
             store_tile(writer, final, state, place)
-        return writer.finish(dim(mixer.batch * mixer.heads * parts * taken), 4, 1)
+        chunks = ceil_div(mixer.length, schedule.chunk)
+        work = Work(
+            loaded=dim(chunks * schedule.passed * DType.F32.bytes),
+            steps=ceil_div(chunks, schedule.ahead),
+        )
+        return writer.finish(dim(mixer.batch * mixer.heads * parts * taken), 4, 1, work)
 
     def outputs(self, taken: Dim) -> Stage:
         """The launch that makes y and results."""
@@ -307,7 +319,8 @@ class _Forms:
             loads = (_load(self._kept(kernel, at), at) for at in places)
             carried = chunk.carried(shared.c, [writer.fresh("state", load) for load in loads])
             chunk.store_results(chunk.head(head, slot), shared.scores, carried)
-        return writer.finish(self._tasks(heads, taken), self._schedule.output.warps, 1)
+        work = self._work(self._schedule.chunk, heads, 1, outputs=True, additions=False)
+        return writer.finish(self._tasks(heads, taken), self._schedule.output.warps, 1, work)
 
     def _chunk_of_program(self, kernel: Recurrence, heads: int) -> tuple[Steps, Tokens, str, str]:
         """The steps, the chunk that a program of some heads works on, its number and the first head."""
@@ -332,6 +345,20 @@ class _Forms:
             start = writer.let("start", f"{number} * {self._schedule.single_chunk}")
             slot = self._slot(kernel, f"{n} * {count} + {number}", head)
             steps.write(n, start, head, slot, live, exists)
+
+    def _work(self, size: int, heads: int, chunks: Dim, outputs: bool, additions: bool) -> Work:
+        """What a program of some heads does for some chunks of so many tokens, see `nemoc.codegen.triton.chunks`."""
+        mixer = self._mixer
+        rows, columns = padded(mixer.width), padded(mixer.columns)
+        head = 2 * size * rows * columns * (outputs + additions) + 2 * size**2 * rows * outputs
+        channels = size * (mixer.columns * (1 + outputs) + heads * mixer.width)
+        states = heads * rows * columns * outputs
+        return Work(
+            flops=dim(chunks * (2 * size**2 * columns * outputs + heads * head)),
+            loaded=dim((chunks * channels + states) * DType.F32.bytes),
+            steps=dim(chunks * (1 + heads)),
+            tile=(min(size, 2 * rows), min(rows, columns)),
+        )
 
     def _tasks(self, heads: int, taken: Dim) -> Dim:
         mixer = self._mixer

@@ -14,10 +14,13 @@ from nemoc.codegen.regions import as_region
 from nemoc.codegen.triton.conv import shift_history
 from nemoc.codegen.triton.scan_parts import Recurrence, Results, stages_behind
 from nemoc.codegen.triton.seen import Place, store_tile
+from nemoc.codegen.triton.spaces import update_schedule
 from nemoc.codegen.triton.target import GpuTarget
 from nemoc.codegen.triton.tokens import Tokens
+from nemoc.codegen.triton.work import Work
 from nemoc.codegen.triton.writer import power_of_two
 from nemoc.ir.dims import dim
+from nemoc.ir.dtypes import DType
 
 _TILE = 1 << 13
 """Elements of a state that a program takes at most: 64 registers of each of 128 threads."""
@@ -59,14 +62,16 @@ def emit_conv_update(site: Site, target: GpuTarget, schedule: UpdateSchedule | N
     site = as_region(site)
     mixer = take_apart(site)
     results = Results.of(mixer)
-    schedule = schedule or default_update_schedule(mixer, target)
+    if schedule is None:
+        default = default_update_schedule(mixer, target)
+        schedule = update_schedule(site.choices, default, mixer, target)
     owned = schedule.rows >= mixer.heads // mixer.groups * mixer.width and mixer.owns_history(
         mixer.heads // mixer.groups
     )
     update = _Update(site, mixer, results, schedule)
     update.write(owned)
     tasks = dim(mixer.batch * mixer.groups * update.parts)
-    stages = [update.kernel.writer.finish(tasks, schedule.warps)]
+    stages = [update.kernel.writer.finish(tasks, schedule.warps, work=update.work)]
     stages += stages_behind(site, target, mixer, results, owned)
     return Plan(tuple(stages), results.scratch(mixer), updates=mixer.updates)
 
@@ -86,6 +91,13 @@ class _Update:
         self._mixer, self._schedule = mixer, schedule
         self._together = mixer.heads // mixer.groups * mixer.width
         self.parts = -(-self._together // schedule.rows)
+
+    @property
+    def work(self) -> Work:
+        """What a program does: its rows of the state, and the channels of b and c with their history."""
+        mixer = self._mixer
+        taps = 1 if mixer.conv is None else mixer.conv.w.shape[1]
+        return Work(loaded=dim((self._schedule.rows + 2 * taps) * mixer.columns * DType.F32.bytes))
 
     def write(self, owned: bool) -> None:
         """Everything; `owned`: the next history too."""

@@ -73,6 +73,7 @@ def emit(site: Site, target: GpuTarget) -> Plan:
         LayoutError: none for these views.
         RegionError: none for a region as a whole.
     """
+    site.choices.forget()  # what was asked for another target, whose defaults are others
     op = site.op
     if isinstance(op, Fused):
         return _anchor(body_of(site))(site, target)

@@ -16,7 +16,7 @@ from nemoc.codegen.plan import RegionError
 from nemoc.codegen.triton.body import Body, narrowest
 from nemoc.codegen.triton.seen import Place, Seen
 from nemoc.codegen.triton.writer import power_of_two, size_text
-from nemoc.ir.dims import Dim
+from nemoc.ir.dims import Dim, ceil_div, dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.graph import Graph
 from nemoc.ir.ops import Attention
@@ -78,6 +78,11 @@ class Attended:
     def capacity(self) -> Dim:
         """Rows of the cache."""
         return self.op.k.shape[1]
+
+    @property
+    def mean_seen(self) -> Dim:
+        """Cached rows that a token sees where the cache is full at the end, on average."""
+        return dim(self.capacity - self.length + ceil_div(self.length, 2))
 
     @property
     def heads(self) -> int:

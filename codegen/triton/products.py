@@ -30,7 +30,9 @@ from nemoc.codegen.triton.rows import (
 )
 from nemoc.codegen.triton.seen import Place, Seen
 from nemoc.codegen.triton.skinny import left_out, skinny_sums
+from nemoc.codegen.triton.spaces import element_bytes, few_rows_schedule, product_schedule
 from nemoc.codegen.triton.target import GpuTarget
+from nemoc.codegen.triton.work import Work
 from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
 from nemoc.ir.dims import Dim, ceil_div, dim, evaluate_dim, product, symbols_of
 from nemoc.ir.dtypes import DType
@@ -99,7 +101,9 @@ def emit_products(
         taken = _between(products[0].count, above, most)
         above = most
         if taken != 0:
-            schedule = default_schedule(graph, products, target, rows)
+            default = default_schedule(graph, products, target, rows)
+            settle = few_rows_schedule if rows else product_schedule
+            schedule = settle(site.choices, default, products, target)
             stages.append(_stage(site, products, stores, schedule, taken))
     return Plan(tuple(stages), updates=cache_updates(site, stores))
 
@@ -139,7 +143,8 @@ def _stage(
         columns = schedule.columns * width // first.features
         write_stores(body, [store], body.resized(tile.place, columns, width))
     blocks = -(-first.features // schedule.columns)
-    return writer.finish(dim(tasks * blocks * taken), schedule.warps, schedule.stages)
+    work = _work(products, schedule)
+    return writer.finish(dim(tasks * blocks * taken), schedule.warps, schedule.stages, work)
 
 
 @dataclass(frozen=True)
@@ -386,6 +391,20 @@ def _native_schedule(made: Product, target: GpuTarget, narrow: int) -> Schedule:
         return Schedule(16, min(32, narrow), 256, 4, 4, 1, native=True)
     depth = 256 if target.shared > 128 << 10 else 128
     return Schedule(128, narrow, depth, 8, 3, native=True)
+
+
+def _work(products: list[Product], schedule: Schedule) -> Work:
+    """What a program does: both operands' tiles along the whole reductions."""
+    depths = [-(-p.width // schedule.depth) * schedule.depth for p in products]
+    sides = [schedule.rows * x + schedule.columns * w for x, w in map(element_bytes, products)]
+    steps = sum(depths) // schedule.depth
+    return Work(
+        flops=2 * schedule.rows * schedule.columns * sum(depths),
+        loaded=int(sum(depth * side for depth, side in zip(depths, sides, strict=True))),
+        steps=-(-steps // schedule.stages) if schedule.skinny else steps,
+        tile=(0, 0) if schedule.skinny else (schedule.rows, schedule.columns),
+        run=int(schedule.depth * min(min(element_bytes(p)) for p in products)),
+    )
 
 
 def _dense_tile(body: Body, made: Product, schedule: Schedule) -> _Tile:

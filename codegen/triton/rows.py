@@ -10,15 +10,13 @@ from nemoc.codegen.plan import Plan, RegionError, Site
 from nemoc.codegen.regions import as_region, body_of
 from nemoc.codegen.triton.body import LARGEST, Body
 from nemoc.codegen.triton.seen import Place, Seen
+from nemoc.codegen.triton.spaces import row_settings
 from nemoc.codegen.triton.target import GpuTarget
 from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
 from nemoc.ir.dims import Dim, ceil_div, dim, product
 from nemoc.ir.graph import Graph
 from nemoc.ir.ops import CacheWrite, GroupLimit, Nvfp4GlobalScale, RmsNorm, Sum, TopK
 from nemoc.ir.types import Value
-
-_TILE = 2048
-"""Elements of a program's tile."""
 
 _MOST_ROWS = 256
 """Rows of a program at most, where they are short: their number may be that of a batch."""
@@ -96,11 +94,12 @@ def _emit(site: Site, count: Dim) -> Plan:
     whole = len(widths) > 1 or any(
         isinstance(n.op, RmsNorm | TopK | GroupLimit | Nvfp4GlobalScale) for n in graph.nodes
     )
+    tile, warps = row_settings(site.choices, graph)
     writer = KernelWriter("rows")
     body = Body(writer, site)
     width = max(widths)
     columns = min(power_of_two(width), _LONGEST_PART if whole else 1024)
-    rows = min(_MOST_ROWS, max(1, _TILE // power_of_two(max(width, _widest(graph)))))
+    rows = min(_MOST_ROWS, max(1, tile // power_of_two(max(width, _widest(graph)))))
     if isinstance(count, int):
         rows = min(rows, power_of_two(count))
     parts = 1 if whole else -(-width // columns)
@@ -113,7 +112,7 @@ def _emit(site: Site, count: Dim) -> Plan:
         start = "0" if parts == 1 else writer.let("start", f"{pid} % {parts} * {columns}")
         write_stores(body, stores, body.span(start, columns, width, place))
     tasks = dim(ceil_div(count, rows) * parts)
-    return Plan((writer.finish(tasks),), updates=cache_updates(site, stores))
+    return Plan((writer.finish(tasks, warps),), updates=cache_updates(site, stores))
 
 
 def _widest(graph: Graph) -> int:

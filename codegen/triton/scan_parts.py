@@ -231,7 +231,8 @@ def _whole_rows(site: Site, target: GpuTarget, mixer: Mixer, results: Results) -
         graph, inputs=(*graph.inputs, y), nodes=tuple(reversed(kept)), outputs=outputs
     )
     operands = (*site.operands, View.dense(y.type))
-    region = Site(Fused(body.inputs, body), operands, tuple(site.results[i] for i in numbers))
+    wanted = tuple(site.results[i] for i in numbers)
+    region = Site(Fused(body.inputs, body), operands, wanted, site.choices)
 
     def given(arg: Arg) -> Arg:
         if arg.kind == "result":

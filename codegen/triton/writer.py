@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from nemoc.codegen.plan import Arg, Kernel, Stage, kernel_name
+from nemoc.codegen.triton.work import Work
 from nemoc.ir.dims import Dim, format_dim
 from nemoc.ir.dtypes import DType
 
@@ -40,11 +41,13 @@ class GpuKernel(Kernel):
         pointers: the element type behind each pointer parameter.
         warps: warps of a program.
         stages: how many iterations of a loop of products are loaded ahead.
+        work: what a program does, where its lowering says so; no part of what the kernel is.
     """
 
     pointers: tuple[DType, ...] = ()
     warps: int = 4
     stages: int = 3
+    work: Work | None = field(default=None, compare=False)
 
 
 def pointer_types(kernel: Kernel) -> tuple[DType, ...]:
@@ -148,12 +151,14 @@ class KernelWriter:
         dtype = DType.U8 if dtype == DType.F8E4M3 else dtype
         return self._pointers.setdefault((arg, dtype), f"p{len(self._pointers)}")
 
-    def finish(self, tasks: Dim, warps: int = 4, stages: int = 3) -> Stage:
+    def finish(
+        self, tasks: Dim, warps: int = 4, stages: int = 3, work: Work | None = None
+    ) -> Stage:
         """The launch of the finished kernel.
 
         Args:
             tasks: programs of a launch.
-            warps, stages: as in `GpuKernel`.
+            warps, stages, work: as in `GpuKernel`.
         """
         parameters = ", ".join([*self._pointers.values(), "B", "L", "C"])
         body = "\n".join(self._lines)
@@ -161,7 +166,7 @@ class KernelWriter:
         what = f"{parameters}\n{body}\n{format_dim(tasks)} {warps} {stages} {pointers}"
         name = kernel_name(self.stem, what)
         source = f"@jit\ndef {name}({parameters}):\n{body}\n"
-        kernel = GpuKernel(name, source, tasks, pointers, warps, stages)
+        kernel = GpuKernel(name, source, tasks, pointers, warps, stages, work)
         return Stage(kernel, tuple(arg for arg, _ in self._pointers))
 
 

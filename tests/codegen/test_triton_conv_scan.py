@@ -450,7 +450,7 @@ def test_one_plan_has_both_forms_and_runs_one_of_them() -> None:
 @pytest.mark.parametrize("name", sorted(GPUS))
 def test_scratch_never_shrinks(name: str) -> None:
     """Memory is planned for the largest sizes: a plan that needed less there would run out of it elsewhere."""
-    plan = emit_conv_scan(region_site("several heads, norms behind"), gpu_target(name))
+    plan = emit(region_site("several heads, norms behind"), gpu_target(name))
 
     def needed(batch: int, length: int) -> int:
         return sum(evaluate_dim(v.span, {"B": batch, "L": length}) for v in plan.scratch)
