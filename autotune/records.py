@@ -49,11 +49,18 @@ class Device:
         name: as in `Record.device`.
         tools: versions of what compiles them.
         machine: the model of the processor.
+        predicted_by: what predicts times; empty where they are measured.
     """
 
     name: str
     tools: str
     machine: str
+    predicted_by: str = ""
+
+    @property
+    def origin(self) -> str:
+        """As in `Record`."""
+        return "predicted" if self.predicted_by else "measured"
 
 
 @dataclass(frozen=True)
@@ -139,20 +146,29 @@ class Records:
             if held is None or held.when <= record.when:
                 self._records[record.key] = record
 
-    def find(self, kernel: str, device: str, tools: str, numerics: str = "same") -> Record | None:
+    def find(
+        self,
+        kernel: str,
+        device: str,
+        tools: str,
+        numerics: str = "same",
+        predicted: bool = False,
+    ) -> Record | None:
         """The record of exactly this kernel, the latest of several sizes; none if there is none.
 
         Args:
             kernel, device, tools: as in `Record`.
             numerics: "same" leaves out what changes bits.
+            predicted: where nothing was measured, take what was predicted.
         """
         found = [
             r
             for r in self
-            if (r.kernel, r.device, r.tools, r.origin) == (kernel, device, tools, "measured")
+            if (r.kernel, r.device, r.tools) == (kernel, device, tools)
+            and (predicted or r.origin == "measured")
             and (numerics == "any" or r.numerics == "same")
         ]
-        return max(found, key=lambda r: (r.when, -r.ratio), default=None)
+        return max(found, key=lambda r: (r.origin == "measured", r.when, -r.ratio), default=None)
 
     def relatives(self, structure: str, device: str) -> list[Record]:
         """Records of kernels that do the same on the same device, whatever their sizes."""

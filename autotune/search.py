@@ -7,10 +7,11 @@ are one candidate.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,11 @@ _PROPOSALS = 24
 _ENUMERATED = 4096
 """Schedules of a space that are gone through to find untried ones."""
 
+_Settings = tuple[tuple[str, Any], ...]
+
+Runs = Callable[[Plan], tuple[str, ...]]
+"""The names of the kernels of a plan that have something to do at the sizes that are tuned for."""
+
 
 @dataclass(frozen=True)
 class Space:
@@ -34,24 +40,31 @@ class Space:
         site: what it is for.
         emit: makes the plan of a site, as its choices say.
         tunables: what can be chosen.
+        runs: what of a plan runs; none if all of it.
     """
 
     site: Site
     emit: Emit
     tunables: tuple[Tunable, ...]
+    runs: Runs | None = None
 
     @classmethod
-    def of(cls, site: Site, emit: Emit, keep_bits: bool = False) -> "Space":
-        """The space of a site, found by emitting it once.
+    def of(
+        cls, site: Site, emit: Emit, keep_bits: bool = False, runs: Runs | None = None
+    ) -> "Space":
+        """The space of a site, found by emitting it.
 
         Args:
-            site, emit: as above.
+            site, emit, runs: as above. What only changes launches that do not run is left out.
             keep_bits: without what may change the order of sums.
         """
         choices = Choices()
-        emit(dataclasses.replace(site, choices=choices))
+        default = emit(dataclasses.replace(site, choices=choices))
         asked = (t for t in choices.asked.values() if len(t.values) > 1)
-        return cls(site, emit, tuple(t for t in asked if t.keeps_bits or not keep_bits))
+        space = cls(site, emit, tuple(t for t in asked if t.keeps_bits or not keep_bits), runs)
+        if runs is None or len(runs(default)) == len(default.stages):
+            return space
+        return dataclasses.replace(space, tunables=space._felt())
 
     @property
     def size(self) -> int:
@@ -64,6 +77,40 @@ class Space:
             return self.emit(dataclasses.replace(self.site, choices=Choices(schedule)))
         except (IllegalSchedule, RegionError):
             return None
+
+    def essential(self, schedule: Schedule) -> dict[str, Any]:
+        """A schedule without the settings that change nothing that runs, which nobody has tried."""
+        kept = dict(schedule)
+        for name in schedule:
+            fewer = {k: v for k, v in kept.items() if k != name}
+            if self._running(fewer) == self._running(kept):
+                kept = fewer
+        return kept
+
+    def _felt(self) -> tuple[Tunable, ...]:
+        """The tunables that change what runs: by themselves, or beside one that decides which launches do."""
+        running = functools.cache(lambda settings: self._running(dict(settings)))
+        usual = running(())
+        bases: list[_Settings] = [()]
+        for change in self.single_changes():
+            found = running(tuple(change.items()))
+            if found is not None and _stems(found) != _stems(usual or ()):
+                bases.append(tuple(change.items()))
+
+        def changes(tunable: Tunable, base: _Settings) -> bool:
+            others = (v for v in tunable.values if v != tunable.default)
+            rest = tuple(item for item in base if item[0] != tunable.name)
+            found = (running((*rest, (tunable.name, v))) for v in others)
+            return any(names not in (None, running(base)) for names in found)
+
+        return tuple(t for t in self.tunables if any(changes(t, base) for base in bases))
+
+    def _running(self, schedule: Schedule) -> tuple[str, ...] | None:
+        """What runs under a schedule; none if it is not legal."""
+        plan = self.plan(schedule)
+        if plan is None:
+            return None
+        return self.runs(plan) if self.runs else tuple(s.kernel.name for s in plan.stages)
 
     def keeps_bits(self, schedule: Schedule) -> bool:
         """Whether a schedule adds in the order in which the default does."""
@@ -157,11 +204,17 @@ class Search:
         return {k: v for k, v in schedule.items() if v in values.get(k, ())}
 
 
+def _stems(names: Sequence[str]) -> list[str]:
+    """The words for what kernels do, without hashes."""
+    return [name.rpartition("_")[0] for name in names]
+
+
 def expected_gain(trials: Sequence[Trial], untried: int) -> float:
     """By how much of the default's time the best is likely to improve with a few more trials.
 
     Ratios are taken for normally distributed in their logarithm, with the mean and deviation of those seen but no less
-    than 2 % of deviation; the expectation is that of the best of eight draws, as far as so many are left.
+    than 2 % of deviation; the expectation is that of the best of eight draws, as far as so many are left. Whatever the
+    distribution, the best of n and k draws is among the last k with a probability of k / (n + k) only.
 
     Args:
         trials: so far.
@@ -182,7 +235,8 @@ def expected_gain(trials: Sequence[Trial], untried: int) -> float:
     z = (best - mean) / deviation
     # E[max(0, best − x)] of one draw; of several, at most so many times as much.
     one = deviation * (z * normal.cdf(z) + normal.pdf(z))
-    return math.exp(best) * (1.0 - math.exp(-min(draws * one, 1.0)))
+    likely = draws / (len(logs) + draws)
+    return likely * math.exp(best) * (1.0 - math.exp(-min(draws * one, 1.0)))
 
 
 def schedule_changes(space: Space, schedule: Schedule) -> dict[str, Any]:

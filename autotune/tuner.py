@@ -1,9 +1,10 @@
 """Tuning a set of kernels within a budget.
 
 Each kernel's default is measured first, which says what part of the model it is. Then, batch by batch, the kernel from
-which most is expected gets its next candidates: its part of the model, times what a few more candidates are likely to
-gain. A kernel is settled when that is next to nothing. What looks best is measured again against the default, since
-the best of many noisy measurements looks better than it is, and only a gain that this bears out is claimed.
+which most is expected for the time that its candidates take gets its next ones: its part of the model, times what a few
+more candidates are likely to gain. A kernel is settled when that is next to nothing. What looks best is measured again
+against the default, since the best of many noisy measurements looks better than it is, and only a gain that this bears
+out is claimed.
 
 Everything is in the journal as soon as it is known, so a run may end at any moment, and goes on where it ended.
 """
@@ -21,7 +22,14 @@ from typing import Any
 from nemoc.autotune.journal import Journal, Study, Trial
 from nemoc.autotune.predict import seeds
 from nemoc.autotune.records import Device, Record, Records, compact, structure_of
-from nemoc.autotune.search import Candidate, Search, Space, expected_gain, schedule_changes
+from nemoc.autotune.search import (
+    Candidate,
+    Runs,
+    Search,
+    Space,
+    expected_gain,
+    schedule_changes,
+)
 from nemoc.autotune.statistics import Interval, ratio_of_times
 from nemoc.codegen.bench import Bench, Finding
 from nemoc.codegen.lower import Emit
@@ -33,6 +41,12 @@ BATCH = 6
 
 _WORTH = 1e-3
 """Part of the model's time that a batch must be expected to gain."""
+
+_TOLD_APART = 0.97
+"""Ratio up to which a prediction says that a candidate is faster at all."""
+
+_LEAST_COST = 0.05
+"""Seconds that a candidate is taken to need at least."""
 
 _FINALISTS = 3
 """Candidates that are measured again at the end."""
@@ -58,6 +72,7 @@ class Kernel:
         launches: how often, in one step.
         sizes: B, L and C for which it is tuned.
         bench: opens what measures it.
+        runs: what of a plan has something to do at these sizes; none if all of it.
     """
 
     site: Site
@@ -66,6 +81,7 @@ class Kernel:
     launches: int
     sizes: Mapping[str, int]
     bench: Callable[[], Bench]
+    runs: Runs | None = None
 
 
 @dataclass
@@ -184,10 +200,10 @@ class Tuner:
         # An interrupt ends the search: what is best so far counts.
         with contextlib.suppress(KeyboardInterrupt):
             while self._clock() < deadline:
-                promises = [self._promise(report) for report in self.reports]
-                if max(promises, default=0.0) < _WORTH:
+                promising = [r for r in self.reports if self._promise(r) >= _WORTH]
+                if not promising:
                     break
-                self._batch(self.reports[promises.index(max(promises))], deadline)
+                self._batch(max(promising, key=self._worth), deadline)
                 spent()
         for report in self.reports:
             if self._default_trial(report) is None:
@@ -210,11 +226,13 @@ class Tuner:
         return saved
 
     def _report(self, kernel: Kernel, emit: Emit, journal: Journal) -> KernelReport:
-        space = Space.of(kernel.site, emit, self._keep_bits)
+        space = Space.of(kernel.site, emit, self._keep_bits, kernel.runs)
         structure, shape = structure_of(kernel.site)
         sizes = ",".join(f"{k}={v}" for k, v in sorted(kernel.sizes.items()))
         numerics = "same" if self._keep_bits else "any"
         name = f"{self._device.name} | {self._device.tools} | {numerics} | {sizes} | {kernel.default.name}"
+        if self._device.predicted_by:
+            name = f"{self._device.predicted_by} | {name}"
         about = {"structure": structure, "shape": list(shape), "function": kernel.function}
         study = journal.study(name, space.tunables, about)
         report = KernelReport(kernel, study, space)
@@ -251,6 +269,12 @@ class Tuner:
         trials = report.study.trials()
         untried = report.space.size - len(trials)
         return report.share * expected_gain(trials, untried)
+
+    def _worth(self, report: KernelReport) -> float:
+        """What is expected of a kernel for each second; one that nothing was tried of yet goes first."""
+        costs = [t.cost for t in report.study.trials() if t.kernels != report.name]
+        cost = statistics.fmean(costs) if costs else 0.0
+        return self._promise(report) / max(_LEAST_COST, cost)
 
     def _batch(self, report: KernelReport, deadline: float) -> None:
         candidates = self._searches[report.study.name].next(BATCH)
@@ -368,13 +392,18 @@ class Tuner:
             for seconds, (trial, _) in zip(times[1:], finalists, strict=True)
         ]
         interval, trial = min(compared, key=lambda c: c[0].ratio)
-        if not interval.is_gain:
+        if not interval.is_gain or interval.ratio > self._least_claim:
             return nothing
         return {
-            "schedule": schedule_changes(report.space, trial.schedule),
+            "schedule": report.space.essential(schedule_changes(report.space, trial.schedule)),
             "equal": trial.equal,
             **dataclasses.asdict(interval),
         }
+
+    @property
+    def _least_claim(self) -> float:
+        """The largest ratio that is claimed as a gain."""
+        return _TOLD_APART if self._device.predicted_by else 1.0
 
     def _best(self, report: KernelReport) -> float:
         ratios = [t.ratio for t in report.study.trials() if t.ratio is not None]
@@ -400,7 +429,7 @@ class Tuner:
             high=report.gain.high,
             seconds=(report.seconds, report.seconds * report.gain.ratio),
             trials=len(trials),
-            origin="measured",
+            origin=self._device.origin,
             machine=self._device.machine,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             defaults=defaults,

@@ -347,7 +347,9 @@ def bench(artifact: Path, **options: Any) -> None:
     bench.run(artifact, **options)
 
 
-@nemoc.command(short_help="Find faster schedules for SOURCE on this machine.")
+@nemoc.command(
+    short_help="Find faster schedules for SOURCE: measured on this CPU, predicted for GPUs."
+)
 @click.argument("source")
 @_options(_target)
 @click.option(
@@ -393,11 +395,14 @@ def bench(artifact: Path, **options: Any) -> None:
 @click.option("--no-compare", is_flag=True, help="Do not measure the whole model before and after.")
 @_options(*_formats, _pipeline, _plugin, _threads, _quiet, _debug)
 def tune(source: str, **options: Any) -> None:
-    """Find faster schedules for the kernels of SOURCE on this machine.
+    """Find faster schedules for the kernels of SOURCE.
 
     Every candidate is compiled, checked and timed in a process of its own, and written down as it is
     done: a run that is interrupted or killed goes on where it ended, and one that has spent its
     budget is over at once. `nemoc compile` then takes what was found.
+
+    For a GPU, which need not be there, candidates are compiled and their times predicted, nothing is
+    measured: `nemoc compile` takes that with --predicted only.
     """
     from nemoc.commands import tune
 

@@ -50,6 +50,7 @@ from nemoc.schedules import (
     RecordSource,
     check_numerics,
     cpu_device,
+    gpu_device,
     known_records,
 )
 from nemoc.targets import compute_type, resolve_target, target_info
@@ -140,8 +141,9 @@ def compile(
             was found on this machine, an empty list for none. Only those of exactly these kernels on this kind of
             device are taken.
         numerics: "same" takes no schedule that changes a bit of any result, "any" all.
-        predicted: where a kernel has no record, take the schedule that records of other shapes predict, if they predict
-            each other well enough (`nemoc.autotune.predict`); the artifact says which schedules are predicted.
+        predicted: where a kernel has no record that was measured, take one whose times were predicted, or else the
+            schedule that records of other shapes predict, if they predict each other well enough
+            (`nemoc.autotune.predict`); the artifact says which schedules are predicted.
         threads: threads that the executable runs on; None for `NEMOC_THREADS`, else all cores.
         destination: where to write the artifact; None for a temporary place that goes with the executable.
         verify_each: hold every pass to what it declares, by running the graphs before and after it on small inputs.
@@ -376,7 +378,7 @@ def _generate(
     layout = weight_layout(weights)
     corners = corner_sizes(bounds.max_batch, bounds.max_tokens, bounds.max_context)
     if target in GPUS:
-        return _generate_gpu(target, graphs, layout, corners, progress)
+        return _generate_gpu(target, graphs, layout, corners, tuning, progress)
     from nemoc.codegen.tvm.compile import compile_program  # noqa: PLC0415  (loads tvm)
     from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
 
@@ -420,11 +422,14 @@ def _generate_gpu(
     graphs: Mapping[str, Graph],
     layout: Layout,
     corners: Sequence[Mapping[str, int]],
+    tuning: "_Tuning",
     progress: Progress | None,
 ) -> _Compiled:
     """The code of a GPU, which need not be there; of the interpreter of GPU kernels their text."""
-    program = lower_gpu(graphs, layout, corners, target)
+    chosen = Chosen(tuning.records, gpu_device(target), tuning.numerics, tuning.predicted)
+    program = lower_gpu(graphs, layout, corners, target, chosen)
     files: dict[str, bytes | str] = {
+        **chosen.files(),
         "kernels/step.py": gpu_source(program, target),
         "kernels/launches.txt": describe(program.functions),
     }

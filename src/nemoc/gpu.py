@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nemoc.codegen.lower import Program, corner_sizes, lower_program
+from nemoc.codegen.lower import Emit, Program, corner_sizes, lower_program
 from nemoc.codegen.storage import Layout
 from nemoc.codegen.triton import binary as code
 from nemoc.codegen.triton.build import compile_variants, variants_of
@@ -15,6 +15,7 @@ from nemoc.codegen.triton.emit import emit, expanded
 from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.codegen.triton.module import module_source
 from nemoc.codegen.triton.target import INTERPRETER, gpu_target
+from nemoc.codegen.tuned import Lookup, tuned
 from nemoc.ir import Graph, NemocError
 from nemoc.progress import Progress
 from nemoc.runtime import Executable, load
@@ -30,10 +31,22 @@ _SUFFIXES = {"cuda": "cubin", "hip": "hsaco"}
 
 
 def lower_gpu(
-    graphs: Mapping[str, Graph], layout: Layout, corners: Sequence[Mapping[str, int]], target: str
+    graphs: Mapping[str, Graph],
+    layout: Layout,
+    corners: Sequence[Mapping[str, int]],
+    target: str,
+    lookup: Lookup | None = None,
 ) -> Program:
-    """The launches and the memory of step functions; arguments as for `lower_program`."""
-    emitter = functools.partial(emit, target=gpu_target(target))
+    """The launches and the memory of step functions.
+
+    Args:
+        graphs, layout, corners: as for `lower_program`.
+        target: of which GPU.
+        lookup: schedules of kernels; none for the defaults.
+    """
+    emitter: Emit = functools.partial(emit, target=gpu_target(target))
+    if lookup is not None:
+        emitter = tuned(emitter, lookup)
     return lower_program(expanded(graphs), layout, corners, emitter)
 
 

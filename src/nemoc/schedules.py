@@ -20,6 +20,8 @@ from nemoc.autotune.records import (
 )
 from nemoc.codegen.lower import Emit
 from nemoc.codegen.plan import Site
+from nemoc.codegen.triton.build import triton_version
+from nemoc.codegen.triton.target import gpu_target
 from nemoc.codegen.tunables import Schedule
 from nemoc.ir import NemocError
 from nemoc.options import read_options
@@ -107,6 +109,20 @@ def cpu_device(mcpu: str, threads: int) -> Device:
     return Device(name, f"apache-tvm {version}", processor_model())
 
 
+def gpu_device(target: str, predicted_by: str = "") -> Device:
+    """A GPU, as records name it: any of the kind that the target stands for.
+
+    Args:
+        target: such as `cuda:sm_90`.
+        predicted_by: what predicts times; empty where they are measured.
+
+    Raises:
+        NemocError: Triton is not installed.
+    """
+    kind = gpu_target(target).description
+    return Device(target, f"triton {triton_version()}", kind, predicted_by)
+
+
 @dataclass
 class Chosen:
     """Looks schedules up, and keeps which ones were taken.
@@ -115,7 +131,8 @@ class Chosen:
         records: where they are looked up.
         device: for which.
         numerics: of which kind.
-        predicted: whether those of other shapes may say what is taken where there is none.
+        predicted: whether records of predicted times, or those of other shapes, may say what is taken where there is
+            none that was measured.
         taken: the records that were found, by kernel.
         predictions: what was predicted, by kernel.
     """
@@ -129,7 +146,9 @@ class Chosen:
 
     def __call__(self, kernel: str, site: Site, emit: Emit) -> Schedule:
         """The schedule of a kernel; empty for the default."""
-        record = self.records.find(kernel, self.device.name, self.device.tools, self.numerics)
+        record = self.records.find(
+            kernel, self.device.name, self.device.tools, self.numerics, self.predicted
+        )
         if record is None:
             return self._predict(kernel, site, emit).schedule if self.predicted else {}
         if record.schedule:

@@ -1,4 +1,8 @@
-"""Tuning a model on the machine at hand: its kernels, a budget, and what became faster."""
+"""Tuning a model: its kernels, a budget, and what became faster.
+
+On the CPU at hand candidates are measured. For a GPU they are compiled, which needs none, and their times predicted
+(`nemoc.autotune.gpu_model`); what comes of that is no measurement, and `nemoc.compile` takes it only if asked to.
+"""
 
 import contextlib
 import functools
@@ -9,19 +13,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from nemoc import compiler
+from nemoc.autotune.gpu_model import RATES
 from nemoc.autotune.journal import Journal
 from nemoc.autotune.measure import interleaved
 from nemoc.autotune.records import Device, Records, read_records
 from nemoc.autotune.statistics import Interval, ratio_of_times
 from nemoc.autotune.tuner import Kernel, KernelReport, Told, Tuner
+from nemoc.codegen.plan import Plan, Site
 from nemoc.codegen.sites import RecordedSite, record_sites
 from nemoc.codegen.storage import bind_weights, weight_layout
 from nemoc.compiler import Functions
+from nemoc.gpu_tuning import GpuBenches
 from nemoc.ir import Graph, NemocError
 from nemoc.ir.params import LazyArguments
 from nemoc.ir.sample_inputs import sample_arguments
@@ -125,7 +132,7 @@ def tune(
     tell: Callable[[Told], None] = lambda told: None,
     progress: Progress | None = None,
 ) -> TuneReport:
-    """Find faster schedules for a model's kernels on this machine.
+    """Find faster schedules for a model's kernels.
 
     The budget is for all runs together that tune the same kernels in one journal: a run that was interrupted goes on
     with what is left, and one that has spent it is over at once.
@@ -138,11 +145,12 @@ def tune(
         journal: file or URL of trials; by default in the user's cache.
         records: file to which results are added; by default in the user's cache, where `nemoc.compile` finds them.
         threads: as for `nemoc.compile`.
-        compare: measure the whole model before and after.
+        compare: measure the whole model before and after, where anything is measured.
         tell: told after each batch of candidates.
 
     Raises:
-        NemocError: the model cannot be compiled for this machine, or the journal or records cannot be read or written.
+        NemocError: the target cannot be tuned here, the model cannot be compiled for it, or the journal or records
+            cannot be read or written.
     """
     check_numerics(numerics)
     if not 0 < budget < math.inf:
@@ -165,10 +173,11 @@ def tune(
         contextlib.ExitStack() as stack,
     ):
         found = compiler.functions(model, which=("prefill", "decode"), **options)
-        bench = stack.enter_context(_benches(found.target, threads, Path(folder)))
+        bench = stack.enter_context(_benches(found.target, threads, Path(folder), progress))
+        compare = compare and bench.device.origin == "measured"
         _say(progress, "look at what kernels are given")
         tuner = Tuner(
-            list(_kernels(found, work, bench)),
+            list(bench.kernels(found, work)),
             bench.emit,
             bench.device,
             log,
@@ -243,6 +252,29 @@ def _say(progress: Progress | None, stage: str) -> None:
         progress(stage, 0, 0)
 
 
+class _Benches(Protocol):
+    """Benches for the kernels of one model.
+
+    Attributes:
+        device: what they are for, as records name it.
+    """
+
+    device: Device
+
+    @property
+    def emit(self) -> Callable[[Site], Plan]:
+        """Makes plans of sites."""
+        ...
+
+    def prepare(self, kernels: Sequence[Kernel]) -> None:
+        """Compile the defaults of kernels together."""
+        ...
+
+    def kernels(self, found: Functions, work: Workload) -> Iterator[Kernel]:
+        """The distinct kernels of a model's steps that can be tuned."""
+        ...
+
+
 class _CpuBenches:
     """Benches for the kernels of one model on the CPU at hand.
 
@@ -264,6 +296,10 @@ class _CpuBenches:
         """Compile the defaults of kernels together; what fails, fails again when its turn comes."""
         self._laboratory.compile((kernel.site, kernel.default) for kernel in kernels)
 
+    def kernels(self, found: Functions, work: Workload) -> Iterator[Kernel]:
+        """The distinct kernels of a model's steps, with what reaches them in the model."""
+        return _kernels(found, work, self)
+
     def subject(
         self, found: RecordedSite, sizes: Mapping[str, int], warm: Sequence[bool]
     ) -> "Subject":
@@ -272,14 +308,20 @@ class _CpuBenches:
 
 
 @contextlib.contextmanager
-def _benches(target: str, threads: int, folder: Path) -> Iterator[_CpuBenches]:
-    """Where a target's kernels are measured.
+def _benches(
+    target: str, threads: int, folder: Path, progress: Progress | None
+) -> Iterator[_Benches]:
+    """Where a target's kernels are measured, or their times predicted.
 
     Raises:
-        NemocError: the target is not this machine's CPU.
+        NemocError: the target is neither this machine's CPU nor a GPU.
     """
+    if target in RATES:
+        yield GpuBenches(target, progress)
+        return
     if target.partition(":")[0] != "cpu":
-        raise NemocError(f"target {target!r} cannot be tuned here, expected cpu")
+        known = ", ".join(("cpu", *RATES))
+        raise NemocError(f"target {target!r} cannot be tuned, expected one of {known}")
     from nemoc.codegen.tvm.laboratory import Laboratory  # noqa: PLC0415  (loads tvm)
     from nemoc.codegen.tvm.target import cpu_target  # noqa: PLC0415
 

@@ -69,7 +69,9 @@ def seconds_of(text: str) -> float:
 def print_report(console: Console, found: TuneReport) -> None:
     """What tuning came to, kernel by kernel and for the model."""
     shown = [k for k in found.kernels if k.space.tunables and (k.share >= 0.005 or not k.seconds)]
-    heading(console, f"Kernels on {found.device.name}; time relative to the default")
+    by = found.device.predicted_by
+    times = f"predicted times ({by}), nothing was measured" if by else "time"
+    heading(console, f"Kernels on {found.device.name}; {times} relative to the default")
     rows = [
         (
             kernel.kernel.function,
@@ -77,12 +79,20 @@ def print_report(console: Console, found: TuneReport) -> None:
             f"{kernel.share:.0%}",
             duration(kernel.seconds),
             str(len(kernel.study.trials())),
-            _gain(kernel),
+            _gain(kernel, bool(by)),
             ", ".join(f"{k}={v}" for k, v in kernel.best.items()),
         )
         for kernel in shown
     ]
-    columns = ("step", "kernel", ">share", ">default", ">tried", "tuned (95 %)", "schedule")
+    columns = (
+        "step",
+        "kernel",
+        ">share",
+        ">default",
+        ">tried",
+        "predicted" if by else "tuned (95 %)",
+        "schedule",
+    )
     print_table(console, columns, rows, wrap="schedule")
     tried = sum(len(k.study.trials()) for k in found.kernels)
     faults = sum(t.outcome != "ok" for k in found.kernels for t in k.study.trials())
@@ -98,10 +108,12 @@ def print_report(console: Console, found: TuneReport) -> None:
         console.print("No gain over the defaults: they stay as they are")
 
 
-def _gain(kernel: KernelReport) -> str:
+def _gain(kernel: KernelReport, predicted: bool) -> str:
     if kernel.gain is None:
         return "not measured"
-    return str(kernel.gain) if kernel.best else "no gain"
+    if not kernel.best:
+        return "no gain"
+    return f"{kernel.gain.ratio:.2f}" if predicted else str(kernel.gain)
 
 
 def _verdict(interval: Interval) -> str:
