@@ -37,6 +37,7 @@ from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
 from nemoc.ir.dims import Dim, ceil_div, dim, evaluate_dim, product, symbols_of
 from nemoc.ir.dtypes import DType
 from nemoc.ir.graph import Graph
+from nemoc.ir.nvfp4 import BLOCK
 from nemoc.ir.ops import (
     GroupedLinear,
     Linear,
@@ -257,6 +258,9 @@ def _product(graph: Graph, op: Linear | GroupedLinear, result: Value) -> Product
 _BITS_OF_NVFP4 = 4.5
 """Of an element, its block's scale included."""
 
+_SKINNY_SUMS = 4 * 32 * 64
+"""Sums of a program without matrix units at most: 64 registers of each thread of four warps."""
+
 _SKINNY_ROWS = (1, 2, 4)
 """Rows of programs without matrix units: more have no room for their sums in registers."""
 
@@ -333,7 +337,8 @@ def _skinny_schedule(
     A warp takes a thread's 16 bytes from each of 32 places of a row of NVFP4, or twice of bf16 or f32, and loads three
     such parts ahead; four warps make one to four columns each. How many it is decides on how many programs there are:
     all multiprocessors end together if the most that one of them has is little above the mean, and what every program
-    does besides costs as much as about two columns.
+    does besides costs as much as about two columns. Sums, which there are for each row and element of a weight's part,
+    or each block of NVFP4, take half of a thread's registers at most: rows may have to be computed beside them.
     """
     first = products[0]
     elements = min(1024 if p.packed[1] else 1024 // p.w.dtype.bytes for p in products)
@@ -343,7 +348,9 @@ def _skinny_schedule(
     if target.is_interpreter:
         columns = max(least, min(256, power_of_two(first.features)))
         return Schedule(rows, columns, depth, 4, 1, 1, skinny=True)
-    most = max(least, min(16 if rows == 1 else 8, power_of_two(first.features)))
+    held = depth // BLOCK if all(p.packed[1] for p in products) else depth
+    room = _SKINNY_SUMS // (rows * held * len(products))
+    most = max(least, min(16 if rows == 1 else 8, power_of_two(first.features), room))
     together = (
         first.features * evaluate_dim(first.count, {"B": 1}) if first.offsets else first.features
     )

@@ -286,6 +286,23 @@ def test_nothing_spills_and_four_programs_share_a_multiprocessor() -> None:
         assert binary.report.matrix == ()
 
 
+@pytest.mark.parametrize("kind", ["bf16", "f32"])
+def test_norms_that_are_computed_beside_the_sums_do_not_spill(kind: str) -> None:
+    site = region(f"""
+      input %h: {kind}[B, 2688]
+      input %g: f32[2688]
+      input %w: {kind}[10304, 2688]
+      %wide = cast(%h) {{dtype=f32}} : f32[B, 2688]
+      %n = rms_norm(%wide, %g) {{eps=1e-05, groups=1}} : f32[B, 2688]
+      %x = cast(%n) {{dtype={kind}}} : {kind}[B, 2688]
+      %y = linear(%x, %w) : f32[B, 10304]
+      return %y
+    """)
+    wanted = [Variant(k, (True,) * len(k.pointers)) for k in kernels(site)]
+    assert len(wanted) == 2
+    assert [b.report.spilled for b in compile_variants(wanted, SM_90).values()] == [0, 0]
+
+
 @pytest.mark.targets
 @pytest.mark.parametrize("target", [name for name in GPUS if name != INTERPRETER])
 def test_forms_of_few_rows_compile_for_every_gpu(target: str) -> None:
