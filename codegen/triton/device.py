@@ -90,6 +90,14 @@ def to_e4m3(x):
 
 
 @jit
+def e4m3_codes(x, scale):
+    """The E4M3 bits (u8) nearest to x / scale, ties to even, cut at ±448; both f32, scale positive."""
+    y = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    sign = (y.to(tl.int32, bitcast=True) >> 24) & 128
+    return (to_e4m3(tl.minimum(tl.abs(y), 448.0)).to(tl.int32) | sign).to(tl.uint8)
+
+
+@jit
 def to_e2m1(x):
     """The nearest E2M1 codes (i32, 0 to 15) of f32 numbers, ties to even; 0 has no sign."""
     size = tl.abs(x)
@@ -198,8 +206,8 @@ def e2m1_eighths(words):
 
 @jit
 def sums_of_blocks(x, codes, rows: tl.constexpr, blocks: tl.constexpr):
-    """Σ over each block of 16 of x · code: f32 [rows, blocks]; x [1, 16 blocks], and the tiles of `e2m1_eighths`."""
-    x = tl.broadcast_to(x.to(tl.float32), [1, blocks * 16])
+    """Σ over each block of 16 of x · code: f32 [rows, blocks]; x f32 [1, 16 blocks], the tiles of `e2m1_eighths`."""
+    x = tl.broadcast_to(x, [1, blocks * 16])
     even, odd = tl.split(tl.reshape(x, [1, blocks * 2, 4, 2]))
     x04, x26 = tl.split(tl.reshape(even, [1, blocks * 2, 2, 2]))
     x15, x37 = tl.split(tl.reshape(odd, [1, blocks * 2, 2, 2]))
@@ -221,6 +229,20 @@ def dot_nvfp4(a, a_scales, b, b_scales, acc):
     b_scales = b_scales.to(tl.float8e4nv, bitcast=True)
     kind: tl.constexpr = tl.constexpr("e2m1")  # the interpreter would leave it a plain text
     return tl.dot_scaled(a, a_scales, kind, tl.trans(b), b_scales, kind, acc)
+
+
+@jit
+def dot_fp8(a, b, acc):
+    """acc + a · b of E4M3 bits (u8), a [M, K] and b [K, N]; products are exact.
+
+    Hopper's matrix units add them up with fewer bits than f32 has, so their sums go into f32 after 128 products.
+    """
+    a = a.to(tl.float8e4nv, bitcast=True)
+    b = b.to(tl.float8e4nv, bitcast=True)
+    if a.shape[1] < 128:
+        return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a, b, acc, max_num_imprecise_acc=128)
 
 
 @jit

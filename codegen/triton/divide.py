@@ -17,6 +17,7 @@ from nemoc.ir.op import Op
 from nemoc.ir.ops import (
     Attention,
     CacheWrite,
+    Fp8Scale,
     GroupBy,
     GroupedLinear,
     GroupLimit,
@@ -39,7 +40,7 @@ _ANCHORS = (Linear, GroupedLinear, GroupBy, Attention)
 _WHOLE = (SsdScan, SsdUpdate)
 """Anchors whose skeletons divide regions themselves."""
 
-_WHOLE_ROWS = (RmsNorm, TopK, GroupLimit, Nvfp4GlobalScale)
+_WHOLE_ROWS = (RmsNorm, TopK, GroupLimit, Nvfp4GlobalScale, Fp8Scale)
 
 FEW = 64
 """Rows that are few enough for every program to prepare them by itself."""
@@ -286,7 +287,7 @@ def _is_few(rows: Dim) -> bool:
 def _count(node: Node) -> Dim:
     """How many rows a node makes; a scale of a matrix is a row of one element."""
     shape = node.results[0].shape
-    return product(shape if isinstance(node.op, Nvfp4GlobalScale) else shape[:-1])
+    return product(shape if isinstance(node.op, Nvfp4GlobalScale | Fp8Scale) else shape[:-1])
 
 
 def _kind(nodes: Iterable[Node]) -> str:

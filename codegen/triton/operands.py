@@ -78,6 +78,10 @@ class Operand:
         """The elements at a place."""
         return self.body.tile(self.seen, place)
 
+    def numbers(self, place: Place) -> str:
+        """The same in f32."""
+        return self.body.writer.let("wide", f"{self.tile(place)}.to(tl.float32)")
+
     @property
     def left_out(self) -> float:
         """What elements of tiles have to be multiplied by, besides the scale of their rows."""
@@ -161,6 +165,37 @@ class Packed(Operand):
             ((seen, place),) = row_op(op).sources(self.body, op, seen, place)
 
 
-def operand(body: Body, seen: Seen) -> Operand:
-    """An operand as the loop over the reduction takes it."""
-    return (Packed if is_packed(body.graph, seen.value) else Operand)(body, seen)
+@dataclass(frozen=True)
+class Fp8(Operand):
+    """An operand of E4M3, whose tiles are bf16: it holds all its bits.
+
+    Attributes:
+        known: whether the GPU has instructions for the type.
+    """
+
+    known: bool = False
+
+    @property
+    def dtype(self) -> DType:
+        return DType.BF16
+
+    def bits(self, place: Place) -> str:
+        """The elements at a place as they are in memory, u8."""
+        return self.body.tile(self.seen, place)
+
+    def tile(self, place: Place) -> str:
+        return self.body.writer.let("narrow", f"{self.numbers(place)}.to(tl.bfloat16)")
+
+    def numbers(self, place: Place) -> str:
+        bits = self.bits(place)
+        known = f"{bits}.to(tl.float8e4nv, bitcast=True).to(tl.float32)"
+        return self.body.writer.let("wide", known if self.known else f"from_e4m3({bits})")
+
+
+def operand(body: Body, seen: Seen, fp8: bool) -> Operand:
+    """An operand as the loop over the reduction takes it; `fp8` says whether the GPU has instructions for E4M3."""
+    if is_packed(body.graph, seen.value):
+        return Packed(body, seen)
+    if seen.value.dtype == DType.F8E4M3:
+        return Fp8(body, seen, fp8)
+    return Operand(body, seen)

@@ -20,7 +20,7 @@ import sympy
 from nemoc.codegen.plan import Plan, RegionError, Site, Stage
 from nemoc.codegen.regions import as_region, body_of
 from nemoc.codegen.triton.body import Body, narrowest
-from nemoc.codegen.triton.operands import Packed, is_packed, operand, unrounded
+from nemoc.codegen.triton.operands import Fp8, Operand, Packed, is_packed, operand, unrounded
 from nemoc.codegen.triton.rows import (
     Store,
     cache_updates,
@@ -57,7 +57,7 @@ class Schedule:
         rows, columns, depth: the tile of a program, and how much of the reduction it takes at a time.
         warps, stages: as in `nemoc.codegen.triton.writer.GpuKernel`.
         neighbours: row blocks whose programs run side by side, so that they share weights in the cache.
-        native: whether NVFP4 is multiplied as it is, which needs both operands in it.
+        native: whether NVFP4 or FP8 is multiplied as it is, which needs both operands in it.
         skinny: whether rows are multiplied one by one, without matrix units.
     """
 
@@ -105,7 +105,7 @@ def emit_products(
             default = default_schedule(graph, products, target, rows)
             settle = few_rows_schedule if rows else product_schedule
             schedule = settle(site.choices, default, products, target)
-            stages.append(_stage(site, products, stores, schedule, taken))
+            stages.append(_stage(site, products, stores, schedule, taken, target.fp8))
     return Plan(tuple(stages), updates=cache_updates(site, stores))
 
 
@@ -122,9 +122,14 @@ def _reaches(size: Dim, bound: int) -> Dim:
 
 
 def _stage(
-    site: Site, products: list["Product"], stores: list[Store], schedule: Schedule, taken: Dim
+    site: Site,
+    products: list["Product"],
+    stores: list[Store],
+    schedule: Schedule,
+    taken: Dim,
+    fp8: bool,
 ) -> Stage:
-    """The launch that follows a schedule; `taken` is 1 if it has programs, else 0."""
+    """The launch that follows a schedule; `taken` is 1 if it has programs, else 0; `fp8` as in `operand`."""
     first = products[0]
     writer = KernelWriter("product" if first.offsets is None else "grouped")
     body = Body(writer, site)
@@ -137,7 +142,7 @@ def _stage(
     else:
         tile, tasks = _dense_tile(body, first, schedule), ceil_div(first.count, schedule.rows)
     for made in products:
-        sums = _write_product(body, made, schedule, tile)
+        sums = _write_product(body, made, schedule, tile, fp8)
         body.bind(Seen(made.result, made.features), tile.place, sums)
     for store in stores:
         width = store.seen.width
@@ -271,11 +276,12 @@ def skinny_forms(
     """The forms without matrix units that are worth having: rows of a program, and of a launch at most.
 
     Reading a weight takes as long as `target.instructions_per_byte` times its bytes instructions, with all
-    multiprocessors at work. Until then it can be decoded, which takes about 5 instructions of NVFP4, 1 of bf16 and
-    none of f32, and be multiplied with each row, which takes 1. The tiles of matrix units take about 7, 0.5 and, as
-    f32 is cut into narrower numbers, 4; but they have at least 16 columns, for which a program goes through the whole
-    reduction, so that there are fewer of them with fewer bytes under way. So a form is worth having as long as reading
-    or the tile takes longer. Of those there are the one of a single row, and that of the most rows.
+    multiprocessors at work. Until then it can be decoded, which takes about 5 instructions of NVFP4, 2 of FP8 (8 where
+    there are none for it), 1 of bf16 and none of f32, and be multiplied with each row, which takes 1. The tiles of
+    matrix units take about 7, 3 (9), 0.5 and, as f32 is cut into narrower numbers, 4; but they have at least 16
+    columns, for which a program goes through the whole reduction, so that there are fewer of them with fewer bytes
+    under way. So a form is worth having as long as reading or the tile takes longer. Of those there are the one of a
+    single row, and that of the most rows.
 
     Rows of a grouped product are a few for each token, in different groups. Those of one token are single; those of
     more are mostly, until as many rows as a quarter of a form's for each group have been chosen.
@@ -298,6 +304,8 @@ def _is_worth(made: Product, rows: int, target: GpuTarget) -> bool:
     """Whether so many rows take no longer without matrix units than reading the weights or the tile of matrix units."""
     if made.packed[1]:
         decode, tile, size = 5.0, 7.0, _BITS_OF_NVFP4 / 8
+    elif made.w.dtype == DType.F8E4M3:
+        decode, tile, size = (2.0, 3.0, 1.0) if target.fp8 else (8.0, 9.0, 1.0)
     elif made.w.dtype == DType.F32:
         decode, tile, size = 0.0, 4.0, 4.0
     else:
@@ -341,7 +349,7 @@ def _skinny_schedule(
     or each block of NVFP4, take half of a thread's registers at most: rows may have to be computed beside them.
     """
     first = products[0]
-    elements = min(1024 if p.packed[1] else 1024 // p.w.dtype.bytes for p in products)
+    elements = min(1024 if p.packed[1] else min(512, 1024 // p.w.dtype.bytes) for p in products)
     depth = max(32, min(elements, power_of_two(min(p.width for p in products))))
     blockwise = any(isinstance(node.op, Nvfp4BlockScales | QuantizeNvfp4) for node in graph.nodes)
     least = 16 if blockwise else 1
@@ -369,8 +377,12 @@ def _schedule(graph: Graph, products: list[Product], target: GpuTarget) -> Sched
     wide = any(p.is_wide for p in products)
     narrow = min(128, power_of_two(first.features))
     depth = min(64 if wide else 128, max(32, power_of_two(min(p.width for p in products))))
+    fp8 = target.fp8 and all(p.x.dtype == p.w.dtype == DType.F8E4M3 for p in products)
     if target.is_interpreter:
-        return Schedule(16 if first.is_few else 64, max(16, min(256, narrow * 2)), 256, 4, 1)
+        rows, columns = 16 if first.is_few else 64, max(16, min(256, narrow * 2))
+        return Schedule(rows, columns, 256, 4, 1, native=fp8)
+    if fp8:
+        return _fp8_schedule(first, target, narrow)
     native = all(all(p.packed) for p in products) and target.nvfp4_rows > 0
     if native and (target.nvfp4_rows <= 16 or not first.is_few):
         return _native_schedule(first, target, narrow)
@@ -389,6 +401,17 @@ def _schedule(graph: Graph, products: list[Product], target: GpuTarget) -> Sched
         deep = 128 if longer else 64
         return Schedule(64, max(16, narrow), 32 if wide else deep, 8 if crowded else 4, 3)
     return Schedule(128, max(16, narrow), 128 if longer else 64, 8, 3)
+
+
+def _fp8_schedule(made: Product, target: GpuTarget, narrow: int) -> Schedule:
+    """Tiles of FP8 as it is: half the bytes of bf16, so the reduction is taken in parts twice as long."""
+    narrow = max(16, narrow)
+    if made.is_few:
+        return Schedule(16, min(32, narrow), 256, 4, 4, 1, native=True)
+    stages = 4 if target.shared > 150 << 10 else 2
+    if made.offsets is not None:
+        return Schedule(64, narrow, 128, 4, stages, native=True)
+    return Schedule(128, narrow, 128, 8, stages, native=True)
 
 
 def _native_schedule(made: Product, target: GpuTarget, narrow: int) -> Schedule:
@@ -505,10 +528,10 @@ def _most_tiles(made: Product, rows: int) -> Dim:
     return sympy.Min(made.count, filled)
 
 
-def _write_product(body: Body, made: Product, schedule: Schedule, tile: _Tile) -> str:
+def _write_product(body: Body, made: Product, schedule: Schedule, tile: _Tile, fp8: bool) -> str:
     """The loop over the reduction; returns the tile of sums."""
     writer, place, group = body.writer, tile.place, tile.group
-    x, w = (operand(body, Seen(value, made.width)) for value in (made.x, made.w))
+    x, w = (operand(body, Seen(value, made.width), fp8) for value in (made.x, made.w))
     rows = replace(place, column="0", columns=1, mask="")
     lines = tile.single_rows(writer) if schedule.skinny else [rows]
     for line in lines:
@@ -529,18 +552,31 @@ def _write_product(body: Body, made: Product, schedule: Schedule, tile: _Tile) -
     sums = writer.fresh("sums", f"tl.zeros([{schedule.rows}, {schedule.columns}], tl.float32)")
     with writer.loop("k", str(made.width), step=depth) as k:
         at, across = (body.span(k, depth, made.width, p) for p in (rows, weights))
-        if schedule.native:
-            assert isinstance(x, Packed) and isinstance(w, Packed)
-            parts = ", ".join((*x.parts(at), *w.parts(across)))
-            writer.line(f"{sums} = dot_nvfp4({parts}, {sums})")
-        else:
-            left = x.tile(at)
-            if at.mask and not body.is_operand(made.x):  # whatever became of zeros beyond the end
-                left = writer.let("left", f"tl.where({at.mask}, {left}, 0.0)")
-            writer.line(f"{sums} = {_dot(x.dtype, w.dtype, left, w.tile(across), sums)}")
+        writer.line(f"{sums} = {_added(body, made, schedule, (x, at), (w, across), sums)}")
     if schedule.native:
         return w.scaled(x.scaled(sums, rows), matrix)
     return w.scaled(x.scaled(sums, rows, x.left_out), matrix, w.left_out)
+
+
+def _added(
+    body: Body,
+    made: Product,
+    schedule: Schedule,
+    rows: tuple[Operand, Place],
+    weights: tuple[Operand, Place],
+    sums: str,
+) -> str:
+    """The call that adds a part of the product, of operands at places."""
+    (x, at), (w, across) = rows, weights
+    if schedule.native and isinstance(x, Fp8) and isinstance(w, Fp8):
+        return f"dot_fp8({x.bits(at)}, tl.trans({w.bits(across)}), {sums})"
+    if schedule.native:
+        assert isinstance(x, Packed) and isinstance(w, Packed)
+        return f"dot_nvfp4({', '.join((*x.parts(at), *w.parts(across)))}, {sums})"
+    left = x.tile(at)
+    if at.mask and not body.is_operand(made.x):  # whatever became of zeros beyond the end
+        left = body.writer.let("left", f"tl.where({at.mask}, {left}, 0.0)")
+    return _dot(x.dtype, w.dtype, left, w.tile(across), sums)
 
 
 def _dot(x: DType, w: DType, left: str, right: str, sums: str) -> str:

@@ -19,11 +19,13 @@ from nemoc.ir.op import Op
 from nemoc.ir.ops import (
     Concat,
     DequantizeNvfp4,
+    Fp8Scale,
     Full,
     GroupLimit,
     Nvfp4BlockScales,
     Nvfp4GlobalScale,
     Permute,
+    QuantizeFp8,
     QuantizeNvfp4,
     Reshape,
     RmsNorm,
@@ -34,6 +36,7 @@ from nemoc.ir.ops import (
     TakeRows,
     TopK,
 )
+from nemoc.ir.ops.fp8 import LARGEST as LARGEST_E4M3
 from nemoc.ir.types import Value
 
 if TYPE_CHECKING:  # bodies are written by these
@@ -525,18 +528,60 @@ class _QuantizeNvfp4(RowOp[QuantizeNvfp4]):
         return f"nvfp4_codes({operands}, {place.rows}, {blocks.columns})"
 
 
+class _Fp8Scale(RowOp[Fp8Scale]):
+    """The largest magnitude of a matrix, as a row."""
+
+    def sources(self, body: "Body", op: Fp8Scale, seen: Seen, place: Place) -> Sources:
+        width = product(op.w.shape[-2:])
+        if seen.width != 1 or not isinstance(width, int):
+            raise RegionError(f"%{seen.value.name} is of a matrix of no fixed size")
+        return [(Seen(op.w, width), place)]
+
+    def prepare(self, body: "Body", op: Fp8Scale, seen: Seen, place: Place) -> None:
+        self.tile(body, op, seen, place)
+
+    def tile(self, body: "Body", op: Fp8Scale, seen: Seen, place: Place) -> str:
+        ((w, at),) = self.sources(body, op, seen, place)
+
+        def make() -> str:
+            size = over_row(
+                body, w, at, "tl.max", "tl.maximum({}, {})", lambda x: f"tl.abs({x}.to(tl.float32))"
+            )
+            scale = body.writer.fresh("scale", f"tl.div_rn({size}, {LARGEST_E4M3!r})")
+            return body.writer.let("scale", f"tl.where({scale} > 0.0, {scale}, 1.0)")
+
+        return body.writer.once(f"scale of {w.value.name} in rows {place.row}", make)
+
+
+class _QuantizeFp8(RowOp[QuantizeFp8]):
+    """Element by element, with the scale of a row's matrix."""
+
+    def sources(self, body: "Body", op: QuantizeFp8, seen: Seen, place: Place) -> Sources:
+        _expect_width(seen, seen.value)
+        return [(Seen(op.w, seen.width), place), _of_matrix(body, op.w, op.scale, place)]
+
+    def tile(self, body: "Body", op: QuantizeFp8, seen: Seen, place: Place) -> str:
+        (w, at), scale = self.sources(body, op, seen, place)
+        return f"e4m3_codes({_f32_tile(body, w, at)}, {body.tile(*scale)})"
+
+
 def scale_of(
     body: "Body", op: DequantizeNvfp4 | Nvfp4BlockScales | QuantizeNvfp4, place: Place
 ) -> tuple[Seen, Place]:
     """Where the tensor scale of rows is: there is one, or one for each matrix of a stack."""
-    one = replace(place, column="0", columns=1, mask="")
     matrix = op.packed if isinstance(op, DequantizeNvfp4) else op.w
-    if op.global_scale.type.rank == 0:
+    return _of_matrix(body, matrix, op.global_scale, place)
+
+
+def _of_matrix(body: "Body", matrix: Value, scale: Value, place: Place) -> tuple[Seen, Place]:
+    """Where the scale of rows of a matrix is: there is one, or one for each of a stack."""
+    one = replace(place, column="0", columns=1, mask="")
+    if scale.type.rank == 0:
         one = replace(one, row="0", rows=1)
     elif matrix.shape[-2] != 1:
         of = f"{place.row} // {size_text(matrix.shape[-2])}"
         one = replace(one, row=body.writer.let("of", of))
-    return Seen(op.global_scale, 1), one
+    return Seen(scale, 1), one
 
 
 def _f32_tile(body: "Body", seen: Seen, place: Place) -> str:
@@ -576,6 +621,8 @@ _TABLE: dict[type[Op], RowOp] = {  # type: ignore[type-arg]
     Nvfp4GlobalScale: _Nvfp4GlobalScale(),
     Nvfp4BlockScales: _Nvfp4BlockScales(),
     QuantizeNvfp4: _QuantizeNvfp4(),
+    Fp8Scale: _Fp8Scale(),
+    QuantizeFp8: _QuantizeFp8(),
 }
 
 

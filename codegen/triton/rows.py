@@ -15,7 +15,7 @@ from nemoc.codegen.triton.target import GpuTarget
 from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
 from nemoc.ir.dims import Dim, ceil_div, dim, product
 from nemoc.ir.graph import Graph
-from nemoc.ir.ops import CacheWrite, GroupLimit, Nvfp4GlobalScale, RmsNorm, Sum, TopK
+from nemoc.ir.ops import CacheWrite, Fp8Scale, GroupLimit, Nvfp4GlobalScale, RmsNorm, Sum, TopK
 from nemoc.ir.types import Value
 
 _MOST_ROWS = 256
@@ -92,7 +92,8 @@ def _emit(site: Site, count: Dim) -> Plan:
     stores = stored_results(graph, count)
     widths = {s.seen.width for s in stores}
     whole = len(widths) > 1 or any(
-        isinstance(n.op, RmsNorm | TopK | GroupLimit | Nvfp4GlobalScale) for n in graph.nodes
+        isinstance(n.op, RmsNorm | TopK | GroupLimit | Nvfp4GlobalScale | Fp8Scale)
+        for n in graph.nodes
     )
     tile, warps = row_settings(site.choices, graph)
     writer = KernelWriter("rows")

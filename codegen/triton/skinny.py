@@ -50,8 +50,7 @@ def skinny_sums(
 
 def _terms(w: Operand, across: Place) -> str:
     """What a part of a row of x adds, as a format: for each element its product."""
-    tile = w.body.writer.let("w", f"{w.tile(across)}.to(tl.float32)")
-    return f"{{}}.to(tl.float32) * {tile}"
+    return f"{{}} * {w.numbers(across)}"
 
 
 def _block_terms(w: Packed, across: Place) -> str:
@@ -64,8 +63,8 @@ def _block_terms(w: Packed, across: Place) -> str:
 
 
 def _row(x: Operand, at: Place) -> str:
-    """A part of a row of x; 0 beyond its end, whatever became of zeros there."""
-    tile = x.tile(at)
+    """A part of a row of x in f32; 0 beyond its end, whatever became of zeros there."""
+    tile = x.numbers(at)
     if at.mask and not x.body.is_operand(x.seen.value):
         tile = x.body.writer.let("row", f"tl.where({at.mask}, {tile}, 0.0)")
     return tile

@@ -23,6 +23,7 @@ class GpuTarget:
         products: Triton's `input_precision` for products of f32.
         bandwidth: bytes per second from memory, nominal, of that device.
         clock: cycles per second, nominal, of that device.
+        fp8: whether its matrix units multiply E4M3.
         nvfp4_rows: the fewest rows of a tile of NVFP4 that its matrix units multiply as it is; 0 where they do not.
     """
 
@@ -39,6 +40,7 @@ class GpuTarget:
     products: str = "ieee"
     bandwidth: float = 20e9
     clock: float = 1e9
+    fp8: bool = False
     nvfp4_rows: int = 0
 
     @property
@@ -60,7 +62,9 @@ _KIB = 1024
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        GpuTarget(INTERPRETER, "GPU kernels in Triton's interpreter, on the CPU; for tests"),
+        GpuTarget(
+            INTERPRETER, "GPU kernels in Triton's interpreter, on the CPU; for tests", fp8=True
+        ),
         GpuTarget(
             "cuda:sm_80",
             "NVIDIA Ampere (A100)",
@@ -90,6 +94,7 @@ GPUS = {
             "tf32x3",
             4.8e12,
             1.83e9,
+            fp8=True,
         ),
         GpuTarget(
             "cuda:sm_100",
@@ -105,6 +110,7 @@ GPUS = {
             "tf32x3",
             8.0e12,
             1.85e9,
+            fp8=True,
             nvfp4_rows=128,
         ),
         GpuTarget(
@@ -121,6 +127,7 @@ GPUS = {
             "tf32x3",
             1.8e12,
             2.4e9,
+            fp8=True,
             nvfp4_rows=16,
         ),
         GpuTarget(
@@ -152,6 +159,7 @@ GPUS = {
             "ieee",
             8.0e12,
             2.4e9,
+            fp8=True,
         ),
     )
 }

@@ -17,10 +17,8 @@ from nemoc.ir.ops import (
     OPS,
     DequantizeNvfp4,
     Folded,
-    Fp8Scale,
     Fused,
     Interleave,
-    QuantizeFp8,
     RoundToInt8,
     SwizzleScales,
 )
@@ -37,8 +35,6 @@ WITHOUT: dict[type[Op], str] = {
     Folded: "computed when the artifact is built",
     Fused: "lowered by its body",
     Interleave: _FOLDED,
-    Fp8Scale: _FOLDED,
-    QuantizeFp8: _FOLDED,
     RoundToInt8: "for integer products, which CPUs have kernels for",
     SwizzleScales: _FOLDED,
 }
