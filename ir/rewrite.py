@@ -27,9 +27,13 @@ class Rewriter(Builder):
         super().__init__(name)
         self._producer: dict[Value, Node] = {}
 
+    def node(self, value: Value) -> Node | None:
+        """The node that defines a value in the new graph; none for arguments."""
+        return self._producer.get(value)
+
     def producer(self, value: Value) -> Op | None:
         """The op that defines a value in the new graph; none for arguments."""
-        node = self._producer.get(value)
+        node = self.node(value)
         return None if node is None else node.op
 
     def all(self, op: Op, *names: str, location: str = "") -> tuple[Value, ...]:

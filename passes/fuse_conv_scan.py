@@ -51,9 +51,13 @@ class FuseConvScan(Pass):
         assert isinstance(op, SsdScan | SsdUpdate)
         growth = Growth(graph, facts, [scan])
         conv = self._convolution(growth, op)
+
+        def inside(node: Node) -> bool:
+            return is_elementwise(node) and not growth.is_epilogue(node)
+
         for value in op.operands():
             growth.absorb_producers(
-                value, lambda n: n is conv or is_elementwise(n), shared=lambda n: n is conv
+                value, lambda n: n is conv or inside(n), shared=lambda n: n is conv
             )
         if conv is not None and conv not in growth:
             site = f"{graph.name}/%{conv.results[0].name}"
@@ -71,7 +75,7 @@ class FuseConvScan(Pass):
             )
 
         growth.absorb_consumers(scan.results[0], behind)
-        growth.absorb_sides(is_elementwise)
+        growth.absorb_sides(inside)
         return make_region(growth, ctx, self.name, "conv-scan")
 
     def _convolution(self, growth: Growth, op: SsdScan | SsdUpdate) -> Node | None:

@@ -116,14 +116,7 @@ class FuseEpilogues(Pass):
 
     def _is_epilogue(self, growth: Growth, node: Node) -> bool:
         """Whether a node rounds what becomes of a product's elements: the product takes it, even if it comes later."""
-        if not (self.epilogues and is_narrowing(node)):
-            return False
-        origin = growth.origin(node.results[0])
-        return (
-            origin is not None
-            and isinstance(origin.op, PRODUCTS)
-            and elements(origin.results[0]) == elements(node.results[0])
-        )
+        return self.epilogues and is_narrowing(node) and growth.is_epilogue(node)
 
     def _is_repeated(self, growth: Growth, node: Node) -> bool:
         """Whether products alone read a node: if all of them compute it again, nobody has to store it."""

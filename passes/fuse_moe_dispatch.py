@@ -120,6 +120,7 @@ class FuseMoeDispatch(Pass):
             wanted = self._ending(op, routed)
             growth.absorb_consumers(routed, wanted)
             growth.absorb_sides(wanted)
+            _absorb_gathers(growth, result)
             return make_region(growth, ctx, self.name, "combine")
         if not self.experts:
             return graph
@@ -131,6 +132,7 @@ class FuseMoeDispatch(Pass):
             ),
         )
         growth.absorb_sides(is_elementwise)
+        _absorb_gathers(growth, result)
         growth.absorb_producers(
             op.x, lambda n: isinstance(n.op, TakeRows | RoundToInt8) or _is_index(n)
         )
@@ -164,7 +166,7 @@ def _scored(growth: Growth, index: Value) -> Node | str:
 def _combination(growth: Growth, value: Value) -> list[Node]:
     """The nodes that gather rows of a product by slot, weight them and sum over slots; none if they are not there.
 
-    The product may be rounded before; then the rows are, too.
+    The product may be scaled or rounded before; then the rows are, too.
     """
     path: list[Node] = []
     gathered = False
@@ -173,7 +175,8 @@ def _combination(growth: Growth, value: Value) -> list[Node]:
         node = path[-1]
         if not gathered:
             gathered = isinstance(node.op, TakeRows) and node.op.index is not value
-            if not gathered and not is_narrowing(node):
+            same = is_elementwise(node) and elements(node.results[0]) == elements(value)
+            if not gathered and not same:
                 break
         elif isinstance(node.op, Sum):
             return path
@@ -181,6 +184,24 @@ def _combination(growth: Growth, value: Value) -> list[Node]:
             break
         (value,) = node.results
     return []
+
+
+def _absorb_gathers(growth: Growth, result: Value) -> None:
+    """Take in what is picked for each row of a product, such as its expert's scale."""
+    rows = result.shape[0]
+    picked = [
+        value
+        for node in growth.members
+        if is_elementwise(node)
+        for value in node.op.operands()
+        if value.shape == (rows, 1)
+    ]
+    for value in picked:
+        growth.absorb_producers(
+            value,
+            lambda n: isinstance(n.op, TakeRows),
+            copies=lambda n: isinstance(n.op, TakeRows),
+        )
 
 
 def _is_index(node: Node) -> bool:

@@ -28,12 +28,14 @@ from nemoc.ir.graph import Graph, Node
 from nemoc.ir.ops import (
     Attention,
     Cast,
+    Fp8Scale,
     Full,
     GroupedLinear,
     GroupLimit,
     Linear,
     Nvfp4BlockScales,
     Nvfp4GlobalScale,
+    QuantizeFp8,
     QuantizeNvfp4,
     RmsNorm,
     RoundToInt8,
@@ -53,7 +55,7 @@ from nemoc.passes.context import PassContext, Remark
 Wanted = Callable[[Node], bool]
 """Whether a pass wants a node in a region."""
 
-QUANTIZERS = (Nvfp4GlobalScale, Nvfp4BlockScales, QuantizeNvfp4)
+QUANTIZERS = (Nvfp4GlobalScale, Nvfp4BlockScales, QuantizeNvfp4, Fp8Scale, QuantizeFp8)
 """The ops that quantize activations."""
 
 WHOLE_ROWS = (
@@ -271,6 +273,15 @@ class Growth:
             variable = [v for v in node.op.operands() if v not in self.facts.constant]
             node = self.graph.producers.get(variable[0]) if len(variable) == 1 else None
         return node
+
+    def is_epilogue(self, node: Node) -> bool:
+        """Whether a node works on each element of a product, which takes it even if it grows later."""
+        size = elements(node.results[0])
+        found: Node | None = node
+        while found is not None and (found.op.is_elementwise or found.op.is_view):
+            whole = [v for v in found.op.operands() if elements(v) == size]
+            found = self.graph.producers.get(whole[0]) if len(whole) == 1 else None
+        return found is not None and found is not node and isinstance(found.op, PRODUCTS)
 
     def readers(self, value: Value) -> Iterator[list[Node]]:
         """The nodes that read a value, with the views in between."""

@@ -13,6 +13,7 @@ from nemoc.passes.fuse_epilogues import FuseEpilogues
 from nemoc.passes.fuse_moe_dispatch import FuseMoeDispatch
 from nemoc.passes.fuse_rows import FuseRows
 from nemoc.passes.interleave_weights import InterleaveWeights
+from nemoc.passes.move_scales import MoveScales
 from nemoc.passes.specialize_decode import SpecializeDecode
 
 Phase = Literal["prefill", "decode"]
@@ -39,6 +40,8 @@ _GPU: tuple[Pass, ...] = (
     Canonicalize(),
     # why here: layers repeat casts and reshapes of shared values
     Cse(),
+    # why here: weights are recognised by now, and folding would decode those of FP8
+    MoveScales(),
     # why here: weights stay as on disk, whose rows matrix units read as they are; the artifact holds what else
     # parameters determine
     FoldConstants(),
@@ -61,6 +64,8 @@ PREFILL: dict[str, tuple[Pass, ...]] = {
         Canonicalize(),
         # why here: before layouts are chosen, so that a weight used twice is laid out once
         Cse(),
+        # why here: weights are recognised by now; laid out in blocks they are no more, and folding would decode FP8
+        MoveScales(),
         # why here: after all rewrites that look at plain weights; before folding, which takes the layout change
         # out of the step
         InterleaveWeights(),

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from nemoc.ir.dims import product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
@@ -26,7 +25,13 @@ from nemoc.ir.rewrite import Replacement, Rewriter
 from nemoc.ir.types import Value
 from nemoc.passes.base import Effect, Pass
 from nemoc.passes.context import PassContext, Remark
-from nemoc.passes.quantize_products import beside, check_scope, rewrite_products, weights_in
+from nemoc.passes.quantize_products import (
+    beside,
+    check_scope,
+    rewrite_products,
+    row_by_row,
+    weights_in,
+)
 
 
 @dataclass(frozen=True)
@@ -146,17 +151,15 @@ def _rows_in_nvfp4(scale: float, x: Value, rewriter: Rewriter) -> Value:
 
     Their scales follow ModelOpt's arithmetic whatever the weights' do: no file holds them.
     """
-    gather = rewriter.producer(x)
-    if isinstance(gather, TakeRows) and gather.table.shape[-1] == x.shape[-1]:
-        table = _rows_in_nvfp4(scale, gather.table, rewriter)
-        return rewriter(replace(gather, table=table), f"{x.name}.nvfp4")
-    names = iter(("scale", "scales", "codes"))
-    rows = rewriter(Reshape(x, (product(x.shape[:-1]), 1, x.shape[-1])), f"{x.name}.rows")
-    append: Callable[[Op], Value] = lambda op: rewriter(op, f"{x.name}.{next(names)}")  # noqa: E731
-    given = append(Full(scale, DType.F32)) if scale else None
-    codes, scales, whole = quantized(append, rows, scale=given)
-    decoded = rewriter(DequantizeNvfp4(codes, scales, whole), f"{x.name}.decoded")
-    return rewriter(Reshape(decoded, x.shape), f"{x.name}.nvfp4")
+
+    def decoded(rows: Value, stem: str) -> Value:
+        names = iter(("scale", "scales", "codes"))
+        append: Callable[[Op], Value] = lambda op: rewriter(op, f"{stem}.{next(names)}")  # noqa: E731
+        given = append(Full(scale, DType.F32)) if scale else None
+        codes, scales, whole = quantized(append, rows, scale=given)
+        return rewriter(DequantizeNvfp4(codes, scales, whole), f"{stem}.decoded")
+
+    return row_by_row(x, rewriter, "nvfp4", decoded)
 
 
 MODES: Mapping[str, Callable[[float, Value, Rewriter], Value]] = {

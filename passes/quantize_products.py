@@ -1,11 +1,13 @@
 """What passes that quantize the weights of matrix products share."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from nemoc.ir.dims import product
 from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
 from nemoc.ir.op import Op
-from nemoc.ir.ops import Cast, GroupedLinear, Linear
+from nemoc.ir.ops import Cast, GroupedLinear, Linear, Reshape, TakeRows
 from nemoc.ir.rewrite import Replacement, Rewriter, Rule, rewrite
 from nemoc.ir.scopes import read_scope
 from nemoc.ir.types import Value
@@ -61,3 +63,24 @@ def beside(x: Value, decoded: Value, rewriter: Rewriter) -> Value:
     if decoded.dtype.bytes <= x.dtype.bytes:
         return decoded
     return rewriter(Cast(decoded, x.dtype), f"{decoded.name}.{x.dtype}")
+
+
+def row_by_row(
+    x: Value, rewriter: Rewriter, format_name: str, decoded: Callable[[Value, str], Value]
+) -> Value:
+    """Activations [..., K] quantized and decoded, every row as a matrix of its own, whose scale depends on no other.
+
+    Where a product gathers rows, the table is quantized before.
+
+    Args:
+        x: the activations.
+        rewriter: where ops are added.
+        format_name: a word for names of values.
+        decoded: given rows [R, 1, K] and a stem for names, what their codes stand for.
+    """
+    gather = rewriter.producer(x)
+    if isinstance(gather, TakeRows) and gather.table.shape[-1] == x.shape[-1]:
+        table = row_by_row(gather.table, rewriter, format_name, decoded)
+        return rewriter(replace(gather, table=table), f"{x.name}.{format_name}")
+    rows = rewriter(Reshape(x, (product(x.shape[:-1]), 1, x.shape[-1])), f"{x.name}.rows")
+    return rewriter(Reshape(decoded(rows, x.name), x.shape), f"{x.name}.{format_name}")

@@ -15,6 +15,7 @@ from nemoc.passes.fuse_moe_dispatch import FuseMoeDispatch
 from nemoc.passes.fuse_rows import FuseRows
 from nemoc.passes.interleave_weights import InterleaveWeights
 from nemoc.passes.move_projections import MoveProjections
+from nemoc.passes.move_scales import MoveScales
 from nemoc.passes.quantize_fp8 import QuantizeFp8
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
 from nemoc.passes.specialize_decode import SpecializeDecode
@@ -42,6 +43,7 @@ GROUPS: tuple[PassGroup, ...] = (
         (FuseConvScan, FuseMoeDispatch, FuseEpilogues, FuseRows),
     ),
     PassGroup("store weights in fewer bits", (QuantizeNvfp4, QuantizeFp8)),
+    PassGroup("multiply weights of fewer bits as they are stored", (MoveScales,)),
     PassGroup("prepare weights when the artifact is built", (InterleaveWeights, FoldConstants)),
 )
 """The passes of nemoc by purpose. A user's own need no entry here (see `nemoc.passes.plugins`)."""

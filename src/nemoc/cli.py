@@ -75,7 +75,7 @@ _dtype = click.option(
     help="Compute type of activations, f32 or bf16. Default: what keeps the checkpoint's precision.",
 )
 _QUANTIZE = (
-    "Fewer bits: nvfp4 (weights), nvfp4-w4a8 or nvfp4-w4a4 (activations too), fp8 (weights), "
+    "Fewer bits: nvfp4 or fp8 (weights), nvfp4-w4a8, nvfp4-w4a4 or fp8-w8a8 (activations too), "
     "as-released (like NVIDIA's release of the family), or passes. Default: as they are stored."
 )
 _SCOPE = (

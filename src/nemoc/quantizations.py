@@ -17,6 +17,7 @@ QUANTIZATIONS: Mapping[str, QuantizeNvfp4 | QuantizeFp8] = {
     "nvfp4-w4a8": QuantizeNvfp4(mode="w4a8"),
     "nvfp4-w4a4": QuantizeNvfp4(mode="w4a4"),
     "fp8": QuantizeFp8(),
+    "fp8-w8a8": QuantizeFp8(mode="w8a8"),
 }
 """Formats by name, each with the pass that it stands for."""
 

@@ -17,7 +17,7 @@ from nemoc.compiler import Functions, Pipeline
 from nemoc.gpu import runnable
 from nemoc.graph_file import read_graph
 from nemoc.ir import Graph, NemocError, Op
-from nemoc.ir.ops import Cast, Folded, Fused, QuantizeNvfp4, RoundToInt8
+from nemoc.ir.ops import Cast, Folded, Fused, QuantizeFp8, QuantizeNvfp4, RoundToInt8
 from nemoc.ir.params import LazyArguments
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models import Model, eager_reference, open_model
@@ -169,7 +169,7 @@ def _rounds(graphs: Mapping[str, Graph]) -> bool:
 
 def _is_rounding(op: Op) -> bool:
     narrow = isinstance(op, Cast) and op.dtype.is_float and op.dtype.bytes < op.x.dtype.bytes
-    return narrow or isinstance(op, QuantizeNvfp4 | RoundToInt8)
+    return narrow or isinstance(op, QuantizeFp8 | QuantizeNvfp4 | RoundToInt8)
 
 
 @dataclass

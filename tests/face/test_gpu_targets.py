@@ -159,6 +159,29 @@ def test_nvfp4_reaches_matrix_units_as_it_is_in_every_projection() -> None:
     assert not any("nvfp4_numbers(" in s or "nvfp4_units(" in s for s in sources)
 
 
+@pytest.mark.parametrize(
+    ("quantize", "call", "like"),
+    [("fp8", "dot(", None), ("fp8-w8a8", "dot_fp8(", "nvfp4-w4a4")],
+)
+def test_fp8_is_multiplied_as_it_is_stored_and_takes_no_more_launches(
+    quantize: str, call: str, like: str | None
+) -> None:
+    found, other = (program("sample", "cuda:sm_90", quantize=q) for q in (quantize, like))
+    assert sum(call in kernel.source for kernel in found.kernels) > 10
+    for mine, theirs in zip(found.functions, other.functions, strict=True):
+        assert len(mine.launches) == len(theirs.launches)
+
+
+@pytest.mark.usefixtures("watched")
+@pytest.mark.parametrize("quantize", ["fp8", "fp8-w8a8"])
+def test_kernels_of_fp8_equal_their_ops(tmp_path: Path, quantize: str) -> None:
+    write_checkpoint(tmp_path, seed=9)
+    found = compiler.functions(
+        str(tmp_path), "cuda:sm_90", dtype="bf16", quantize=quantize, which=("prefill", "decode")
+    )
+    assert [row.name for row in kernel_rows(found) if not row.error <= NARROW_BOUND] == []
+
+
 @pytest.mark.targets
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", GPU_NAMES)

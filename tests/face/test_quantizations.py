@@ -54,6 +54,7 @@ def test_super_as_released_quantizes_the_modules_of_its_release() -> None:
         ("nvfp4", None, "quantize-nvfp4"),
         ("nvfp4", "experts", "quantize-nvfp4{scope=experts}"),
         ("nvfp4-w4a4", None, "quantize-nvfp4{mode=w4a4}"),
+        ("fp8-w8a8", None, "quantize-fp8{mode=w8a8}"),
         ("fp8", "lm_head", "quantize-fp8{scope=lm_head}"),
         ("quantize-fp8{scope=experts},cse", None, "quantize-fp8{scope=experts},cse"),
         ([*QUANTIZATIONS.values()][:1], None, "quantize-nvfp4"),

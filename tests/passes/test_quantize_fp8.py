@@ -147,6 +147,41 @@ def test_a_weight_beside_narrow_activations_is_rounded_to_their_type() -> None:
     assert all(op.w.dtype.bytes <= op.x.dtype.bytes for op in decoded)
 
 
+def test_each_row_of_activations_has_its_scale() -> None:
+    graph, _ = run(STEP, "quantize-fp8{mode=w8a8}")
+    arguments = sample_arguments(STEP, {"B": 5})
+    together = interpret(graph, arguments).outputs
+    loud = arguments["x"].clone()
+    loud[0] *= 100.0
+    beside = interpret(graph, arguments | {"x": loud}).outputs
+    assert torch.equal(together[0][1:], beside[0][1:])
+    assert not torch.equal(together[0][0], beside[0][0])
+
+
+def test_activations_in_fp8_cost_as_much_again_as_weights() -> None:
+    arguments = sample_arguments(STEP, {"B": 5})
+    expected = interpret(STEP, arguments).outputs[0]
+    weights, both = (
+        interpret(run(STEP, f"quantize-fp8{{mode={mode}}}")[0], arguments).outputs[0]
+        for mode in ("w8a16", "w8a8")
+    )
+    errors = [float((found - expected).norm() / expected.norm()) for found in (weights, both)]
+    assert 1.1 * errors[0] < errors[1] < 2.0 * errors[0]
+
+
+def test_activations_are_quantized_once() -> None:
+    once, _ = run(STEP, "quantize-fp8{mode=w8a8}")
+    twice, _ = run(STEP, "quantize-fp8{mode=w8a8},quantize-fp8{mode=w8a8}")
+    assert twice == once
+
+
+def test_a_bad_mode_is_named() -> None:
+    with pytest.raises(
+        NemocError, match="pass quantize-fp8: option mode is 'w4a8', expected one of w8a16, w8a8"
+    ):
+        parse_pipeline("quantize-fp8{mode=w4a8}")
+
+
 def test_a_bad_scope_is_named() -> None:
     with pytest.raises(NemocError, match=r"pass quantize-fp8: option scope '\(': expected all"):
         parse_pipeline('quantize-fp8{scope="("}')

@@ -96,9 +96,10 @@ def print_report(console: Console, found: TuneReport) -> None:
     print_table(console, columns, rows, wrap="schedule")
     tried = sum(len(k.study.trials()) for k in found.kernels)
     faults = sum(t.outcome != "ok" for k in found.kernels for t in k.study.trials())
+    before = f", {duration(found.earlier)} before" if found.earlier else ""
     console.print(
         f"\n{tried} candidates of {len(found.kernels)} kernels, {faults} of them faulty; "
-        f"{duration(found.spent)} now, {duration(found.earlier)} before"
+        f"{duration(found.spent)} now{before}"
     )
     if not found.finished:
         console.print("The budget ended before the search; a larger one goes on from here")
