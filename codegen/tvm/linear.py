@@ -83,14 +83,10 @@ def emit_linear(site: Site, target: CpuTarget) -> Plan:
 def obstacle(op: Linear | GroupedLinear, target: CpuTarget) -> str | None:
     """What the product is that no kernel carries out, and what would be; none when there is one."""
     allowed = (DType.F32, DType.BF16, DType.F16)
-    if (
-        op.acc != DType.F32
-        or op.x.dtype not in allowed
-        or op.w.dtype not in (*allowed, DType.F8E4M3)
-    ):
+    if op.acc != DType.F32 or op.x.dtype not in allowed or op.w.dtype not in allowed:
         return (
             f"{op.mnemonic()} of {op.x.dtype} by {op.w.dtype} in {op.acc}, "
-            f"expected f32, bf16 or f16 operands, weights in f8e4m3 too, and acc f32"
+            f"expected f32, bf16 or f16 operands and acc f32"
         )
     if op.interleave % panel_lanes(op, target):
         return (
