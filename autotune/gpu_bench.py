@@ -97,7 +97,7 @@ class PredictedBench:
             if isinstance(outcome, NemocError):
                 return str(outcome)
         spilled = sum(b.report.spilled for b in outcomes if isinstance(b, Binary))
-        if spilled > most and plan.name != self.default.name:
+        if spilled > most:
             return f"spills {spilled} bytes of a thread, expected at most the default's {most}"
         return ""
 

@@ -37,9 +37,11 @@ def decoded_from(value: Value, rewriter: Rewriter) -> Fp8Value | None:
 
 
 def _product(wide: Value, scale: Value, rewriter: Rewriter) -> Fp8Value | None:
-    """The product of E4M3 numbers and a scale that is constant along the last axis."""
+    """The product of E4M3 numbers and a scale in f32 that is constant along the last axis."""
     cast = rewriter.producer(wide)
     if not isinstance(cast, Cast) or cast.x.dtype is not DType.F8E4M3:
+        return None
+    if scale.dtype is not DType.F32:
         return None
     if scale.type.rank and (scale.type.rank != wide.type.rank or scale.shape[-1] != 1):
         return None

@@ -31,7 +31,8 @@ class FuseMoeDispatch(Pass):
     - The router (`route`): the product that scores experts and the norm before it, what is computed from a row of
       scores (sigmoid, bias, limits, the k best, their weights), and the sorting of the choices by expert. Where experts
       read the normed rows quantized, that too.
-    - Products of experts (`experts`): rows are gathered inside the product that reads them, activations follow it.
+    - Products of experts (`experts`): rows are gathered inside the product that reads them, activations follow it, and
+      so does what is picked for each row, such as its expert's scale.
     - The combination (`combine`): the outputs of a token's experts are weighted and summed in the product that makes
       them. With `shared` the product that is added to them, the shared expert's, belongs to the same region if it is as
       wide, and what follows element by element.
@@ -197,11 +198,11 @@ def _absorb_gathers(growth: Growth, result: Value) -> None:
         if value.shape == (rows, 1)
     ]
     for value in picked:
-        growth.absorb_producers(
-            value,
-            lambda n: isinstance(n.op, TakeRows),
-            copies=lambda n: isinstance(n.op, TakeRows),
-        )
+        growth.absorb_producers(value, _is_gather, copies=_is_gather)
+
+
+def _is_gather(node: Node) -> bool:
+    return isinstance(node.op, TakeRows)
 
 
 def _is_index(node: Node) -> bool:

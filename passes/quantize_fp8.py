@@ -68,14 +68,15 @@ class QuantizeFp8(Pass):
         chosen = weights_in(graph, self.scope)
 
         def apply(op: Linear | GroupedLinear, rewriter: Rewriter) -> Replacement:
+            quantize = MODES[self.mode]
             stored = decoded_from(op.w, rewriter)
-            if stored is not None and stored.codes in chosen and self.mode != "w8a16":
-                if decoded_from(op.x, rewriter) is not None:
+            if stored is not None and stored.codes in chosen:
+                if quantize is _as_they_are or decoded_from(op.x, rewriter) is not None:
                     return None
-                return rewriter(replace(op, x=MODES[self.mode](op.x, rewriter)))
+                return rewriter(replace(op, x=quantize(op.x, rewriter)))
             if op.w not in chosen:
                 return None
-            x = MODES[self.mode](op.x, rewriter)
+            x = quantize(op.x, rewriter)
             return rewriter(replace(op, x=x, w=_decoded(op.w, x, rewriter)))
 
         return rewrite_products(graph, ctx, self.name, "FP8", apply)

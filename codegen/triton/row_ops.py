@@ -466,30 +466,55 @@ class _DequantizeNvfp4(RowOp[DequantizeNvfp4]):
         ]
 
 
-class _Nvfp4GlobalScale(RowOp[Nvfp4GlobalScale]):
-    """The largest magnitude of a matrix, as a row."""
+_MatrixScale = TypeVar("_MatrixScale", Nvfp4GlobalScale, Fp8Scale)
 
-    def sources(self, body: "Body", op: Nvfp4GlobalScale, seen: Seen, place: Place) -> Sources:
+
+class _ScaleOfMatrix(RowOp[_MatrixScale]):
+    """A scale by the largest magnitude of a matrix, which is seen as a row."""
+
+    def sources(self, body: "Body", op: _MatrixScale, seen: Seen, place: Place) -> Sources:
         width = product(op.w.shape[-2:])
         if seen.width != 1 or not isinstance(width, int):
             raise RegionError(f"%{seen.value.name} is of a matrix of no fixed size")
         return [(Seen(op.w, width), place)]
 
-    def prepare(self, body: "Body", op: Nvfp4GlobalScale, seen: Seen, place: Place) -> None:
+    def prepare(self, body: "Body", op: _MatrixScale, seen: Seen, place: Place) -> None:
         self.tile(body, op, seen, place)
 
-    def tile(self, body: "Body", op: Nvfp4GlobalScale, seen: Seen, place: Place) -> str:
-        _expect_modelopt(op, seen.value)
+    def tile(self, body: "Body", op: _MatrixScale, seen: Seen, place: Place) -> str:
         ((w, at),) = self.sources(body, op, seen, place)
-        largest = LARGEST_SCALE_OF_SIX if op.four_over_six else LARGEST_SCALE
 
         def make() -> str:
             size = over_row(
                 body, w, at, "tl.max", "tl.maximum({}, {})", lambda x: f"tl.abs({x}.to(tl.float32))"
             )
-            return body.writer.fresh("scale", f"tl.div_rn({size}, {LARGEST_CODE * largest!r})")
+            return self.scale(body, op, size)
 
         return body.writer.once(f"scale of {w.value.name} in rows {place.row}", make)
+
+    def scale(self, body: "Body", op: _MatrixScale, size: str) -> str:
+        """The scale by the largest magnitude."""
+        raise NotImplementedError
+
+
+class _Nvfp4GlobalScale(_ScaleOfMatrix[Nvfp4GlobalScale]):
+    """What makes the largest magnitude the largest number of the format."""
+
+    def tile(self, body: "Body", op: Nvfp4GlobalScale, seen: Seen, place: Place) -> str:
+        _expect_modelopt(op, seen.value)
+        return super().tile(body, op, seen, place)
+
+    def scale(self, body: "Body", op: Nvfp4GlobalScale, size: str) -> str:
+        largest = LARGEST_SCALE_OF_SIX if op.four_over_six else LARGEST_SCALE
+        return body.writer.fresh("scale", f"tl.div_rn({size}, {LARGEST_CODE * largest!r})")
+
+
+class _Fp8Scale(_ScaleOfMatrix[Fp8Scale]):
+    """The same, and 1 for a matrix of zeros."""
+
+    def scale(self, body: "Body", op: Fp8Scale, size: str) -> str:
+        scale = body.writer.fresh("scale", f"tl.div_rn({size}, {LARGEST_E4M3!r})")
+        return body.writer.let("scale", f"tl.where({scale} > 0.0, {scale}, 1.0)")
 
 
 class _Nvfp4BlockScales(RowOp[Nvfp4BlockScales]):
@@ -526,31 +551,6 @@ class _QuantizeNvfp4(RowOp[QuantizeNvfp4]):
         x = _f32_tile(body, w, wide)
         operands = f"{x}, {body.tile(scales, blocks)}, {body.tile(*scale)}"
         return f"nvfp4_codes({operands}, {place.rows}, {blocks.columns})"
-
-
-class _Fp8Scale(RowOp[Fp8Scale]):
-    """The largest magnitude of a matrix, as a row."""
-
-    def sources(self, body: "Body", op: Fp8Scale, seen: Seen, place: Place) -> Sources:
-        width = product(op.w.shape[-2:])
-        if seen.width != 1 or not isinstance(width, int):
-            raise RegionError(f"%{seen.value.name} is of a matrix of no fixed size")
-        return [(Seen(op.w, width), place)]
-
-    def prepare(self, body: "Body", op: Fp8Scale, seen: Seen, place: Place) -> None:
-        self.tile(body, op, seen, place)
-
-    def tile(self, body: "Body", op: Fp8Scale, seen: Seen, place: Place) -> str:
-        ((w, at),) = self.sources(body, op, seen, place)
-
-        def make() -> str:
-            size = over_row(
-                body, w, at, "tl.max", "tl.maximum({}, {})", lambda x: f"tl.abs({x}.to(tl.float32))"
-            )
-            scale = body.writer.fresh("scale", f"tl.div_rn({size}, {LARGEST_E4M3!r})")
-            return body.writer.let("scale", f"tl.where({scale} > 0.0, {scale}, 1.0)")
-
-        return body.writer.once(f"scale of {w.value.name} in rows {place.row}", make)
 
 
 class _QuantizeFp8(RowOp[QuantizeFp8]):

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from nemoc.autotune.gpu_bench import Compile, Compiled, PredictedBench
+from nemoc.autotune.gpu_bench import Compiled, PredictedBench
 from nemoc.autotune.gpu_model import MODEL
 from nemoc.autotune.tuner import Kernel
 from nemoc.codegen.lower import Program, corner_sizes, lower_program
@@ -30,31 +30,29 @@ class GpuBenches:
     Args:
         target: of which GPU.
         progress: told what is being compiled.
-        compile: compiles kernels; by default children do, and what they make is kept on disk.
 
     Attributes:
         emit: plans of sites.
         device: the GPU, as records name it.
     """
 
-    def __init__(
-        self, target: str, progress: Progress | None = None, compile: Compile | None = None
-    ) -> None:
+    def __init__(self, target: str, progress: Progress | None = None) -> None:
         self._target = gpu_target(target)
         store = KernelStore(read_options().cache / "kernels")
-        ours = functools.partial(try_variants, target=self._target, store=store, progress=progress)
-        self._compiled = Compiled(compile or ours)
+        self._compiled = Compiled(
+            functools.partial(try_variants, target=self._target, store=store, progress=progress)
+        )
         self.emit = functools.partial(emit, target=self._target)
         self.device = gpu_device(target, predicted_by=MODEL)
 
     def prepare(self, kernels: Sequence[Kernel]) -> None:
         """Compile the defaults of kernels together; what fails, fails again when its turn comes."""
-        benches = [(kernel.bench(), kernel.default) for kernel in kernels]
+        benches = (kernel.bench() for kernel in kernels)
         self._compiled.get(
             variant
-            for bench, plan in benches
+            for bench in benches
             if isinstance(bench, PredictedBench)
-            for variant in bench.variants(plan)
+            for variant in bench.variants(bench.default)
         )
 
     def kernels(self, found: Functions, work: "Workload") -> Iterator[Kernel]:

@@ -281,7 +281,6 @@ class _CpuBenches:
     Attributes:
         emit: plans of sites.
         device: the CPU, as records name it.
-        expanded: graphs in terms of what the backend knows.
     """
 
     def __init__(self, laboratory: "Laboratory", cpu: "CpuTarget", threads: int) -> None:
@@ -289,7 +288,7 @@ class _CpuBenches:
 
         self._laboratory = laboratory
         self.emit = functools.partial(emit, target=cpu)
-        self.expanded = expanded
+        self._expanded = expanded
         self.device = cpu_device(cpu.mcpu, threads)
 
     def prepare(self, kernels: Sequence[Kernel]) -> None:
@@ -297,10 +296,36 @@ class _CpuBenches:
         self._laboratory.compile((kernel.site, kernel.default) for kernel in kernels)
 
     def kernels(self, found: Functions, work: Workload) -> Iterator[Kernel]:
-        """The distinct kernels of a model's steps, with what reaches them in the model."""
-        return _kernels(found, work, self)
+        """The distinct kernels of a model's steps that can be tuned, with what reaches them in the model."""
+        if found.model.parameters is None:
+            raise NemocError(f"{found.model.name} has no weights; random:{found.model.name} has")
+        graphs, weights = bind_weights(found.graphs)
+        source = WeightSource(found.model.parameters, weights)
+        layout = weight_layout(weights)
+        for function, graph in self._expanded(graphs).items():
+            sizes = work.sizes(function)
+            program, sites = record_sites(
+                {function: graph},
+                layout,
+                functools.partial(_arguments, sizes=sizes, work=work, source=source),
+                sizes,
+                self.emit,
+            )
+            (lowered,) = program.graphs
+            stored = {*lowered.params, *lowered.states}
+            counts = Counter(n.kernel.name for n in program.functions[0].launches)
+            for site in sites:
+                warm = [value not in stored for value in site.site.op.operands()]
+                yield Kernel(
+                    site.site,
+                    site.plan,
+                    function,
+                    counts[site.plan.stages[0].kernel.name],
+                    sizes,
+                    functools.partial(self._subject, site, sizes, warm),
+                )
 
-    def subject(
+    def _subject(
         self, found: RecordedSite, sizes: Mapping[str, int], warm: Sequence[bool]
     ) -> "Subject":
         """The bench of a kernel."""
@@ -329,37 +354,6 @@ def _benches(
     store = read_options().cache / "objects"
     with Laboratory(cpu, threads, folder, store, _BOUND) as laboratory:
         yield _CpuBenches(laboratory, cpu, threads)
-
-
-def _kernels(found: Functions, work: Workload, benches: _CpuBenches) -> Iterator[Kernel]:
-    """The distinct kernels of a model's steps that can be tuned, with what reaches them in the model."""
-    if found.model.parameters is None:
-        raise NemocError(f"{found.model.name} has no weights; random:{found.model.name} has")
-    graphs, weights = bind_weights(found.graphs)
-    source = WeightSource(found.model.parameters, weights)
-    layout = weight_layout(weights)
-    for function, graph in benches.expanded(graphs).items():
-        sizes = work.sizes(function)
-        program, sites = record_sites(
-            {function: graph},
-            layout,
-            functools.partial(_arguments, sizes=sizes, work=work, source=source),
-            sizes,
-            benches.emit,
-        )
-        (lowered,) = program.graphs
-        stored = {*lowered.params, *lowered.states}
-        counts = Counter(n.kernel.name for n in program.functions[0].launches)
-        for site in sites:
-            warm = [value not in stored for value in site.site.op.operands()]
-            yield Kernel(
-                site.site,
-                site.plan,
-                function,
-                counts[site.plan.stages[0].kernel.name],
-                sizes,
-                functools.partial(benches.subject, site, sizes, warm),
-            )
 
 
 def _arguments(

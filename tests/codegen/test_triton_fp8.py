@@ -4,13 +4,11 @@ import pytest
 import torch
 
 from nemoc.codegen.plan import Site
-from nemoc.codegen.triton.build import Variant, compile_variants
-from nemoc.codegen.triton.emit import emit
+from nemoc.codegen.triton.build import compile_variants
 from nemoc.codegen.triton.target import GPUS, gpu_target
-from nemoc.codegen.triton.writer import GpuKernel
 from nemoc.ir import parse
 from nemoc.ir.ops import Fused
-from support.gpu_kernels import check_kernel
+from support.gpu_kernels import check_kernel, variant
 
 NATIVE = {
     "cuda:sm_90": "wgmma.mma_async.e4m3",
@@ -112,12 +110,6 @@ def test_grouped_products_in_fp8(target: str) -> None:
     site = grouped(130, 40, 3)
     operands = (table, token, stack, offsets)
     check_kernel(site, {"B": 1, "L": 5}, *operands, target=gpu_target(target), tolerance=2e-6)
-
-
-def variant(site: Site, target: str) -> Variant:
-    kernel = emit(site, gpu_target(target)).stages[-1].kernel
-    assert isinstance(kernel, GpuKernel)
-    return Variant(kernel, (True,) * len(kernel.pointers))
 
 
 @pytest.mark.parametrize("target", NATIVE)

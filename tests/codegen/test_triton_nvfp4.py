@@ -9,14 +9,13 @@ import torch
 
 from nemoc.codegen.check import check_site
 from nemoc.codegen.plan import Site
-from nemoc.codegen.triton.build import Variant, compile_variants
+from nemoc.codegen.triton.build import compile_variants
 from nemoc.codegen.triton.emit import emit
 from nemoc.codegen.triton.interpret import run_site
 from nemoc.codegen.triton.target import gpu_target
-from nemoc.codegen.triton.writer import GpuKernel
 from nemoc.ir import parse
 from nemoc.ir.ops import Fused
-from support.gpu_kernels import assembly, check_kernel
+from support.gpu_kernels import assembly, check_kernel, variant
 from support.kernels import relative_error
 
 NATIVE = {
@@ -161,12 +160,6 @@ def test_activations_are_quantized_by_the_product_that_makes_them(target: str) -
     x, w = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((3, 5, 24), (80, 24)))
     scale, gpu = torch.tensor(0.01), gpu_target(target)
     check_kernel(active(24, 80), {"B": 3, "L": 5}, x, w, scale, target=gpu)
-
-
-def variant(site: Site, target: str) -> Variant:
-    kernel = emit(site, gpu_target(target)).stages[-1].kernel  # the form of matrix units
-    assert isinstance(kernel, GpuKernel)
-    return Variant(kernel, (True,) * len(kernel.pointers))
 
 
 @pytest.mark.parametrize("target", NATIVE)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,22 +36,25 @@ def stop_at_a_gain(told: Told) -> None:
         raise KeyboardInterrupt  # which ends a search, and what it found counts
 
 
-@pytest.fixture(scope="module")
-def tuned(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneReport, Path]:
-    """A short tuning, of kernels that are compiled on paper, and its records."""
-    folder = tmp_path_factory.mktemp("tuned")
+def tuned_on_paper(checkpoint: Path, folder: Path, **options: Any) -> TuneReport:
+    """A tuning of kernels that are compiled on paper; its records are in `records.json`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_tuning, "try_variants", PaperCompiler())
-        report = tune(
+        return tune(
             str(checkpoint),
             TARGET,
-            budget=600,
-            numerics="any",
             workload=WORK,
             journal=folder / "journal.log",
             records=folder / "records.json",
-            tell=stop_at_a_gain,
+            **options,
         )
+
+
+@pytest.fixture(scope="module")
+def tuned(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneReport, Path]:
+    """A short tuning, and its records."""
+    folder = tmp_path_factory.mktemp("tuned")
+    report = tuned_on_paper(checkpoint, folder, budget=600, numerics="any", tell=stop_at_a_gain)
     return report, folder / "records.json"
 
 
@@ -91,16 +95,7 @@ def test_predicted_schedules_are_taken_only_if_asked_for(
 
 
 def test_what_keeps_bits_is_all_that_is_tried_by_default(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_tuning, "try_variants", PaperCompiler())
-        report = tune(
-            str(checkpoint),
-            TARGET,
-            budget=1,
-            workload=WORK,
-            journal=tmp_path / "journal.log",
-            records=tmp_path / "records.json",
-        )
+    report = tuned_on_paper(checkpoint, tmp_path, budget=1)
     assert all(t.keeps_bits for k in report.kernels for t in k.space.tunables)
     assert {r.numerics for r in read_records(tmp_path / "records.json")} == {"same"}
 

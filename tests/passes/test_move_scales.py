@@ -67,35 +67,31 @@ def test_products_of_other_weights_stay() -> None:
     assert run(STEP, "move-scales") is STEP
 
 
-def test_a_scale_that_varies_along_the_reduction_stays() -> None:
-    graph = parse("""
-    graph @g {
-      input %x: f32[B, 4]
+def scaled(shape: str, dtype: str = "f32") -> Graph:
+    """A product with a weight in FP8 and a scale of some shape."""
+    return parse(f"""
+    graph @g {{
+      input %x: {dtype}[B, 4]
       param %w: f8e4m3[3, 4]
-      param %s: f32[3, 4]
+      param %s: {dtype}{shape}
 
-      %wide = cast(%w) {dtype=f32} : f32[3, 4]
-      %scaled = mul(%wide, %s) : f32[3, 4]
+      %wide = cast(%w) {{dtype={dtype}}} : {dtype}[3, 4]
+      %scaled = mul(%s, %wide) : {dtype}[3, 4]
       %y = linear(%x, %scaled) : f32[B, 3]
       return %y
-    }
+    }}
     """)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [("[3, 4]", "f32"), ("[3, 1]", "f64"), ("[]", "f64")])
+def test_a_scale_along_the_reduction_or_of_another_type_stays(shape: str, dtype: str) -> None:
+    graph = scaled(shape, dtype)
     assert run(graph, "move-scales") is graph
 
 
-def test_scales_of_rows_go_with_their_columns() -> None:
-    graph = parse("""
-    graph @g {
-      input %x: f32[B, 4]
-      param %w: f8e4m3[3, 4]
-      param %s: f32[3, 1]
-
-      %wide = cast(%w) {dtype=f32} : f32[3, 4]
-      %scaled = mul(%s, %wide) : f32[3, 4]
-      %y = linear(%x, %scaled) : f32[B, 3]
-      return %y
-    }
-    """)
+@pytest.mark.parametrize("shape", ["[]", "[1, 1]", "[3, 1]"])
+def test_scales_of_rows_go_with_their_columns(shape: str) -> None:
+    graph = scaled(shape)
     after = run(graph, "move-scales,dce")
     assert isinstance(after.producers[after.outputs[0]].op, Mul)
     arguments = sample_arguments(graph, {"B": 5})

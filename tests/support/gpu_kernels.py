@@ -8,7 +8,7 @@ import torch
 
 from nemoc.codegen.children import answers
 from nemoc.codegen.plan import Plan, Site
-from nemoc.codegen.triton.build import COMPILERS
+from nemoc.codegen.triton.build import COMPILERS, Variant
 from nemoc.codegen.triton.emit import emit
 from nemoc.codegen.triton.module import module_source
 from nemoc.codegen.triton.target import GpuTarget, gpu_target
@@ -20,6 +20,13 @@ from support.kernels import relative_error
 from support.watched import run_watched
 
 INTERPRETER = gpu_target("triton-interpret")
+
+
+def variant(site: Site, target: str) -> Variant:
+    """A site's last kernel, of products the form of matrix units, on aligned memory."""
+    kernel = emit(site, gpu_target(target)).stages[-1].kernel
+    assert isinstance(kernel, GpuKernel)
+    return Variant(kernel, (True,) * len(kernel.pointers))
 
 
 def check_kernel(
