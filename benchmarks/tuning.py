@@ -2,8 +2,8 @@
 
 `repeat` tunes a model several times from nothing, each time with a journal and records of its own, then compiles it
 without records and with those of each tuning, and times all of these in turns: the tunings agree if the intervals of
-each two overlap. `kill` ends a tuning with SIGKILL at random moments again and again, lets it finish, and
-counts what was kept and what was paid for twice.
+each two overlap. `kill` ends a tuning with SIGKILL again and again, each time at a random moment after it has
+finished a candidate of its own, lets the last one finish, and counts what was kept and what was paid for twice.
 """
 
 import itertools
@@ -124,11 +124,22 @@ def agree(found: dict[str, Interval]) -> bool:
 
 @main.command()
 @click.argument("source")
-@click.option("--budget", type=float, default=120.0, show_default=True, help="Seconds in all.")
+@click.option(
+    "--budget", type=float, default=120.0, show_default=True, help="Seconds of each tuning."
+)
 @click.option("--times", type=click.IntRange(min=1), default=10, show_default=True)
+@click.option(
+    "--within",
+    type=float,
+    default=20.0,
+    show_default=True,
+    help="Seconds after its first candidate in which a tuning is killed.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
-def kill(source: str, budget: float, times: int, seed: int, json_file: Path | None) -> None:
+def kill(
+    source: str, budget: float, times: int, within: float, seed: int, json_file: Path | None
+) -> None:
     """Kill tunings of SOURCE at random moments, and finish the last one."""
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -138,9 +149,19 @@ def kill(source: str, budget: float, times: int, seed: int, json_file: Path | No
         before: list[set[tuple[str, str]]] = []
         for number in range(times):
             child = subprocess.Popen(command, start_new_session=True)
-            time.sleep(chance.uniform(0.1, 1.0) * budget / times)
-            os.kill(child.pid, signal.SIGKILL)
-            child.wait()
+            # Most of a short run is its start, before there is anything to lose.
+            known = sum(1 for _ in _trials(log))
+            while child.poll() is None and sum(1 for _ in _trials(log)) == known:
+                time.sleep(0.5)
+            try:
+                child.wait(chance.uniform(0.0, within))
+            except subprocess.TimeoutExpired:
+                os.kill(child.pid, signal.SIGKILL)
+                child.wait()
+            else:
+                raise click.ClickException(
+                    f"tuning {number + 1} ended by itself; give it a longer --budget"
+                )
             before.append({t[:2] for t in _trials(log)})
             click.echo(f"killed {number + 1}: {len(before[-1])} candidates are done")
         subprocess.run(command, check=True)

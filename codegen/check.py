@@ -12,7 +12,7 @@ from nemoc.codegen.sites import RecordedSite, record_sites
 from nemoc.codegen.storage import Layout
 from nemoc.ir.graph import Graph
 from nemoc.ir.op import Env, Op
-from nemoc.ir.ops import Cast, Fused, QuantizeNvfp4
+from nemoc.ir.ops import Cast, Fused, QuantizeFp8, QuantizeNvfp4
 from nemoc.ir.region import evaluate_op
 
 
@@ -127,7 +127,7 @@ def _quantizes_rounded(op: Op) -> bool:
     """Whether a region quantizes what it has rounded: evaluation in float64 would quantize other numbers."""
     ops = [node.op for node in op.body.nodes] if isinstance(op, Fused) else []
     rounds = any(isinstance(o, Cast) and o.dtype.bytes < o.x.dtype.bytes for o in ops)
-    return rounds and any(isinstance(o, QuantizeNvfp4) for o in ops)
+    return rounds and any(isinstance(o, QuantizeNvfp4 | QuantizeFp8) for o in ops)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from nemoc.passes.quantize_products import (
     check_scope,
     rewrite_products,
     row_by_row,
+    unrounded,
     weights_in,
 )
 
@@ -65,7 +66,7 @@ class QuantizeFp8(Pass):
         return self.budget
 
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
-        chosen = weights_in(graph, self.scope)
+        chosen = weights_in(graph, self.name, self.scope)
 
         def apply(op: Linear | GroupedLinear, rewriter: Rewriter) -> Replacement:
             quantize = MODES[self.mode]
@@ -74,10 +75,11 @@ class QuantizeFp8(Pass):
                 if quantize is _as_they_are or decoded_from(op.x, rewriter) is not None:
                     return None
                 return rewriter(replace(op, x=quantize(op.x, rewriter)))
-            if op.w not in chosen:
+            w = unrounded(op.w, rewriter)
+            if w not in chosen:
                 return None
             x = quantize(op.x, rewriter)
-            return rewriter(replace(op, x=x, w=_decoded(op.w, x, rewriter)))
+            return rewriter(replace(op, x=x, w=_decoded(w, x, rewriter)))
 
         return rewrite_products(graph, ctx, self.name, "FP8", apply)
 

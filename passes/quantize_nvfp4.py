@@ -30,6 +30,7 @@ from nemoc.passes.quantize_products import (
     check_scope,
     rewrite_products,
     row_by_row,
+    unrounded,
     weights_in,
 )
 
@@ -95,22 +96,28 @@ class QuantizeNvfp4(Pass):
         return self.budget
 
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
-        chosen = weights_in(graph, self.scope)
+        chosen = weights_in(graph, self.name, self.scope)
 
         def apply(op: Linear | GroupedLinear, rewriter: Rewriter) -> Replacement:
             stored = _stored(op.w, rewriter) if self.mode == "w4a4" else None
             if stored is not None and stored.packed in chosen and not _is_nvfp4(op.x, rewriter):
                 x = self._activations(op.x, stored.packed, ctx, rewriter)
-                return rewriter(replace(op, x=x, w=_as_stored(op.w, rewriter)))
-            if op.w not in chosen or not _has_blocks(op.w):
+                return rewriter(replace(op, x=x, w=unrounded(op.w, rewriter)))
+            w = unrounded(op.w, rewriter)
+            if w not in chosen:
                 return None
-            x = self._activations(op.x, op.w, ctx, rewriter)
-            return rewriter(replace(op, x=x, w=self._decoded(op.w, x, rewriter)))
+            if not _has_blocks(w):
+                left[w] = None
+                return None
+            x = self._activations(op.x, w, ctx, rewriter)
+            return rewriter(replace(op, x=x, w=self._decoded(w, x, rewriter)))
 
-        for param in graph.params:
-            if param in chosen and graph.uses.get(param) and not _has_blocks(param):
-                self._note_left(graph, param, ctx)
-        return rewrite_products(graph, ctx, self.name, "NVFP4", apply)
+        left: dict[Value, None] = {}
+        result = rewrite_products(graph, ctx, self.name, "NVFP4", apply)
+        for param in left:
+            message = f"{param.name} has rows of {param.shape[-1]}, no whole blocks of {BLOCK}"
+            ctx.refuses(Remark(self.name, f"{graph.name}/%{param.name}", message))
+        return result
 
     def _activations(self, x: Value, w: Value, ctx: PassContext, rewriter: Rewriter) -> Value:
         """What a product with a weight takes in the place of x."""
@@ -121,11 +128,6 @@ class QuantizeNvfp4(Pass):
                 "expected one as for others"
             )
         return MODES[self.mode](scale, x, rewriter)
-
-    def _note_left(self, graph: Graph, param: Value, ctx: PassContext) -> None:
-        if any(isinstance(n.op, Linear | GroupedLinear) for n in graph.uses[param]):
-            message = f"{param.name} has rows of {param.shape[-1]}, no whole blocks of {BLOCK}"
-            ctx.refuses(Remark(self.name, f"{graph.name}/%{param.name}", message))
 
     def _decoded(self, w: Value, x: Value, rewriter: Rewriter) -> Value:
         """The weight that its codes stand for, of a type that a product with x takes."""
@@ -172,16 +174,8 @@ MODES: Mapping[str, Callable[[float, Value, Rewriter], Value]] = {
 
 def _stored(w: Value, rewriter: Rewriter) -> DequantizeNvfp4 | None:
     """What decodes a weight that the model already has in NVFP4."""
-    op = rewriter.producer(w)
-    while isinstance(op, Cast):
-        op = rewriter.producer(op.x)
+    op = rewriter.producer(unrounded(w, rewriter))
     return op if isinstance(op, DequantizeNvfp4) else None
-
-
-def _as_stored(w: Value, rewriter: Rewriter) -> Value:
-    """A decoded weight before it was rounded to the activations' type: with theirs, all that it has counts."""
-    op = rewriter.producer(w)
-    return _as_stored(op.x, rewriter) if isinstance(op, Cast) else w
 
 
 def _is_nvfp4(x: Value, rewriter: Rewriter) -> bool:

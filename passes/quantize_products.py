@@ -26,10 +26,25 @@ def check_scope(pass_name: str, scope: str) -> None:
         raise NemocError(f"pass {pass_name}: option {error}") from None
 
 
-def weights_in(graph: Graph, scope: str) -> set[Value]:
-    """The parameters that a scope means."""
+def weights_in(graph: Graph, pass_name: str, scope: str) -> set[Value]:
+    """The parameters that a pass's scope means.
+
+    Raises:
+        NemocError: it means none, and is not `all`.
+    """
     begins = read_scope(scope)
-    return {p for p in graph.params if begins.match(p.name)}
+    found = {p for p in graph.params if begins.match(p.name)}
+    if not found and scope != "all":
+        raise NemocError(
+            f"pass {pass_name}: option scope is {scope!r}, found no weight that it means"
+        )
+    return found
+
+
+def unrounded(w: Value, rewriter: Rewriter) -> Value:
+    """A weight before it was rounded to the activations' type."""
+    op = rewriter.producer(w)
+    return unrounded(op.x, rewriter) if isinstance(op, Cast) else w
 
 
 def rewrite_products(

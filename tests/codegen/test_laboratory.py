@@ -99,7 +99,7 @@ def test_crash_is_named_with_its_signal(subject: Subject) -> None:
 
 
 def test_hang_ends_at_the_limit(tmp_path: Path) -> None:
-    limits = dataclasses.replace(WORKERS, jobs=1, seconds=15.0)
+    limits = dataclasses.replace(WORKERS, jobs=1, seconds=10.0)
     operands = (torch.randn(7, 48), torch.randn(2, 48, 32).bfloat16())
     (tmp_path / "lab").mkdir()
     with Laboratory(TARGET, 2, tmp_path / "lab", tmp_path / "store", 1e-5, limits) as laboratory:
@@ -109,7 +109,7 @@ def test_hang_ends_at_the_limit(tmp_path: Path) -> None:
         subject.check(DEFAULT)  # whose process is up by then
         fault = subject.check(hanging)
         assert fault.outcome == "hang"
-        assert "did not answer within 15 s" in fault.message
+        assert "did not answer within 10 s" in fault.message
 
 
 def test_what_needs_too_much_memory_is_named(subject: Subject) -> None:

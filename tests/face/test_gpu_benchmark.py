@@ -716,14 +716,14 @@ def test_a_whole_model_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name, value in {"_CACHED": 6, "_STEPS": 2, "_ROUNDS": 1, "_STEP_TOKENS": 8}.items():
         monkeypatch.setattr(gpu_whole, name, value)
     monkeypatch.setattr(Session, "free_bytes", lambda self: 1 << 34)
-    config = replace(MINI, layers=("attention",))
+    config = replace(MINI, layers=("attention",), vocab_size=32, hidden_size=16)
     journal = Journal(tmp_path / "gpu.jsonl")
     session = session_on(FakeLibrary({}), journal, model_of(config))
     monkeypatch.setattr(session, "open_device", lambda: FakeDevice(libraries[-1], 1 << 32))
-    stage = WholeStage(batches=(1, 2), prompts=(5, 12))
+    stage = WholeStage(batches=(2,), prompts=(12,))
     assert session.run(stage, quiet)
     assert [line.case for line in journal.lines] == list(stage.case_names())
-    for line, tokens in zip(journal.lines, (2, 4, 5, 12), strict=True):
+    for line, tokens in zip(journal.lines, (4, 12), strict=True):
         assert line.status == "measured", line.note
         assert line.note.startswith("1 of 1 layers, random weights")
         assert (line.tokens, line.rounds) == (tokens, 1)

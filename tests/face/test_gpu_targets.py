@@ -14,6 +14,7 @@ from nemoc.codegen.triton import check
 from nemoc.codegen.triton.build import compile_variants, variants_of
 from nemoc.codegen.triton.target import GPUS, INTERPRETER, gpu_target
 from nemoc.gpu import REPORT
+from nemoc.ir import print_graph
 from nemoc.verification import NARROW_BOUND, kernel_rows
 from support.checkpoints import VARIANTS, write_checkpoint
 from support.gpu_programs import program
@@ -55,7 +56,7 @@ def test_every_kernel_equals_its_op(checkpoint: tuple[Any, Path], dtype: str) ->
 
 @pytest.mark.usefixtures("watched")
 def test_kernels_for_a_gpu_equal_their_ops_too(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, seed=8)
+    write_checkpoint(tmp_path, seed=8, hybrid_override_pattern="ME*")
     found = compiler.functions(str(tmp_path), "cuda:sm_90", dtype="bf16", which=("decode",))
     assert [row.name for row in kernel_rows(found) if not row.error <= NARROW_BOUND] == []
 
@@ -175,10 +176,11 @@ def test_fp8_is_multiplied_as_it_is_stored_and_takes_no_more_launches(
 @pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize(("quantize", "step"), [("fp8", "decode"), ("fp8-w8a8", "prefill")])
 def test_kernels_of_fp8_equal_their_ops(tmp_path: Path, quantize: str, step: str) -> None:
-    write_checkpoint(tmp_path, seed=9)
+    write_checkpoint(tmp_path, seed=9, hybrid_override_pattern="*E")
     found = compiler.functions(
         str(tmp_path), "cuda:sm_90", dtype="bf16", quantize=quantize, which=(step,)
     )
+    assert print_graph(found.graphs[step]).count("quantize_fp8(") >= 8
     assert [row.name for row in kernel_rows(found) if not row.error <= NARROW_BOUND] == []
 
 

@@ -19,14 +19,16 @@ from nemoc.ir.ops import (
     Linear,
     Nvfp4GlobalScale,
 )
+from nemoc.ir.ops import QuantizeFp8 as EncodeFp8
 from nemoc.ir.ops import QuantizeNvfp4 as EncodeNvfp4
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.ir.scopes import scope_of
 from nemoc.models import ModelConfig, Nvfp4
 from nemoc.models.graph import build_step
-from nemoc.passes import PassContext, TargetInfo, parse_pipeline, run_pipeline
+from nemoc.passes import Pass, PassContext, TargetInfo, parse_pipeline, run_pipeline
 from nemoc.passes.check import NumericCheck
 from nemoc.passes.growth import QUANTIZERS
+from nemoc.passes.quantize_fp8 import QuantizeFp8
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
 from support.checkpoints import BASE
 from support.kernels import relative_error
@@ -90,11 +92,39 @@ def test_projections_are_quantized_but_not_the_router_and_the_head() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scope", "count"), [("all", 2), ("experts", 0), ("lm_head", 1), (r"layers\..*(up|gate)", 2)]
+    ("scope", "count"), [("all", 2), ("lm_head", 1), (r"layers\..*(up|gate)", 2)]
 )
 def test_a_scope_is_a_word_or_a_pattern(scope: str, count: int) -> None:
     graph = QuantizeNvfp4(scope=scope).run(STEP, PassContext())
     assert len(decoded(graph)) == count
+
+
+@pytest.mark.parametrize("scope", ["experts", "layers.7"])
+def test_a_scope_that_means_no_weight_is_named(scope: str) -> None:
+    with pytest.raises(NemocError) as raised:
+        QuantizeNvfp4(scope=scope).run(STEP, PassContext())
+    says = f"pass quantize-nvfp4: option scope is '{scope}', found no weight that it means"
+    assert str(raised.value) == says
+
+
+@pytest.mark.parametrize("pass_", [QuantizeNvfp4(), QuantizeFp8()], ids=lambda p: p.name)
+def test_weights_are_quantized_from_what_is_stored_whatever_the_model_computes_in(
+    pass_: Pass,
+) -> None:
+    config = ModelConfig.from_dict(BASE | WIDE)
+    narrow, wide = (
+        build_step(config, weight_types=lambda _: DType.F32, dtype=dtype)
+        for dtype in (DType.BF16, DType.F32)
+    )
+    encoded = [
+        [
+            (n.op.w.name, n.op.w.type)
+            for n in pass_.run(graph, PassContext()).nodes
+            if isinstance(n.op, EncodeFp8 | EncodeNvfp4)
+        ]
+        for graph in (narrow, wide)
+    ]
+    assert len(encoded[0]) > 8 and encoded[0] == encoded[1]
 
 
 def test_codes_are_stored_and_decoded_in_the_region_that_reads_them() -> None:

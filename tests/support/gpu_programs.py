@@ -1,5 +1,7 @@
 """Programs for GPU targets, without weights: what their launches are, and their kernels compiled."""
 
+import functools
+
 from nemoc import compiler
 from nemoc.codegen.lower import Program, corner_sizes
 from nemoc.codegen.storage import bind_weights, weight_layout
@@ -9,6 +11,7 @@ from nemoc.runtime import Bounds
 BOUNDS = Bounds(4, 4096, compiler.GPU_STEP_TOKENS)
 
 
+@functools.cache
 def program(
     source: str, target: str, dtype: str | None = None, quantize: str | None = None
 ) -> Program:
