@@ -42,7 +42,7 @@ BASE = "nemoc f32"
 COMPILED: dict[str, tuple[GgufType, str | None, str | None]] = {
     BASE: ("f32", None, None),
     "nemoc bf16": ("bf16", None, None),
-    **{f"nemoc {mode}": ("bf16", mode, None) for mode in ("nvfp4", "nvfp4-w4a8")},
+    **{f"nemoc {mode}": ("bf16", mode, None) for mode in ("fp8", "nvfp4", "nvfp4-w4a8")},
     "nemoc nvfp4-w4a8, head too": ("bf16", "nvfp4-w4a8", r"(?!.*\.gate\.)"),
 }
 """nemoc's executables: the file of weights, how it is quantized, and its scope. llama.cpp's files have the head

@@ -131,7 +131,7 @@ def agree(found: dict[str, Interval]) -> bool:
 @click.option(
     "--within",
     type=float,
-    default=20.0,
+    default=3.0,
     show_default=True,
     help="Seconds after its first candidate in which a tuning is killed.",
 )

@@ -18,12 +18,12 @@ from nemoc.passes.fp8_values import decoded_from
 class MoveScales(Pass):
     """Multiply weights in FP8 as they are stored, and what comes out by their scales.
 
-    For GPUs, whose kernels read FP8; without this pass weights are decoded when the artifact is built. A weight's scale
-    may be one for the matrix, or one for each of its rows; of experts, each row of the result takes its own expert's.
-    Activations in FP8 (`quantize-fp8{mode=w8a8}`) are multiplied as they are too, beside such weights. What is left out
-    is the rounding of decoded weights, to the activations' type too. `budget` is the largest relative error of any
-    result that the check of passes allows; where scores of experts are close, others are chosen, and that moves results
-    further than rounding does.
+    In the presets of all targets with kernels, which read FP8; without this pass weights are decoded when the artifact
+    is built. A weight's scale may be one for the matrix, or one for each of its rows; of experts, each row of the
+    result takes its own expert's. Activations in FP8 (`quantize-fp8{mode=w8a8}`) are multiplied as they are too, beside
+    such weights. What is left out is the rounding of decoded weights, to the activations' type too. `budget` is the
+    largest relative error of any result that the check of passes allows; where scores of experts are close, others are
+    chosen, and that moves results further than rounding does.
 
     Before::
 

@@ -64,6 +64,8 @@ PREFILL: dict[str, tuple[Pass, ...]] = {
         Canonicalize(),
         # why here: before layouts are chosen, so that a weight used twice is laid out once
         Cse(),
+        # why here: weights are recognised by now; laid out in blocks they are no more, and folding would decode FP8
+        MoveScales(),
         # why here: after all rewrites that look at plain weights; before folding, which takes the layout change
         # out of the step
         InterleaveWeights(),

@@ -45,6 +45,12 @@ PANELS = Tunable("panels", 1, (1, 2, 4, 8))
 _SUMS = Tunable("sums", 8, (4, 8, 16), keeps_bits=False)
 """Vectors of sums under way at least in low tiles, whose sums go in several chains if they have fewer columns."""
 
+_WIDENED = Tunable("widened", 12, (4, 6, 12, 24, 48))
+"""Rows of x from which on widening a panel of FP8 beforehand pays."""
+
+PANEL_BYTES = 1 << 20
+"""Bytes of a panel that is decoded beforehand at most: it lies on the stack."""
+
 _LEAST_TASKS = 32
 """Tasks at least into which whole panels are divided, where there are so many."""
 
@@ -83,10 +89,11 @@ def emit_linear(site: Site, target: CpuTarget) -> Plan:
 def obstacle(op: Linear | GroupedLinear, target: CpuTarget) -> str | None:
     """What the product is that no kernel carries out, and what would be; none when there is one."""
     allowed = (DType.F32, DType.BF16, DType.F16)
-    if op.acc != DType.F32 or op.x.dtype not in allowed or op.w.dtype not in allowed:
+    weights = (*allowed, DType.F8E4M3)
+    if op.acc != DType.F32 or op.x.dtype not in allowed or op.w.dtype not in weights:
         return (
             f"{op.mnemonic()} of {op.x.dtype} by {op.w.dtype} in {op.acc}, "
-            f"expected f32, bf16 or f16 operands and acc f32"
+            f"expected f32, bf16 or f16 operands, weights in f8e4m3 too, and acc f32"
         )
     if op.interleave % panel_lanes(op, target):
         return (
@@ -397,7 +404,25 @@ class Product:
     def write(self, block: RowBlock, panel: str, group: str = "") -> None:
         """A block of rows times one panel, of one group when w has groups."""
         at = f"{group}, {panel}, " if group else f"{panel}, "
-        self.write_strip(block, Strip(panel, at, "0", self.b // self.lanes))
+        strip = Strip(panel, at, "0", self.b // self.lanes)
+        if self.writer.dtype(self.w) != DType.F8E4M3 or 2 * self.k * self.b > PANEL_BYTES:
+            self.write_strip(block, strip)
+            return
+        few = int(_WIDENED.default) if self.few else self.writer.pick(_WIDENED)
+        with self.writer.block(f"if {block.count} < {few}:"):
+            self.write_strip(block, strip)
+        with self.writer.block("else:"):
+            wide = dataclasses.replace(self, w=self._widened(strip))
+            wide.write_strip(block, dataclasses.replace(strip, at=""))
+
+    def _widened(self, strip: "Strip") -> str:
+        """A panel as a local array of bf16 [K, b], which holds E4M3 numbers exactly; returns its name."""
+        writer, lanes = self.writer, self.lanes
+        local = writer.matrix("panel", self.k, self.b, DType.BF16)
+        with writer.loop("k", self.k) as k, writer.loop("v", strip.wide, "T.unroll") as v:
+            number = writer.load(self.w, f"{strip.at}{k}, {v} * {lanes}", lanes, weight=True)
+            writer.store_exact(local, f"{k}, {v} * {lanes}", number, lanes)
+        return local
 
     def write_strip(self, block: RowBlock, strip: "Strip") -> None:
         """A block of rows times some columns of a panel."""
@@ -441,7 +466,7 @@ class Product:
                 prefetch(writer, self.w, f"{strip.at}{k}, 0")
             with writer.loop("v", wide, "T.unroll") as v:
                 column = f"{strip.column} + {v} * {lanes}"
-                value = writer.load(self.w, f"{strip.at}{k}, {column}", lanes)
+                value = writer.load(self.w, f"{strip.at}{k}, {column}", lanes, weight=True)
                 writer.line(f"{weights}[{v}] = {value}")
             with writer.loop("i", rows, "T.unroll") as i:
                 xs = writer.value("xs", f"T.Broadcast({element(i, k)}, {lanes})", lanes)
@@ -596,12 +621,12 @@ class _Dot:
             sums = writer.value("sums", VectorMath(writer, lanes).const(0.0), lanes)
             with writer.loop("k", self.k // lanes) as k:
                 a = writer.load(self.x, f"{row}, {k} * {lanes}", lanes)
-                b = writer.load(self.w, f"{lead}{feature}, {k} * {lanes}", lanes)
+                b = writer.load(self.w, f"{lead}{feature}, {k} * {lanes}", lanes, weight=True)
                 writer.line(f"{sums} = {sums} + {a} * {b}")
             total = writer.value("total", VectorMath(writer, lanes).total(sums))
             with writer.loop("k", self.k % lanes) as k:
                 index = f"{self.k // lanes * lanes} + {k}"
                 a = writer.load(self.x, f"{row}, {index}")
-                b = writer.load(self.w, f"{lead}{feature}, {index}")
+                b = writer.load(self.w, f"{lead}{feature}, {index}", weight=True)
                 writer.line(f"{total} = {total} + {a} * {b}")
             writer.store(self.y, f"{row}, {feature}", total)

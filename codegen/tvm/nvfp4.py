@@ -18,9 +18,9 @@ from nemoc.codegen.tunables import Tunable
 from nemoc.codegen.tvm.body import Body
 from nemoc.codegen.tvm.e2m1 import Decoder
 from nemoc.codegen.tvm.elementwise import unflatten
-from nemoc.codegen.tvm.linear import Product, RowBlock, Sink, Strip, prefetch
+from nemoc.codegen.tvm.linear import PANEL_BYTES, Product, RowBlock, Sink, Strip, prefetch
 from nemoc.codegen.tvm.target import CpuTarget
-from nemoc.codegen.tvm.writer import KernelWriter, lanes_of, size_text
+from nemoc.codegen.tvm.writer import KernelWriter, size_text
 from nemoc.ir.dims import product
 from nemoc.ir.dtypes import DType
 from nemoc.ir.nvfp4 import BLOCK, DIALECTS
@@ -29,9 +29,6 @@ from nemoc.ir.types import Value
 
 _DECODED = Tunable("decoded", 6, (2, 4, 6, 12, 24), keeps_bits=False)
 """Rows of x from which on decoding a panel beforehand pays."""
-
-_PANEL_BYTES = 1 << 20
-"""Bytes of a decoded panel at most: it lies on the stack."""
 
 
 def packed_bytes(k: int, features: int) -> int:
@@ -198,7 +195,7 @@ class FloatProduct(PackedProduct):
     """The product with rows of float32."""
 
     def write_panel(self, block: RowBlock, panel: str, at: str) -> None:
-        if 2 * self.k * self.b > _PANEL_BYTES:
+        if 2 * self.k * self.b > PANEL_BYTES:
             self._row_by_row(block, panel, at)
             return
         few = int(_DECODED.default) if self.few else self.writer.pick(_DECODED)
@@ -243,7 +240,6 @@ class FloatProduct(PackedProduct):
     def _unpacked(self, at: str) -> str:
         """The panel as a local array of bf16 [K, b], without the scale of the matrix; returns its name."""
         writer, decoder, lanes = self.writer, self.decoder, self.lanes
-        kinds = lanes_of("uint32", lanes), lanes_of("uint16", lanes)
         local = writer.matrix("panel", self.k, self.b, DType.BF16)
         with self.strips("", at) as strip, writer.loop("k", self.k // BLOCK) as k:
             scales = self.scales(strip, k)
@@ -253,7 +249,6 @@ class FloatProduct(PackedProduct):
                     products = zip(decoder.numbers(nibbles), scales, strict=True)
                     names = [writer.value("w", f"{n} * {s}", decoder.part) for n, s in products]
                     for i, vector in enumerate(decoder.ordered(names, lanes)):
-                        bits = f'T.shift_right(T.reinterpret("{kinds[0]}", {vector}), T.uint32(16))'
                         to = f"{pair} * 2 + {half}, {strip.column} + {i * lanes}"
-                        writer.store(local, to, f'T.Cast("{kinds[1]}", {bits})', lanes, raw=True)
+                        writer.store_exact(local, to, vector, lanes)
         return local

@@ -172,6 +172,10 @@ class KernelWriter:
         self._views[name] = View(dtype, (rows, stride), (stride, 1))
         return name
 
+    def dtype(self, buffer: str) -> DType:
+        """What a buffer that `buffer` or `matrix` returned is stored in."""
+        return self._views[buffer].dtype
+
     def pointer(self, arg: Arg) -> str:
         """The pointer parameter for a tensor; one parameter however often it is asked for."""
         if arg not in self._args:
@@ -201,7 +205,9 @@ class KernelWriter:
         self._views[name] = view
         return name
 
-    def load(self, buffer: str, index: str, lanes: int = 1, raw: bool = False) -> str:
+    def load(
+        self, buffer: str, index: str, lanes: int = 1, raw: bool = False, weight: bool = False
+    ) -> str:
         """The elements at an index as an expression in the compute type (bf16 and f16 as f32).
 
         Args:
@@ -209,6 +215,7 @@ class KernelWriter:
             index: the index text, axes separated by commas; with lanes, of the first element.
             lanes: elements along the last axis, whose stride must then be 1.
             raw: the elements as stored, in the type that `tir_name` gives.
+            weight: whether they are of a weight, of which none is NaN (`nemoc.runtime.weights` sees to it).
         """
         dtype = self._views[buffer].dtype
         element = f"{buffer}[{_ramp(index, lanes)}]"
@@ -222,23 +229,31 @@ class KernelWriter:
         if dtype == DType.F16:
             return f'T.Cast("{lanes_of("float32", lanes)}", {element})'
         if dtype == DType.F8E4M3:
-            return self._from_e4m3(element, lanes)
+            return self._from_e4m3(element, lanes, weight)
         return element
 
-    def _from_e4m3(self, element: str, lanes: int) -> str:
-        """Exponent and mantissa where float32 has them, then the difference of the biases, which is right for
-        denormals too: 2¹²⁰."""
-        code = self.value(
-            "code", f'T.Cast("{lanes_of("uint32", lanes)}", {element})', lanes, "uint32"
+    def _from_e4m3(self, element: str, lanes: int, finite: bool) -> str:
+        """Exponent and mantissa where float32 has them, the sign spread above and cut off, then the difference of the
+        biases, which is right for denormals too: 2¹²⁰."""
+        signed = f'T.reinterpret("{lanes_of("int8", lanes)}", {element})'
+        code = f'T.Cast("{lanes_of("int32", lanes)}", {signed})'
+        if not finite:
+            code = self.value("code", code, lanes, "int32")
+        bits = (
+            f"T.bitwise_and(T.shift_left({code}, T.int32(20)), T.int32({0x87F00000 - (1 << 32)}))"
         )
-        sign = f"T.shift_left(T.bitwise_and({code}, T.uint32(128)), T.uint32(24))"
-        size = self.value("size", f"T.bitwise_and({code}, T.uint32(127))", lanes, "uint32")
-        wide = lanes_of("float32", lanes)
-        bits = f"T.bitwise_or({sign}, T.shift_left({size}, T.uint32(20)))"
-        number = f'T.reinterpret("{wide}", {bits}) * T.float32({2.0**120!r})'
+        number = f'T.reinterpret("{lanes_of("float32", lanes)}", {bits}) * T.float32({2.0**120!r})'
+        if finite:
+            return number
         nan = 'T.float32("nan")' if lanes == 1 else f'T.Broadcast(T.float32("nan"), {lanes})'
-        top = "T.uint32(127)" if lanes == 1 else f"T.Broadcast(T.uint32(127), {lanes})"
-        return f"T.Select({size} == {top}, {nan}, {number})"
+        top = "T.int32(127)" if lanes == 1 else f"T.Broadcast(T.int32(127), {lanes})"
+        return f"T.Select(T.bitwise_and({code}, T.int32(127)) == {top}, {nan}, {number})"
+
+    def store_exact(self, buffer: str, index: str, value: str, lanes: int) -> None:
+        """Store f32 numbers that bf16 holds to a buffer of those: nothing has to be rounded."""
+        bits = f'T.reinterpret("{lanes_of("uint32", lanes)}", {value})'
+        top = f'T.Cast("{lanes_of("uint16", lanes)}", T.shift_right({bits}, T.uint32(16)))'
+        self.store(buffer, index, top, lanes, raw=True)
 
     def store(self, buffer: str, index: str, value: str, lanes: int = 1, raw: bool = False) -> None:
         """Store an expression of the compute type, rounding to nearest even where storage is narrower.

@@ -17,6 +17,7 @@ from nemoc.ir.ops import GroupedLinear, Interleave, Linear
 from support.kernels import CompiledSite, KernelSuite, value
 
 F32, BF16, F16, I32 = DType.F32, DType.BF16, DType.F16, DType.I32
+FP8 = DType.F8E4M3
 SUITE = KernelSuite()
 ROWS = [1, 2, 3, 5, 11, 12, 29, 253]
 """Row counts that need every mix of tile heights, and more than one block of rows."""
@@ -54,12 +55,18 @@ LINEAR = {
     "wide panels": SUITE.add(Site.dense(linear_op(100, 50, BF16, 64)), emit_linear),
     "narrow panels": SUITE.add(Site.dense(linear_op(100, 50, F32, 16)), emit_linear),
     "plain": SUITE.add(Site.dense(linear_op(35, 45, BF16, 1)), emit_linear),
+    "fp8": SUITE.add(Site.dense(linear_op(70, 37, FP8, 32)), emit_linear),
+    "fp8, panels too large for the stack": SUITE.add(
+        Site.dense(linear_op(5, 2100, FP8, 256)), emit_linear
+    ),
+    "fp8, plain": SUITE.add(Site.dense(linear_op(35, 45, FP8, 1)), emit_linear),
 }
 GROUPED = {
     "bf16": SUITE.add(Site.dense(grouped_op(6, 64, 40, BF16, 32)), emit_linear),
     "ragged": SUITE.add(Site.dense(grouped_op(130, 33, 37, BF16, 32)), emit_linear),
     "many panels": SUITE.add(Site.dense(grouped_op(3, 2100, 24, F32, 32)), emit_linear),
     "plain": SUITE.add(Site.dense(grouped_op(6, 35, 45, BF16, 1)), emit_linear),
+    "fp8": SUITE.add(Site.dense(grouped_op(6, 33, 40, FP8, 32)), emit_linear),
 }
 
 _SLICE = linear_op(70, 24, BF16, 32)
@@ -84,7 +91,10 @@ AVX2 = {
 
 
 def _weight(case: CompiledSite, generator: torch.Generator) -> torch.Tensor:
-    """A random weight; rows that only fill up the last panel are zero, as `interleave` leaves them."""
+    """A random weight; rows that only fill up the last panel are zero, as `interleave` leaves them.
+
+    FP8 has numbers of every magnitude, denormal ones too.
+    """
     op = case.site.op
     assert isinstance(op, Linear | GroupedLinear)
     w = case.site.view(case.site.arg("w"))
@@ -92,7 +102,10 @@ def _weight(case: CompiledSite, generator: torch.Generator) -> torch.Tensor:
     if op.interleave == 1:
         return torch.randn(shape, generator=generator).to(w.dtype.torch)
     *lead, _, width, block = shape
-    rows = torch.randn([*lead, op.features, width], generator=generator).to(w.dtype.torch)
+    rows = torch.randn([*lead, op.features, width], generator=generator)
+    if w.dtype is FP8:
+        rows *= torch.exp2(torch.randint(-9, 7, rows.shape, generator=generator))
+    rows = rows.to(w.dtype.torch)
     return Interleave(value(w.dtype, *rows.shape), block).evaluate(Env({}), rows)
 
 

@@ -24,7 +24,9 @@ TARGET = cpu_target("cpu:x86-64-v3")
 FUNCTIONS = ("prefill", "decode")
 
 
-def lowered(name: str) -> tuple[dict[str, Graph], dict[str, StepFunction], list[str]]:
+def lowered(
+    name: str, quantize: str | None = None
+) -> tuple[dict[str, Graph], dict[str, StepFunction], list[str]]:
     """A model's graphs and step functions by name, and the regions that no kernel takes as a whole."""
     refused: list[str] = []
 
@@ -36,7 +38,9 @@ def lowered(name: str) -> tuple[dict[str, Graph], dict[str, StepFunction], list[
             refused.append(f"{kind}: {error}")
             raise
 
-    graphs, weights = bind_weights(compiler.functions(name, "cpu", which=FUNCTIONS).graphs)
+    graphs, weights = bind_weights(
+        compiler.functions(name, "cpu", quantize=quantize, which=FUNCTIONS).graphs
+    )
     corners = corner_sizes(1, 512, 4096)
     program = lower_program(expanded(graphs), weight_layout(weights), corners, note)
     return dict(graphs), {f.name: f for f in program.functions}, refused
@@ -46,6 +50,16 @@ def lowered(name: str) -> tuple[dict[str, Graph], dict[str, StepFunction], list[
 def test_no_region_of_a_model_falls_back_to_its_ops(name: str) -> None:
     _, _, refused = lowered(name)
     assert not refused
+
+
+@pytest.mark.parametrize("quantize", ["fp8", "nvfp4"])
+def test_a_quantized_model_takes_no_more_launches(quantize: str) -> None:
+    _, plain, _ = lowered("mid")
+    _, steps, refused = lowered("mid", quantize)
+    assert not refused
+    assert {n: len(s.launches) for n, s in steps.items()} == {
+        n: len(s.launches) for n, s in plain.items()
+    }
 
 
 def test_a_mamba_layer_is_three_launches_and_an_expert_layer_four_phases() -> None:
