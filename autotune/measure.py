@@ -58,6 +58,39 @@ def interleaved(
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
 
 
+@dataclass(frozen=True)
+class Roof:
+    """What a processor does at most.
+
+    Attributes:
+        bandwidth: bytes read from memory per second.
+        arithmetic: operations on f32 per second.
+    """
+
+    bandwidth: float
+    arithmetic: float
+
+    def seconds(self, read: float, flops: float) -> float:
+        """The least time for so many bytes from memory and so many operations, one beside the other."""
+        return max(read / self.bandwidth, flops / self.arithmetic)
+
+
+def measured_roof(threads: int, rounds: int = 5) -> Roof:
+    """What so many threads reach with plain reading, and with torch's product of square matrices.
+
+    Each is the best of the rounds. Products of other sizes may be faster than torch's of these: arithmetic is taken for
+    a quarter faster.
+    """
+    before, n = torch.get_num_threads(), 1024
+    torch.set_num_threads(threads)
+    try:
+        a = torch.rand(n, n)
+        product = interleaved({"product": lambda: a @ a}, rounds)["product"]
+        return Roof(read_bandwidth(1 << 28, rounds), 1.25 * 2 * n**3 / min(product.seconds))
+    finally:
+        torch.set_num_threads(before)
+
+
 def read_bandwidth(size: int = 1 << 30, rounds: int = 5) -> float:
     """Bytes per second that torch's threads read from memory: sums over a buffer larger than the caches.
 

@@ -2,9 +2,9 @@
 
 Each kernel's default is measured first, which says what part of the model it is. Then, batch by batch, the kernel from
 which most is expected for the time that its candidates take gets its next ones: its part of the model, times what a few
-more candidates are likely to gain. A kernel is settled when that is next to nothing. What looks best is measured again
-against the default, since the best of many noisy measurements looks better than it is, and only a gain that this bears
-out is claimed.
+more candidates are likely to gain, which is no more than a roofline leaves. A kernel is settled when that is next to
+nothing. What looks best is measured again against the default, since the best of many noisy measurements looks better
+than it is, and only a gain that this bears out is claimed.
 
 Everything is in the journal as soon as it is known, so a run may end at any moment, and goes on where it ended.
 """
@@ -73,6 +73,8 @@ class Kernel:
         sizes: B, L and C for which it is tuned.
         bench: opens what measures it.
         runs: what of a plan has something to do at these sizes; none if all of it.
+        least: seconds that it takes at least on the device whatever its schedule is, by a roofline; 0 where nobody
+            knows.
     """
 
     site: Site
@@ -82,6 +84,7 @@ class Kernel:
     sizes: Mapping[str, int]
     bench: Callable[[], Bench]
     runs: Runs | None = None
+    least: float = 0.0
 
 
 @dataclass
@@ -268,7 +271,8 @@ class Tuner:
             return 0.0
         trials = report.study.trials()
         untried = report.space.size - len(trials)
-        return report.share * expected_gain(trials, untried)
+        room = 1.0 - report.kernel.least / report.seconds
+        return report.share * max(0.0, min(room, expected_gain(trials, untried)))
 
     def _worth(self, report: KernelReport) -> float:
         """What is expected of a kernel for each second; one that nothing was tried of yet goes first."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import sympy
 import torch
 
 from benchmarks.gpu_values import Sizes, Values
@@ -22,7 +21,7 @@ from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.codegen.triton.target import gpu_target
 from nemoc.gpu import compiled_files, gpu_source
 from nemoc.ir import Graph, Value
-from nemoc.ir.dims import Dim, evaluate_dim, symbol
+from nemoc.ir.dims import Dim, estimate, evaluate_dim
 from nemoc.ir.interpreter import interpret
 from nemoc.ir.types import TensorType
 from nemoc.progress import Progress
@@ -51,11 +50,11 @@ class Part:
 
     def bytes(self, sizes: Sizes) -> float:
         """What the ops have to read and write, by their closed forms; each region its operands and results once."""
-        return sum(number(node.op.cost().bytes, sizes) for node in self.graph.nodes)
+        return sum(estimate(node.op.cost().bytes, sizes.symbols) for node in self.graph.nodes)
 
     def flops(self, sizes: Sizes) -> float:
         """Floating-point operations, by closed forms."""
-        return sum(number(node.op.cost().flops, sizes) for node in self.graph.nodes)
+        return sum(estimate(node.op.cost().flops, sizes.symbols) for node in self.graph.nodes)
 
 
 @dataclass(frozen=True)
@@ -291,12 +290,6 @@ def _rows(value: Value, tensor: torch.Tensor, row: int, start: int, stop: int) -
         return tensor
     mine = tensor[row : row + 1]
     return mine[:, start:stop] if symbols[1:2] == ["L"] else mine
-
-
-def number(value: Dim, sizes: Sizes) -> float:
-    """A closed form at given sizes. In floating point: exact powers of a thousand digits would take minutes."""
-    known = {symbol(name): size for name, size in sizes.symbols.items()}
-    return float(sympy.sympify(value).evalf(subs=known))
 
 
 def _bytes(type_: TensorType, symbols: Mapping[str, int]) -> int:

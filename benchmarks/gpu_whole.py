@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 
-from benchmarks.gpu_region import number
 from benchmarks.gpu_results import OWN, Status
 from benchmarks.gpu_session import Outcome, Session, Task, source_digest
 from benchmarks.gpu_values import DrawnWeights, Sizes, Values
@@ -21,6 +20,7 @@ from nemoc.codegen.lower import corner_sizes
 from nemoc.codegen.storage import bind_weights, state_layout, weight_layout
 from nemoc.gpu import compiled_files, lower_gpu
 from nemoc.ir import DType, NemocError
+from nemoc.ir.dims import estimate
 from nemoc.ir.parser import Signature
 from nemoc.models import Model, ModelConfig, RandomSource, build_step, open_model, summarize
 from nemoc.runtime.cuda import CudaBackend
@@ -263,8 +263,9 @@ class Runner:
     def least(self, steps: Sequence[Sizes]) -> tuple[float, float]:
         """Bytes and operations that steps take at least, by the model's closed forms."""
         work = summarize(self.config, DType.BF16).step
-        moved = sum(number(part, one) for one in steps for part in (work.weights, work.state))
-        return moved, sum(number(work.flops, one) for one in steps)
+        parts = (work.weights, work.state)
+        moved = sum(estimate(part, one.symbols) for one in steps for part in parts)
+        return moved, sum(estimate(work.flops, one.symbols) for one in steps)
 
 
 def fitting_layers(config: ModelConfig, room: int) -> int:

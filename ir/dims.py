@@ -77,6 +77,17 @@ def evaluate_dim(value: Dim, env: Mapping[str, int]) -> int:
     return _evaluate(value, frozenset(env.items()))
 
 
+def estimate(value: Dim, env: Mapping[str, int]) -> float:
+    """A closed form at given sizes, in floating point: exact powers of a thousand digits would take minutes.
+
+    Args:
+        value: any of its symbols may stand in fractions and exponents.
+        env: the values of the symbols.
+    """
+    known = {symbol(name): size for name, size in env.items()}
+    return float(sympy.sympify(value).evalf(subs=known))
+
+
 @functools.lru_cache(maxsize=4096)
 def _evaluate(value: sympy.Expr, env: frozenset[tuple[str, int]]) -> int:
     result = value.subs({symbol(name): size for name, size in env})

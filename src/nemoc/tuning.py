@@ -20,7 +20,7 @@ import torch
 from nemoc import compiler
 from nemoc.autotune.gpu_model import RATES
 from nemoc.autotune.journal import Journal
-from nemoc.autotune.measure import interleaved
+from nemoc.autotune.measure import Roof, interleaved, measured_roof
 from nemoc.autotune.records import Device, Records, read_records
 from nemoc.autotune.statistics import Interval, ratio_of_times
 from nemoc.autotune.tuner import Kernel, KernelReport, Told, Tuner
@@ -29,7 +29,9 @@ from nemoc.codegen.sites import RecordedSite, record_sites
 from nemoc.codegen.storage import bind_weights, weight_layout
 from nemoc.compiler import Functions
 from nemoc.gpu_tuning import GpuBenches
-from nemoc.ir import Graph, NemocError
+from nemoc.ir import Graph, NemocError, Op
+from nemoc.ir.dims import estimate
+from nemoc.ir.ops import Fused, RoundToInt8
 from nemoc.ir.params import LazyArguments
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models import Model, open_model
@@ -290,6 +292,7 @@ class _CpuBenches:
         self.emit = functools.partial(emit, target=cpu)
         self._expanded = expanded
         self.device = cpu_device(cpu.mcpu, threads)
+        self._roof = measured_roof(threads)
 
     def prepare(self, kernels: Sequence[Kernel]) -> None:
         """Compile the defaults of kernels together; what fails, fails again when its turn comes."""
@@ -314,6 +317,7 @@ class _CpuBenches:
             (lowered,) = program.graphs
             stored = {*lowered.params, *lowered.states}
             counts = Counter(n.kernel.name for n in program.functions[0].launches)
+            seen = sizes | {"T": sizes["L"] + _cached(sizes, work)}
             for site in sites:
                 warm = [value not in stored for value in site.site.op.operands()]
                 yield Kernel(
@@ -323,6 +327,7 @@ class _CpuBenches:
                     counts[site.plan.stages[0].kernel.name],
                     sizes,
                     functools.partial(self._subject, site, sizes, warm),
+                    least=_least_seconds(site.site.op, warm, seen, self._roof),
                 )
 
     def _subject(
@@ -363,10 +368,25 @@ def _arguments(
     given = sample_arguments(graph, sizes, params=False)
     if "valid" in given:
         given["valid"] = torch.full_like(given["valid"], sizes["L"])
-    cached = work.cached if sizes["L"] == 1 else 0
     if "lengths" in given:
-        given["lengths"] = torch.full_like(given["lengths"], cached)
+        given["lengths"] = torch.full_like(given["lengths"], _cached(sizes, work))
     return LazyArguments(graph, source, given)
+
+
+def _cached(sizes: Mapping[str, int], work: Workload) -> int:
+    """Tokens before a step's first."""
+    return work.cached if sizes["L"] == 1 else 0
+
+
+def _least_seconds(op: Op, warm: Sequence[bool], sizes: Mapping[str, int], roof: Roof) -> float:
+    """The least time of an op whose operands are in memory, but for warm ones, which caches have.
+
+    Arithmetic is that of f32; where it is in integers, reading alone counts.
+    """
+    read = sum(estimate(n, sizes) for n, near in zip(op.reads(), warm, strict=True) if not near)
+    inner = [node.op for node in op.body.nodes] if isinstance(op, Fused) else [op]
+    integers = any(isinstance(o, RoundToInt8) for o in inner)
+    return roof.seconds(read, 0.0 if integers else estimate(op.flops(), sizes))
 
 
 def _compare(

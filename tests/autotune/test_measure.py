@@ -1,6 +1,8 @@
 """Interleaved timing, on a clock that the test winds."""
 
-from nemoc.autotune.measure import Timing, interleaved
+import torch
+
+from nemoc.autotune.measure import Roof, Timing, interleaved, measured_roof
 
 
 def test_candidates_run_in_turn_after_warming_up() -> None:
@@ -31,3 +33,15 @@ def test_spread_is_half_the_quartile_distance_relative_to_the_median() -> None:
     assert Timing((2.0, 2.0, 2.0)).spread == 0.0
     assert Timing((1.0, 2.0, 3.0)).spread == 0.5
     assert Timing((5.0,)).spread == 0.0
+
+
+def test_a_roof_is_the_longer_of_reading_and_arithmetic() -> None:
+    roof = Roof(bandwidth=100.0, arithmetic=1000.0)
+    assert (roof.seconds(200.0, 1000.0), roof.seconds(50.0, 4000.0)) == (2.0, 4.0)
+
+
+def test_measuring_a_roof_leaves_torch_its_threads() -> None:
+    before = torch.get_num_threads()
+    roof = measured_roof(before + 1, rounds=1)
+    assert roof.bandwidth > 0.0 and roof.arithmetic > 0.0
+    assert torch.get_num_threads() == before

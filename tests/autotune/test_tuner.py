@@ -1,5 +1,6 @@
 """Tuning on paper: what is tried with which budget, what is claimed, and what is left when a run ends early."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -107,6 +108,25 @@ def test_default_that_is_best_is_the_result(tmp_path: Path) -> None:
     made.run(EVER)
     (record,) = made.results()
     assert record.schedule == {} and record.ratio == 1.0 and record.numerics == "same"
+
+
+@pytest.mark.parametrize(("part", "tried"), [(1.01, 1), (0.5, LEGAL)])
+def test_only_the_default_is_tried_of_a_kernel_that_is_at_its_roof(
+    part: float, tried: int, tmp_path: Path
+) -> None:
+    bench = PaperBench()
+    kernel = paper_kernel(16, bench)
+    least = part * paper_seconds(settings_of(kernel.default))
+    made = Tuner(
+        [dataclasses.replace(kernel, least=least)],
+        emit,
+        DEVICE,
+        Journal(tmp_path / "journal.log"),
+        keep_bits=False,
+    )
+    made.run(EVER)
+    assert made.is_settled
+    assert len(set(bench.tried)) == tried
 
 
 def test_gain_that_is_noise_is_not_claimed(tmp_path: Path) -> None:

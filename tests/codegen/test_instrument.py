@@ -41,7 +41,9 @@ def count(body: Body, dtype: DType = F32) -> tuple[Touched, Touched]:
     writer = KernelWriter("planted")
     body(writer, writer.buffer("x", X, view), writer.buffer("y", Y, view))
     site = Site(ops.Relu(value(F32, 16)), (view,), (view,))
-    recorded = RecordedSite(site, Plan((writer.finish(1),)), (torch.arange(16).to(dtype.torch),))
+    recorded = RecordedSite(
+        site, Plan((writer.finish(1),)), lambda: (torch.arange(16).to(dtype.torch),)
+    )
     (found,) = count_sites([recorded], {"B": 1, "L": 1, "C": 1}, TARGET)
     return found.tensors[X], found.tensors[Y]
 
@@ -152,7 +154,7 @@ def through_scratch(first: int, second: int) -> Plan:
 
 def test_launches_are_counted_one_by_one_and_scratch_apart() -> None:
     site = Site(ops.Relu(value(F32, 16)), (ROW,), (ROW,))
-    recorded = RecordedSite(site, through_scratch(16, 10), (torch.ones(16),))
+    recorded = RecordedSite(site, through_scratch(16, 10), lambda: (torch.ones(16),))
     (found,) = count_sites([recorded], {"B": 1, "L": 1, "C": 1}, TARGET)
     first, second = found.launches
     assert (first.outer, first.scratch) == (Touched(64, 0), Touched(0, 64))
@@ -163,7 +165,7 @@ def test_launches_are_counted_one_by_one_and_scratch_apart() -> None:
 def op_traffic(op: ops.Op, sizes: Mapping[str, int], *operands: torch.Tensor) -> SiteTraffic:
     """What the backend's kernels of an op touch."""
     site = Site.dense(op)
-    recorded = RecordedSite(site, emit(site, TARGET), operands)
+    recorded = RecordedSite(site, emit(site, TARGET), lambda: operands)
     (found,) = count_sites([recorded], {"B": 1, "L": 1, "C": 1, "T": 0} | dict(sizes), TARGET)
     return found
 
@@ -179,7 +181,7 @@ def test_a_kernel_that_reads_too_much_is_found() -> None:
         with w.block(f"if {w.load(index, i)} == {j}:"):
             w.store(y, f"{i}, 0", row)
     operands = (torch.ones(16, 1), torch.tensor([3, 9], dtype=torch.int32))
-    recorded = RecordedSite(site, Plan((w.finish(1),)), operands)
+    recorded = RecordedSite(site, Plan((w.finish(1),)), lambda: operands)
     (found,) = count_sites([recorded], {"B": 1, "L": 1, "C": 1}, TARGET)
     assert (found.reads, found.expected_reads) == ((64, 8), (8, 8))
     assert found.writes == found.expected_writes == (8,)
@@ -204,7 +206,7 @@ def test_experts_within_a_region_are_expected_by_the_routing_too() -> None:
     writer.store(writer.buffer("y", Y, site.results[0]), "0, 0", "T.float32(0)")
     starts = torch.tensor([0, 0, 6, 6, 6], dtype=torch.int32)
     operands = (torch.ones(6, 20), torch.ones(4, 12, 20).bfloat16(), starts)
-    recorded = RecordedSite(site, Plan((writer.finish(1),)), operands)
+    recorded = RecordedSite(site, Plan((writer.finish(1),)), lambda: operands)
     (found,) = count_sites([recorded], {"B": 6, "L": 1, "C": 1}, TARGET)
     assert (found.expected_reads, found.expected_writes) == ((480, 12 * 20 * 2, 20), (288,))
     assert (found.reads, found.writes) == ((0, 0, 0), (4,))
