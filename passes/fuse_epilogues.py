@@ -31,8 +31,8 @@ class FuseEpilogues(Pass):
     """Fuse matrix products with what comes before and behind them.
 
     - Behind (`epilogues`): whatever works element by element on the product (bias, activation, cast, residual sum, a
-      scale), quantizing it in blocks, and writing its rows to a cache. It happens in registers. All products get theirs
-      before any of them looks at what comes before it, since an epilogue costs nothing.
+      scale), quantizing it tile by tile, and writing its rows to a cache. It happens in registers. All products get
+      theirs before any of them looks at what comes before it, since an epilogue costs nothing.
     - Before (`prologues`): a norm of the rows, rounding them, choosing the last row, element-wise ops. Each product
       that reads a norm computes it again.
     - Beside (`sums`): a product that is as wide and is added to this one.
@@ -93,7 +93,7 @@ class FuseEpilogues(Pass):
             if isinstance(node.op, CacheWrite):
                 return elements(node.op.rows) == elements(result)
             alike = is_elementwise(node) and elements(node.results[0]) == elements(result)
-            return alike or growth.is_blockwise(node, result)
+            return alike or growth.is_tilewise(node, result)
 
         def beside(node: Node) -> bool:
             if isinstance(node.op, Linear):

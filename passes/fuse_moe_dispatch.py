@@ -129,7 +129,7 @@ class FuseMoeDispatch(Pass):
             result,
             lambda n: (
                 (is_elementwise(n) and elements(n.results[0]) == elements(result))
-                or growth.is_blockwise(n, result)
+                or growth.is_tilewise(n, result)
             ),
         )
         growth.absorb_sides(is_elementwise)

@@ -167,12 +167,17 @@ class Growth:
             and not all(v in self.facts.constant for v in node.results)
         )
 
-    def is_blockwise(self, node: Node, result: Value) -> bool:
-        """Whether a node quantizes the elements of a result in blocks, by a tensor scale that is known already."""
-        op = node.op
+    def is_tilewise(self, node: Node, result: Value) -> bool:
+        """Whether a node quantizes the elements of a result tile by tile, by a scale that is known already."""
+        match op := node.op:
+            case Nvfp4BlockScales() | QuantizeNvfp4():
+                scale = op.global_scale
+            case QuantizeFp8():
+                scale = op.scale
+            case _:
+                return False
         return (
-            isinstance(op, Nvfp4BlockScales | QuantizeNvfp4)
-            and op.global_scale in self.facts.constant
+            scale in self.facts.constant
             and elements(op.w) == elements(result)
             and op.w.shape[-1] == result.shape[-1]
         )

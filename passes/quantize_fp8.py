@@ -16,6 +16,7 @@ from nemoc.passes.context import PassContext
 from nemoc.passes.fp8_values import decoded_from
 from nemoc.passes.quantize_products import (
     beside,
+    check_input_scale,
     check_scope,
     rewrite_products,
     row_by_row,
@@ -32,9 +33,12 @@ class QuantizeFp8(Pass):
     expression that the weight's name has to begin with. `mode` says what becomes of the activations that such a weight
     multiplies (`MODES`): with `w8a16` nothing, with `w8a8` they become FP8 too, each row with a scale of its own, so
     that matrix units can multiply both as they are (`move-scales`); that changes a row of normally distributed numbers
-    by 2.6 % of its norm. Weights in scope that a checkpoint stores in FP8 keep their codes. `budget` is the largest
-    relative error of any result that the check of passes allows; where scores of experts are close, others are chosen,
-    and that moves results further than rounding does.
+    by 2.6 % of its norm. With static scales (the context's `input_scales`, one for each weight, from calibration or the
+    checkpoint) that is the scale of all rows, so that the kernel that makes activations can quantize them tile by tile;
+    magnitudes above 448 times the scale are cut off there. `input-scale` above 0 is one for all weights instead.
+    Weights in scope that a checkpoint stores in FP8 keep their codes. `budget` is the largest relative error of any
+    result that the check of passes allows; where scores of experts are close, others are chosen, and that moves results
+    further than rounding does.
 
     Before::
 
@@ -53,6 +57,7 @@ class QuantizeFp8(Pass):
 
     scope: str = "all"
     mode: str = "w8a16"
+    input_scale: float = 0.0
     budget: float = 0.5
 
     def __post_init__(self) -> None:
@@ -60,7 +65,13 @@ class QuantizeFp8(Pass):
             raise NemocError(
                 f"pass {self.name}: option mode is {self.mode!r}, expected one of {', '.join(MODES)}"
             )
+        check_input_scale(self.name, self.input_scale)
         check_scope(self.name, self.scope)
+
+    @property
+    def takes_input_scales(self) -> bool:
+        """Whether it quantizes activations by scales that the context has, if it has any."""
+        return self.mode == "w8a8" and not self.input_scale
 
     def error_budget(self) -> float:
         return self.budget
@@ -70,15 +81,19 @@ class QuantizeFp8(Pass):
 
         def apply(op: Linear | GroupedLinear, rewriter: Rewriter) -> Replacement:
             quantize = MODES[self.mode]
+
+            def scale(w: Value) -> float:
+                return self.input_scale or ctx.input_scales.get(w.name, 0.0)
+
             stored = decoded_from(op.w, rewriter)
             if stored is not None and stored.codes in chosen:
                 if quantize is _as_they_are or decoded_from(op.x, rewriter) is not None:
                     return None
-                return rewriter(replace(op, x=quantize(op.x, rewriter)))
+                return rewriter(replace(op, x=quantize(scale(stored.codes), op.x, rewriter)))
             w = unrounded(op.w, rewriter)
             if w not in chosen:
                 return None
-            x = quantize(op.x, rewriter)
+            x = quantize(scale(w), op.x, rewriter)
             return rewriter(replace(op, x=x, w=_decoded(w, x, rewriter)))
 
         return rewrite_products(graph, ctx, self.name, "FP8", apply)
@@ -93,23 +108,23 @@ def _decoded(w: Value, x: Value, rewriter: Rewriter) -> Value:
     return beside(x, decoded, rewriter)
 
 
-def _as_they_are(x: Value, rewriter: Rewriter) -> Value:
+def _as_they_are(scale: float, x: Value, rewriter: Rewriter) -> Value:
     return x
 
 
-def _rows_in_fp8(x: Value, rewriter: Rewriter) -> Value:
+def _rows_in_fp8(scale: float, x: Value, rewriter: Rewriter) -> Value:
     """Activations [..., K] as matrices of one row each, quantized and decoded."""
 
     def decoded(rows: Value, stem: str) -> Value:
         names = iter(("scale", "codes", "scale.view", "wide", "decoded"))
         append: Callable[[Op], Value] = lambda op: rewriter(op, f"{stem}.{next(names)}")  # noqa: E731
-        return dequantized_fp8(append, *quantized_fp8(append, rows))
+        return dequantized_fp8(append, *quantized_fp8(append, rows, scale))
 
     return row_by_row(x, rewriter, "fp8", decoded)
 
 
-MODES: Mapping[str, Callable[[Value, Rewriter], Value]] = {
+MODES: Mapping[str, Callable[[float, Value, Rewriter], Value]] = {
     "w8a16": _as_they_are,
     "w8a8": _rows_in_fp8,
 }
-"""By name: given activations x, what a product takes in their place, of their shape."""
+"""By name: given a static scale or 0, and activations x, what a product takes in their place, of their shape."""

@@ -1,6 +1,5 @@
 """Weights of matrix products in NVFP4, and what becomes of the activations that they multiply."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -27,6 +26,7 @@ from nemoc.passes.base import Effect, Pass
 from nemoc.passes.context import PassContext, Remark
 from nemoc.passes.quantize_products import (
     beside,
+    check_input_scale,
     check_scope,
     rewrite_products,
     row_by_row,
@@ -86,11 +86,13 @@ class QuantizeNvfp4(Pass):
                 raise NemocError(
                     f"pass {self.name}: option {option} is {found!r}, expected one of {', '.join(known)}"
                 )
-        if not 0 <= self.input_scale < math.inf:
-            raise NemocError(
-                f"pass {self.name}: option input-scale is {self.input_scale}, expected 0 or a positive number"
-            )
+        check_input_scale(self.name, self.input_scale)
         check_scope(self.name, self.scope)
+
+    @property
+    def takes_input_scales(self) -> bool:
+        """Whether it quantizes activations by scales that the context has, if it has any."""
+        return self.mode == "w4a4" and not self.input_scale
 
     def error_budget(self) -> float:
         return self.budget

@@ -1,5 +1,6 @@
 """What passes that quantize the weights of matrix products share."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,6 +25,18 @@ def check_scope(pass_name: str, scope: str) -> None:
         read_scope(scope)
     except NemocError as error:
         raise NemocError(f"pass {pass_name}: option {error}") from None
+
+
+def check_input_scale(pass_name: str, scale: float) -> None:
+    """Check a pass's option.
+
+    Raises:
+        NemocError: it is no static scale.
+    """
+    if not 0 <= scale < math.inf:
+        raise NemocError(
+            f"pass {pass_name}: option input-scale is {scale}, expected 0 or a positive number"
+        )
 
 
 def weights_in(graph: Graph, pass_name: str, scope: str) -> set[Value]:

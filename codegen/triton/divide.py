@@ -24,6 +24,7 @@ from nemoc.ir.ops import (
     Linear,
     Nvfp4BlockScales,
     Nvfp4GlobalScale,
+    QuantizeFp8,
     QuantizeNvfp4,
     Reshape,
     RmsNorm,
@@ -266,8 +267,8 @@ class _Cuts:
 
 def _is_tilewise(op: Op) -> bool:
     """Whether an op's result at a tile needs its operands at that tile alone; tiles are whole blocks of NVFP4."""
-    blockwise = Nvfp4BlockScales | QuantizeNvfp4
-    return op.is_elementwise or isinstance(op, Reshape | CacheWrite | blockwise)
+    quantizers = Nvfp4BlockScales | QuantizeNvfp4 | QuantizeFp8
+    return op.is_elementwise or isinstance(op, Reshape | CacheWrite | quantizers)
 
 
 def _size(op: Op) -> tuple[Dim, Dim] | None:

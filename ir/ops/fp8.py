@@ -19,7 +19,7 @@ from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
 from nemoc.ir.op import Env, Op, RowSlice
 from nemoc.ir.ops.elementwise import Cast, Mul
-from nemoc.ir.ops.shape import Reshape
+from nemoc.ir.ops.shape import Full, Reshape
 from nemoc.ir.types import TensorType, Value
 
 LARGEST = 448.0
@@ -56,9 +56,9 @@ class Fp8Scale(Op):
 
 @dataclass(frozen=True)
 class QuantizeFp8(Op):
-    """The E4M3 number nearest to w / scale, ties to even: w [..., N, K], f32 [...] -> f8e4m3 [..., N, K].
+    """The E4M3 number nearest to w / scale, ties to even: w [..., N, K], f32 [...] or [] -> f8e4m3 [..., N, K].
 
-    Separable along the first axis.
+    Magnitudes above 448 times the scale are cut off there. Separable along the first axis.
     """
 
     w: Value
@@ -66,10 +66,10 @@ class QuantizeFp8(Op):
 
     def infer(self) -> TensorType:
         _check_weight(self)
-        expected = TensorType(DType.F32, self.w.shape[:-2])
+        each, one = TensorType(DType.F32, self.w.shape[:-2]), TensorType(DType.F32, ())
         expect(
-            self.scale.type == expected,
-            f"{self.mnemonic()}: scale is {self.scale.type}, expected {expected}",
+            self.scale.type in (each, one),
+            f"{self.mnemonic()}: scale is {self.scale.type}, expected {each} or {one}",
         )
         return TensorType(DType.F8E4M3, self.w.shape)
 
@@ -91,10 +91,16 @@ class QuantizeFp8(Op):
         return self.w.type.elements
 
 
-def quantized_fp8(append: Callable[[Op], Value], w: Value) -> tuple[Value, Value]:
-    """Append the ops that quantize a weight; gives its numbers and its scale."""
-    scale = append(Fp8Scale(w))
-    return append(QuantizeFp8(w, scale)), scale
+def quantized_fp8(
+    append: Callable[[Op], Value], w: Value, scale: float = 0.0
+) -> tuple[Value, Value]:
+    """Append the ops that quantize a weight, by a scale of all its matrices or, if that is 0, one of each its own.
+
+    Returns:
+        Its numbers, and its scales.
+    """
+    found = append(Full(scale, DType.F32) if scale else Fp8Scale(w))
+    return append(QuantizeFp8(w, found)), found
 
 
 def dequantized_fp8(append: Callable[[Op], Value], numbers: Value, scale: Value) -> Value:

@@ -1,7 +1,8 @@
-"""How large the activations are that each weight multiplies, on text, and the static NVFP4 scales that follow.
+"""How large the activations are that each weight multiplies, on text, and the static scales that follow.
 
-The scale is ModelOpt's, amax / (6 · 448): the largest magnitude that was seen becomes the largest number that the
-format has. One holds for all experts of a layer, whose rows are quantized before they are dealt out.
+Scales are ModelOpt's, amax / (6 · 448) for NVFP4 and amax / 448 for FP8: the largest magnitude that was seen becomes
+the largest number that the format has. One holds for all experts of a layer, whose rows are quantized before they are
+dealt out.
 """
 
 import dataclasses
@@ -16,20 +17,27 @@ from nemoc.ir.dims import evaluate_dim
 from nemoc.ir.graph import Node
 from nemoc.ir.nvfp4 import DIALECTS, LARGEST_SCALE
 from nemoc.ir.ops import GroupedLinear, Linear
+from nemoc.ir.ops.fp8 import LARGEST
 from nemoc.ir.params import LazyArguments
+from nemoc.ir.scopes import read_scope
 from nemoc.models import Model, build_step
 from nemoc.models.dequantized import Dequantized
 from nemoc.models.input_scales import stored_input_scales
 from nemoc.passes import Pass
+from nemoc.passes.quantize_fp8 import QuantizeFp8
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
 from nemoc.progress import Progress
 
 
 def takes_scales(passes: Sequence[Pass]) -> bool:
     """Whether one of the passes quantizes activations and leaves their scales open."""
-    return any(
-        isinstance(p, QuantizeNvfp4) and p.mode == "w4a4" and not p.input_scale for p in passes
-    )
+    return bool(_takers(passes))
+
+
+def _takers(passes: Sequence[Pass]) -> list[QuantizeNvfp4 | QuantizeFp8]:
+    return [
+        p for p in passes if isinstance(p, QuantizeNvfp4 | QuantizeFp8) and p.takes_input_scales
+    ]
 
 
 def input_scales(
@@ -56,20 +64,30 @@ def input_scales(
         if files:
             raise NemocError(
                 "calibration: found text, but no activations to scale; "
-                "it goes with an error budget or nvfp4-w4a4"
+                "it goes with an error budget, nvfp4-w4a4 or fp8-w8a8"
             )
         return {}
     if files:
-        return measured_scales(model, files, progress)
+        return measured_scales(model, files, progress, passes)
     return stored_input_scales(model)
 
 
 def measured_scales(
-    model: Model, files: Sequence[str | Path], progress: Progress | None = None
+    model: Model,
+    files: Sequence[str | Path],
+    progress: Progress | None = None,
+    passes: Sequence[Pass] = (),
 ) -> dict[str, float]:
     """The scale for each weight of a product, by the largest magnitude that it multiplies on text.
 
     All windows run as one batch in float32 through the interpreter, which holds one weight at a time.
+
+    Args:
+        model: with weights.
+        files: calibration text.
+        progress: told what is being done.
+        passes: what quantizes activations: those of a weight are FP8 if such a pass is the first whose scope has it,
+            else NVFP4.
 
     Raises:
         NemocError: the text cannot be read or is too short, or all that a weight multiplies is 0.
@@ -84,7 +102,11 @@ def measured_scales(
                 f"calibration: what {name} multiplies is {amax:g} at most, expected a positive "
                 "number: give other text"
             )
-        scale = DIALECTS["modelopt"].tensor_scale(torch.tensor(amax), LARGEST_SCALE)
+        first = next((p for p in _takers(passes) if read_scope(p.scope).match(name)), None)
+        if isinstance(first, QuantizeFp8):
+            scale = torch.tensor(amax) / LARGEST
+        else:
+            scale = DIALECTS["modelopt"].tensor_scale(torch.tensor(amax), LARGEST_SCALE)
         scales[name] = float(scale)
     return scales
 

@@ -22,8 +22,8 @@ QUANTIZATIONS: Mapping[str, QuantizeNvfp4 | QuantizeFp8] = {
 """Formats by name, each with the pass that it stands for."""
 
 AS_RELEASED = "as-released"
-"""Of a quantized checkpoint, activations in NVFP4 too where it means that. Of any other model, every module in the
-format that its weights have in NVIDIA's release of the family."""
+"""Of a quantized checkpoint, activations in NVFP4 and FP8 too where it means that. Of any other model, every module in
+the format that its weights have in NVIDIA's release of the family."""
 
 Quantize = str | Sequence[Pass] | None
 """A name of `QUANTIZATIONS`, `AS_RELEASED`, passes or their text, or none."""
@@ -82,9 +82,18 @@ def released_passes(config: ModelConfig) -> tuple[Pass, ...]:
 
 
 def _activation_passes(stored: Mapping[str, Format]) -> tuple[Pass, ...]:
-    """The pass that quantizes what weights in NVFP4 multiply, where the checkpoint means that."""
-    names = [n for n, f in stored.items() if isinstance(f, Nvfp4) and f.activations]
-    return (QuantizeNvfp4(mode="w4a4", scope=scope_of(names)),) if names else ()
+    """The passes that quantize what weights in NVFP4 and FP8 multiply, where the checkpoint means that."""
+    of_format: tuple[tuple[type[Format], QuantizeNvfp4 | QuantizeFp8], ...] = (
+        (Nvfp4, QuantizeNvfp4(mode="w4a4")),
+        (Fp8, QuantizeFp8(mode="w8a8")),
+    )
+    scopes = (
+        (pass_, [n for n, f in stored.items() if isinstance(f, kind) and f.activations])
+        for kind, pass_ in of_format
+    )
+    return tuple(
+        dataclasses.replace(pass_, scope=scope_of(names)) for pass_, names in scopes if names
+    )
 
 
 def read_passes(

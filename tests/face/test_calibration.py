@@ -12,6 +12,7 @@ from nemoc.calibration import input_scales, largest_inputs, measured_scales
 from nemoc.compiler import functions
 from nemoc.ir import Graph, NemocError
 from nemoc.ir.ops import Full
+from nemoc.ir.scopes import read_scope
 from nemoc.models import Model, eager_reference, open_model
 from nemoc.models.input_scales import stored_input_scales
 from nemoc.models.mixers import Experts
@@ -116,8 +117,23 @@ def test_each_weight_has_its_scale_in_the_graph(
     assert scales_in(step) >= {measured[name] for name in chosen}
 
 
+def test_each_format_has_its_own_scale(
+    sample: Model, text: Path, measured: dict[str, float]
+) -> None:
+    passes = parse_pipeline("quantize-nvfp4{mode=w4a4,scope=experts},quantize-fp8{mode=w8a8}")
+    found = input_scales(sample, passes, [text])
+    factors = {
+        name: found[name] / measured[name] for name in select(sample.config, "all", 16).chosen
+    }
+    experts = {name for name in factors if read_scope("experts").match(name)}
+    assert experts and experts < factors.keys()
+    for name, factor in factors.items():
+        assert factor == pytest.approx(1.0 if name in experts else 6.0, rel=1e-6)
+
+
+@pytest.mark.parametrize(("narrow", "wide"), [("nvfp4-w4a4", "nvfp4"), ("fp8-w8a8", "fp8")])
 def test_static_scales_are_nearly_as_good_as_those_of_rows(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, narrow: str, wide: str
 ) -> None:
     write_checkpoint(tmp_path, seed=8, **WIDE)
     random = torch.Generator().manual_seed(6)
@@ -130,8 +146,8 @@ def test_static_scales_are_nearly_as_good_as_those_of_rows(
         )
         return executable.prefill(fresh, executable.new_state(4), all_logits=True)
 
-    weights, rows = logits("nvfp4"), logits("nvfp4-w4a4")
-    static = logits("nvfp4-w4a4", text)
+    weights, rows = logits(wide), logits(narrow)
+    static = logits(narrow, text)
     assert not torch.equal(static, rows)
     assert relative_error(static, weights) < 1.5 * relative_error(rows, weights)
 

@@ -162,7 +162,16 @@ def test_nvfp4_reaches_matrix_units_as_it_is_in_every_projection() -> None:
 
 @pytest.mark.parametrize(
     ("quantize", "call", "like"),
-    [("fp8", "dot(", None), ("fp8-w8a8", "dot_fp8(", "nvfp4-w4a4")],
+    [
+        ("fp8", "dot(", None),
+        ("fp8-w8a8", "dot_fp8(", "nvfp4-w4a4"),
+        (
+            "quantize-fp8{mode=w8a8,input-scale=0.5}",
+            "dot_fp8(",
+            "quantize-nvfp4{mode=w4a4,input-scale=0.5}",
+        ),
+    ],
+    ids=["weights", "rows", "static"],
 )
 def test_fp8_is_multiplied_as_it_is_stored_and_takes_no_more_launches(
     quantize: str, call: str, like: str | None
@@ -174,7 +183,15 @@ def test_fp8_is_multiplied_as_it_is_stored_and_takes_no_more_launches(
 
 
 @pytest.mark.usefixtures("watched")
-@pytest.mark.parametrize(("quantize", "step"), [("fp8", "decode"), ("fp8-w8a8", "prefill")])
+@pytest.mark.parametrize(
+    ("quantize", "step"),
+    [
+        ("fp8", "decode"),
+        ("fp8-w8a8", "prefill"),
+        ("quantize-fp8{mode=w8a8,input-scale=0.02}", "prefill"),
+    ],
+    ids=["weights", "rows", "static"],
+)
 def test_kernels_of_fp8_equal_their_ops(tmp_path: Path, quantize: str, step: str) -> None:
     write_checkpoint(tmp_path, seed=9, hybrid_override_pattern="*E")
     found = compiler.functions(

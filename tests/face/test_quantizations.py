@@ -10,8 +10,9 @@ import pytest
 from nemoc.__main__ import main
 from nemoc.ir import Graph, NemocError
 from nemoc.ir.ops import QuantizeFp8, QuantizeNvfp4
-from nemoc.models import Model, ModelConfig, Nvfp4, open_model
+from nemoc.models import Fp8, Model, ModelConfig, Nvfp4, open_model
 from nemoc.passes import Pass, PassContext, print_pipeline, run_pipeline
+from nemoc.passes.quantize_fp8 import QuantizeFp8 as QuantizeFp8Pass
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4 as QuantizePass
 from nemoc.passes.quantize_products import weights_in
 from nemoc.quantizations import AS_RELEASED, QUANTIZATIONS, quantization, released_passes
@@ -102,11 +103,13 @@ def test_a_model_of_no_released_family_is_refused() -> None:
 def test_as_released_does_of_a_quantized_checkpoint_what_it_asks_for(tmp_path: Path) -> None:
     SUPER.write(tmp_path)
     model = open_model(tmp_path)
-    (found,) = quantization(model, AS_RELEASED)
-    wanted = {n for n, f in model.quantization.formats.items() if isinstance(f, Nvfp4)}
+    nvfp4, fp8 = quantization(model, AS_RELEASED)
     step = model.build_step()
-    assert isinstance(found, QuantizePass) and found.mode == "w4a4"
-    assert {p.name for p in weights_in(step, found.scope)} == wanted
+    assert isinstance(nvfp4, QuantizePass) and nvfp4.mode == "w4a4"
+    assert isinstance(fp8, QuantizeFp8Pass) and fp8.mode == "w8a8"
+    for pass_, kind in ((nvfp4, Nvfp4), (fp8, Fp8)):
+        wanted = {n for n, f in model.quantization.formats.items() if isinstance(f, kind)}
+        assert {p.name for p in weights_in(step, pass_.name, pass_.scope)} == wanted
 
 
 def test_as_released_leaves_activations_that_a_checkpoint_does_not_quantize(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemoc.ir import NemocError
-from nemoc.models import Nvfp4, open_model
+from nemoc.models import Fp8, Nvfp4, open_model
 from nemoc.models.input_scales import stored_input_scales
 from nemoc.models.names import module_of, tensor_of
 from support.quantized import Tensors, edit_tensors, scheme
@@ -49,11 +49,21 @@ def test_experts_have_the_largest_of_theirs(tmp_path: Path) -> None:
             assert scale == float(tensors[f"backbone.{module_of(name)}.input_scale"])
 
 
-def test_only_weights_in_nvfp4_have_them(tmp_path: Path) -> None:
+def test_weights_of_both_formats_have_them(tmp_path: Path) -> None:
     SUPER.write(tmp_path)
     model = open_model(tmp_path)
     stored = model.quantization.formats
-    assert stored_input_scales(model).keys() == {
+    assert {type(format_) for format_ in stored.values()} == {Nvfp4, Fp8}
+    assert stored_input_scales(model).keys() == stored.keys()
+
+
+def test_one_format_may_have_none(tmp_path: Path) -> None:
+    SUPER.write(tmp_path)
+    stored = open_model(tmp_path).quantization.formats
+    fp8 = {module_of(name) for name, format_ in stored.items() if isinstance(format_, Fp8)}
+    gone = {f"backbone.{module}.input_scale" for module in fp8}
+    edit_tensors(tmp_path, lambda tensors: [tensors.pop(name) for name in gone])
+    assert stored_input_scales(open_model(tmp_path)).keys() == {
         name for name, format_ in stored.items() if isinstance(format_, Nvfp4)
     }
 

@@ -6,7 +6,7 @@ import torch
 from nemoc.ir import DType, Graph, NemocError, parse
 from nemoc.ir.builder import Builder
 from nemoc.ir.interpreter import interpret
-from nemoc.ir.ops import Folded, GroupedLinear, Linear, QuantizeFp8
+from nemoc.ir.ops import Folded, Full, GroupedLinear, Linear, QuantizeFp8
 from nemoc.ir.ops.fp8 import dequantized_fp8, quantized_fp8
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models.graph import build_step
@@ -173,6 +173,39 @@ def test_activations_are_quantized_once() -> None:
     once, _ = run(STEP, "quantize-fp8{mode=w8a8}")
     twice, _ = run(STEP, "quantize-fp8{mode=w8a8},quantize-fp8{mode=w8a8}")
     assert twice == once
+
+
+UP, DOWN = "layers.0.mixer.up_proj.weight", "layers.0.mixer.down_proj.weight"
+
+
+def test_each_weight_has_its_own_static_scale() -> None:
+    ctx = PassContext(input_scales={UP: 0.5, DOWN: 0.25})
+    graph = QuantizeFp8Pass(mode="w8a8").run(STEP, ctx)
+    values = {n.results[0]: n.op.value for n in graph.nodes if isinstance(n.op, Full)}
+    found = {
+        n.op.w.name: values[n.op.scale]
+        for n in graph.nodes
+        if isinstance(n.op, QuantizeFp8) and n.op.scale in values
+    }
+    assert found == {"x.rows": 0.5, "r.rows": 0.25}
+
+
+def test_a_static_scale_is_as_good_as_that_of_the_largest_row_and_cuts_off_what_is_larger() -> None:
+    arguments = sample_arguments(STEP, {"B": 3})
+    signs = arguments | {"x": arguments["x"].sign()}
+    (rows, _), (static, _) = (
+        run(STEP, f'quantize-fp8{{mode=w8a8,scope="{UP}",input-scale={scale}}}')
+        for scale in (0.0, 1 / 448)
+    )
+    found, expected = (interpret(graph, signs).outputs[0] for graph in (static, rows))
+    assert torch.equal(found, expected)
+    large = interpret(static, signs | {"x": signs["x"] * 5}).outputs[0]
+    assert torch.equal(large, expected)
+
+
+def test_a_bad_static_scale_is_named() -> None:
+    with pytest.raises(NemocError, match=r"option input-scale is -1\.0, expected 0 or a positive"):
+        parse_pipeline("quantize-fp8{input-scale=-1.0}")
 
 
 def test_a_bad_mode_is_named() -> None:
