@@ -24,6 +24,7 @@ from benchmarks.gpu_session import (
 )
 from benchmarks.gpu_stages import (
     attention_stage,
+    fp8_stage,
     matmul_stage,
     moe_stage,
     nvfp4_stage,
@@ -49,6 +50,7 @@ def stages() -> tuple[Stage, ...]:
         ParityStage(parity_models()),
         matmul_stage(preset(MODEL)),
         nvfp4_stage(preset(MODEL)),
+        fp8_stage(preset(MODEL)),
         scan_stage(),
         update_stage(),
         moe_stage(),

@@ -81,6 +81,30 @@ def product_with_decoded(region: DeviceRegion, config: ModelConfig) -> Peer:
     return _multiplied(region, blocks.flatten(-2))
 
 
+def scaled_product(region: DeviceRegion, config: ModelConfig) -> Peer:
+    """`torch._scaled_mm`, which is cuBLAS: FP8 by FP8, both with one scale."""
+    x, w, of_x, of_w = (region.operands[name] for name in ("x", "w", "x.scale", "w.scale"))
+    name, rows = _output(region), x.flatten(0, -2)
+    result = region.results()[name]
+    return lambda: {
+        name: torch._scaled_mm(rows, w.mT, scale_a=of_x, scale_b=of_w, out_dtype=result.dtype).view(
+            result.shape
+        )
+    }
+
+
+def product_with_widened(region: DeviceRegion, config: ModelConfig) -> Peer:
+    """`torch.mm` with what both operands stand for in bf16, which takes twice the bytes."""
+    x, w = (
+        (region.operands[name].float() * region.operands[f"{name}.scale"]).bfloat16()
+        for name in ("x", "w")
+    )
+    name = _output(region)
+    result = region.results()[name]
+    product = partial(torch.mm, x.flatten(0, -2), w.mT)
+    return lambda: {name: product().view(result.shape)}
+
+
 def _multiplied(region: DeviceRegion, w: torch.Tensor) -> Peer:
     x, name = region.operands["x"], _output(region)
     result, rows = region.results()[name], x.flatten(0, -2)

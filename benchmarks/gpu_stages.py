@@ -16,6 +16,8 @@ from benchmarks.gpu_peers import (
     mamba_scan,
     mamba_update,
     product_with_decoded,
+    product_with_widened,
+    scaled_product,
     torch_attention,
     torch_product,
     transformers_moe,
@@ -54,6 +56,7 @@ from nemoc.ir.ops import (
     DequantizeNvfp4,
     GroupedLinear,
     Linear,
+    Mul,
     SsdScan,
     SsdUpdate,
 )
@@ -172,6 +175,24 @@ def nvfp4_graph(name: str, width: int, features: int, wide: bool) -> Graph:
     w = build(DequantizeNvfp4(codes, scales, build.param("w.scale", DType.F32, ())), "w")
     y = build(Linear(build(Cast(x, DType.F32), "x.f32"), w), "y")
     graph = build.finish([y if wide else build(Cast(y, DType.BF16), "rounded")])
+    return fuse(graph, graph.nodes, "linear")
+
+
+def fp8_graph(name: str, width: int, features: int, few: bool) -> Graph:
+    """x · wᵀ in FP8 as one region, each with one scale: x [B, L, K] of a prefill, or [B, 1, K] of a decode.
+
+    Args:
+        name: of the graph.
+        width, features: K and N.
+        few: whether it is a decode's.
+    """
+    build = Builder(name)
+    x = build.input("x", DType.F8E4M3, (B, 1 if few else L, width))
+    w = build.param("w", DType.F8E4M3, (features, width))
+    y = build(Linear(x, w), "y")
+    for operand in ("x.scale", "w.scale"):
+        y = build(Mul(y, build.param(operand, DType.F32, ())), f"by.{operand}")
+    graph = build.finish([build(Cast(y, DType.BF16), "rounded")])
     return fuse(graph, graph.nodes, "linear")
 
 
@@ -428,6 +449,32 @@ def matmul_stage(config: ModelConfig) -> PartStage:
             cases += [Case(part, size) for size in sizes]
     about = "dense products against cuBLAS (torch.mm); aim: within 10 %"
     return PartStage("matmul", about, tuple(cases), parts, {"torch.mm": torch_product})
+
+
+def fp8_stage(config: ModelConfig) -> PartStage:
+    """Dense products with both operands in FP8, of a model's shapes."""
+    cases: list[Case] = []
+    parts: dict[str, Callable[[Parts, str], Graph]] = {}
+    for name, (width, features) in _products(config).items():
+        if name == "head":
+            continue  # stays as it is
+        for few in (True, False):
+            part = f"{name}, FP8, decode" if few else f"{name}, FP8"
+            parts[part] = functools.partial(_fp8_product, width, features, few)
+            sizes = [Sizes(n, 1) for n in _FEW] if few else [Sizes(1, n) for n in _ROWS]
+            cases += [Case(part, size) for size in sizes]
+    return PartStage(
+        "fp8",
+        "products of FP8 by FP8 against cuBLAS (torch._scaled_mm), and against cuBLAS with bf16; "
+        "aim: within 10 % of the first",
+        tuple(cases),
+        parts,
+        {"torch._scaled_mm": scaled_product, "torch.mm, bf16": product_with_widened},
+    )
+
+
+def _fp8_product(width: int, features: int, few: bool, parts: Parts, name: str) -> Graph:
+    return fp8_graph(name, width, features, few)
 
 
 def nvfp4_stage(config: ModelConfig) -> PartStage:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import gpu, gpu_peers, gpu_stages, gpu_whole
+from benchmarks import compile_gpu, gpu, gpu_peers, gpu_stages, gpu_whole
 from benchmarks.gpu_measure import in_turns, measure_roofs, quartiles
 from benchmarks.gpu_peers import eager_scan, torch_product
 from benchmarks.gpu_region import (
@@ -31,7 +31,9 @@ from click.testing import CliRunner, Result
 
 from nemoc.codegen.plan import Kernel, StepFunction
 from nemoc.codegen.storage import weight_layout
+from nemoc.codegen.triton.binary import Binary as CompiledKernel
 from nemoc.codegen.triton.interpret import Interpreter
+from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.codegen.triton.writer import GpuKernel, pointer_types
 from nemoc.ir import NemocError
 from nemoc.ir.dims import evaluate_dim
@@ -167,7 +169,7 @@ def invoke(*arguments: str) -> Result:
 def test_list_prints_stages_and_cases() -> None:
     result = invoke("--list")
     assert result.exit_code == 0
-    names = ["parity", "matmul", "nvfp4", "scan", "update", "moe", "attention", "whole"]
+    names = ["parity", "matmul", "nvfp4", "fp8", "scan", "update", "moe", "attention", "whole"]
     lines = result.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines if not line.startswith(" ")] == names
     for case in (
@@ -481,6 +483,11 @@ SMALL = {
         Case("k", Sizes(5, 1)),
         Case("head", Sizes(1, 1), NOBODY),
     ),
+    "fp8": small(
+        gpu_stages.fp8_stage(MINI),
+        Case("out_proj, FP8", Sizes(1, 19)),
+        Case("q, FP8, decode", Sizes(3, 1)),
+    ),
     "update": small(gpu_stages.update_stage(), Case("update", Sizes(2, 1))),
     "moe": small(
         gpu_stages.moe_stage(),
@@ -729,6 +736,23 @@ def test_a_whole_model_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert (line.tokens, line.rounds) == (tokens, 1)
         assert line.share > 0
     assert len(libraries) == 1
+
+
+def test_what_the_first_compilation_stored_is_not_compiled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored: list[str] = []
+    put = KernelStore.put
+
+    def noted(store: KernelStore, key: str, binary: CompiledKernel) -> None:
+        stored.append(key)
+        put(store, key, binary)
+
+    monkeypatch.setattr(KernelStore, "put", noted)
+    config = replace(MINI, layers=("attention",), vocab_size=32, hidden_size=16)
+    found = compile_gpu.measure(model_of(config), TARGET)
+    assert len(stored) == len(set(stored)) == found["kernels"]
+    assert found["spilled_bytes"] == 0 < found["most_registers"]
 
 
 def test_logits_that_are_no_numbers_are_not_timed() -> None:
