@@ -6,7 +6,6 @@ from typing import ClassVar
 
 from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
-from nemoc.ir.op import Op
 from nemoc.ir.ops import GroupedLinear, Linear
 from nemoc.ir.ops.fp8 import dequantized_fp8, quantized_fp8
 from nemoc.ir.rewrite import Replacement, Rewriter
@@ -79,33 +78,36 @@ class QuantizeFp8(Pass):
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
         chosen = weights_in(graph, self.name, self.scope)
 
+        def activations(w: Value, x: Value, rewriter: Rewriter) -> Value:
+            scale = self.input_scale or ctx.input_scales.get(w.name, 0.0)
+            return MODES[self.mode](scale, x, rewriter)
+
         def apply(op: Linear | GroupedLinear, rewriter: Rewriter) -> Replacement:
-            quantize = MODES[self.mode]
-
-            def scale(w: Value) -> float:
-                return self.input_scale or ctx.input_scales.get(w.name, 0.0)
-
             stored = decoded_from(op.w, rewriter)
             if stored is not None and stored.codes in chosen:
-                if quantize is _as_they_are or decoded_from(op.x, rewriter) is not None:
+                if self.mode == "w8a16" or decoded_from(op.x, rewriter) is not None:
                     return None
-                return rewriter(replace(op, x=quantize(scale(stored.codes), op.x, rewriter)))
+                return rewriter(replace(op, x=activations(stored.codes, op.x, rewriter)))
             w = unrounded(op.w, rewriter)
             if w not in chosen:
                 return None
-            x = quantize(scale(w), op.x, rewriter)
-            return rewriter(replace(op, x=x, w=_decoded(w, x, rewriter)))
+            x = activations(w, op.x, rewriter)
+            decoded = _round_trip(w, w.name, "fp8", rewriter)
+            return rewriter(replace(op, x=x, w=beside(x, decoded, rewriter)))
 
         return rewrite_products(graph, ctx, self.name, "FP8", apply)
 
 
-def _decoded(w: Value, x: Value, rewriter: Rewriter) -> Value:
-    """The weight that its numbers stand for, of a type that a product with x takes."""
+def _round_trip(
+    x: Value, stem: str, last: str, rewriter: Rewriter, static_scale: float = 0.0
+) -> Value:
+    """What the numbers of matrices [..., N, K] stand for; names of values begin with a stem."""
     encoding = iter(("scale", "codes"))
-    numbers, scale = quantized_fp8(lambda op: rewriter(op, f"{w.name}.{next(encoding)}"), w)
-    decoding = iter((*(("scale.view",) if scale.type.rank else ()), "wide", "fp8"))
-    decoded = dequantized_fp8(lambda op: rewriter(op, f"{w.name}.{next(decoding)}"), numbers, scale)
-    return beside(x, decoded, rewriter)
+    numbers, scale = quantized_fp8(
+        lambda op: rewriter(op, f"{stem}.{next(encoding)}"), x, static_scale
+    )
+    decoding = iter((*(("scale.view",) if scale.type.rank else ()), "wide", last))
+    return dequantized_fp8(lambda op: rewriter(op, f"{stem}.{next(decoding)}"), numbers, scale)
 
 
 def _as_they_are(scale: float, x: Value, rewriter: Rewriter) -> Value:
@@ -115,12 +117,12 @@ def _as_they_are(scale: float, x: Value, rewriter: Rewriter) -> Value:
 def _rows_in_fp8(scale: float, x: Value, rewriter: Rewriter) -> Value:
     """Activations [..., K] as matrices of one row each, quantized and decoded."""
 
-    def decoded(rows: Value, stem: str) -> Value:
-        names = iter(("scale", "codes", "scale.view", "wide", "decoded"))
-        append: Callable[[Op], Value] = lambda op: rewriter(op, f"{stem}.{next(names)}")  # noqa: E731
-        return dequantized_fp8(append, *quantized_fp8(append, rows, scale))
-
-    return row_by_row(x, rewriter, "fp8", decoded)
+    return row_by_row(
+        x,
+        rewriter,
+        "fp8",
+        lambda rows, stem: _round_trip(rows, stem, "decoded", rewriter, scale),
+    )
 
 
 MODES: Mapping[str, Callable[[float, Value, Rewriter], Value]] = {

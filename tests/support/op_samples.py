@@ -428,12 +428,14 @@ OP_SAMPLES: dict[str, Samples] = {
             "%q = quantize_fp8(%w, %g) : f8e4m3[5, 12]",
             "param %w: bf16[2, 5, 12]\n%g = fp8_scale(%w) : f32[2]\n"
             "%q = quantize_fp8(%w, %g) : f8e4m3[2, 5, 12]",
+            "param %w: f32[2, 5, 12]\n%g = full() {value=0.01, dtype=f32} : f32[]\n"
+            "%q = quantize_fp8(%w, %g) : f8e4m3[2, 5, 12]",
         ),
         (
             (
-                "param %w: f32[2, 5, 12]\nparam %g: f32[]\n"
+                "param %w: f32[2, 5, 12]\nparam %g: f32[5]\n"
                 "%q = quantize_fp8(%w, %g) : f8e4m3[2, 5, 12]",
-                "scale is f32[], expected f32[2]",
+                "scale is f32[5], expected f32[2] or f32[]",
             ),
         ),
     ),
