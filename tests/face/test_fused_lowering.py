@@ -54,8 +54,8 @@ def test_no_region_of_a_model_falls_back_to_its_ops(name: str) -> None:
 
 @pytest.mark.parametrize("quantize", ["fp8", "nvfp4"])
 def test_a_quantized_model_takes_no_more_launches(quantize: str) -> None:
-    _, plain, _ = lowered("mid")
-    _, steps, refused = lowered("mid", quantize)
+    _, plain, _ = lowered("sample")
+    _, steps, refused = lowered("sample", quantize)
     assert not refused
     assert {n: len(s.launches) for n, s in steps.items()} == {
         n: len(s.launches) for n, s in plain.items()
