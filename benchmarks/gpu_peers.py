@@ -67,18 +67,18 @@ def _output(region: DeviceRegion) -> str:
 
 def torch_product(region: DeviceRegion, config: ModelConfig) -> Peer:
     """`torch.mm`, which is cuBLAS; of results in float32 too."""
-    return _multiplied(region, region.operands["w"])
+    return _multiplied(region, region.operands["x"], region.operands["w"])
 
 
 def product_with_decoded(region: DeviceRegion, config: ModelConfig) -> Peer:
     """`torch.mm` with what a weight in NVFP4 decodes to, in the type of x, which takes 3.6 times the bytes."""
-    dtype = region.operands["x"].dtype
+    x = region.operands["x"]
     parts = (region.operands[f"w.{part}"] for part in ("codes", "scales", "scale"))
     codes, scales, scale = parts
-    numbers = decode(codes, DIALECTS["modelopt"], dtype)
-    steps = (scales.float() * scale).to(dtype)
+    numbers = decode(codes, DIALECTS["modelopt"], x.dtype)
+    steps = (scales.float() * scale).to(x.dtype)
     blocks = numbers.unflatten(-1, (-1, BLOCK)) * steps.unsqueeze(-1)
-    return _multiplied(region, blocks.flatten(-2))
+    return _multiplied(region, x, blocks.flatten(-2))
 
 
 def scaled_product(region: DeviceRegion, config: ModelConfig) -> Peer:
@@ -99,14 +99,11 @@ def product_with_widened(region: DeviceRegion, config: ModelConfig) -> Peer:
         (region.operands[name].float() * region.operands[f"{name}.scale"]).bfloat16()
         for name in ("x", "w")
     )
+    return _multiplied(region, x, w)
+
+
+def _multiplied(region: DeviceRegion, x: torch.Tensor, w: torch.Tensor) -> Peer:
     name = _output(region)
-    result = region.results()[name]
-    product = partial(torch.mm, x.flatten(0, -2), w.mT)
-    return lambda: {name: product().view(result.shape)}
-
-
-def _multiplied(region: DeviceRegion, w: torch.Tensor) -> Peer:
-    x, name = region.operands["x"], _output(region)
     result, rows = region.results()[name], x.flatten(0, -2)
     if result.dtype == x.dtype:
         product = partial(torch.mm, rows, w.mT)

@@ -445,10 +445,15 @@ def matmul_stage(config: ModelConfig) -> PartStage:
         for few in (True,) if head else (True, False):
             part = f"{name}, decode" if few else name
             parts[part] = functools.partial(_product, width, features, few, head)
-            sizes = [Sizes(n, 1) for n in _FEW] if few else [Sizes(1, n) for n in _ROWS]
-            cases += [Case(part, size) for size in sizes]
+            cases += _rows_of(part, few)
     about = "dense products against cuBLAS (torch.mm); aim: within 10 %"
     return PartStage("matmul", about, tuple(cases), parts, {"torch.mm": torch_product})
+
+
+def _rows_of(part: str, few: bool) -> list[Case]:
+    """A dense product at all numbers of rows, of a decode if there are few."""
+    sizes = [Sizes(n, 1) for n in _FEW] if few else [Sizes(1, n) for n in _ROWS]
+    return [Case(part, size) for size in sizes]
 
 
 def fp8_stage(config: ModelConfig) -> PartStage:
@@ -461,8 +466,7 @@ def fp8_stage(config: ModelConfig) -> PartStage:
         for few in (True, False):
             part = f"{name}, FP8, decode" if few else f"{name}, FP8"
             parts[part] = functools.partial(_fp8_product, width, features, few)
-            sizes = [Sizes(n, 1) for n in _FEW] if few else [Sizes(1, n) for n in _ROWS]
-            cases += [Case(part, size) for size in sizes]
+            cases += _rows_of(part, few)
     return PartStage(
         "fp8",
         "products of FP8 by FP8 against cuBLAS (torch._scaled_mm), and against cuBLAS with bf16; "

@@ -1,6 +1,6 @@
 """Quantized models on the CPU next to llama.cpp: `python -m benchmarks.quantized --llama-python PATH --json FILE`.
 
-One model in all formats: nemoc's executables in float32, bf16 and NVFP4, and llama.cpp on GGUF files of the same
+One model in all formats: nemoc's executables in float32, bf16, FP8 and NVFP4, and llama.cpp on GGUF files of the same
 weights. Each engine lives in a process of its own, so that its memory is its own; they take turns, and figures are
 medians. Weights start as a GGUF file in float32, from which llama.cpp's own quantizer makes its files; nemoc quantizes
 a file in bf16, so that what is not quantized is bf16. Caches of keys and values are float32 in all.

@@ -103,7 +103,7 @@ class QuantizeNvfp4(Pass):
         def apply(op: Linear | GroupedLinear, rewriter: Rewriter) -> Replacement:
             stored = _stored(op.w, rewriter) if self.mode == "w4a4" else None
             if stored is not None and stored.packed in chosen and not _is_nvfp4(op.x, rewriter):
-                x = self._activations(op.x, stored.packed, ctx, rewriter)
+                x = self._activations(op.x, stored.packed, scales, rewriter)
                 return rewriter(replace(op, x=x, w=unrounded(op.w, rewriter)))
             w = unrounded(op.w, rewriter)
             if w not in chosen:
@@ -111,9 +111,12 @@ class QuantizeNvfp4(Pass):
             if not _has_blocks(w):
                 left[w] = None
                 return None
-            x = self._activations(op.x, w, ctx, rewriter)
+            x = self._activations(op.x, w, scales, rewriter)
             return rewriter(replace(op, x=x, w=self._decoded(w, x, rewriter)))
 
+        # Weights in FP8, and those of another pass, have scales that say nothing of this one's.
+        own = {p.name for p in chosen if p.dtype is not DType.F8E4M3}
+        scales = {name: s for name, s in ctx.input_scales.items() if name in own}
         left: dict[Value, None] = {}
         result = rewrite_products(graph, ctx, self.name, "NVFP4", apply)
         for param in left:
@@ -121,10 +124,12 @@ class QuantizeNvfp4(Pass):
             ctx.refuses(Remark(self.name, f"{graph.name}/%{param.name}", message))
         return result
 
-    def _activations(self, x: Value, w: Value, ctx: PassContext, rewriter: Rewriter) -> Value:
-        """What a product with a weight takes in the place of x."""
-        scale = self.input_scale or ctx.input_scales.get(w.name, 0.0)
-        if self.mode == "w4a4" and ctx.input_scales and not scale:
+    def _activations(
+        self, x: Value, w: Value, scales: Mapping[str, float], rewriter: Rewriter
+    ) -> Value:
+        """What a product with a weight takes in the place of x, given the static scales of this pass's weights."""
+        scale = self.input_scale or scales.get(w.name, 0.0)
+        if self.mode == "w4a4" and scales and not scale:
             raise NemocError(
                 f"pass {self.name}: found no scale of the activations that {w.name} multiplies, "
                 "expected one as for others"

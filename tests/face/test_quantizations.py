@@ -1,6 +1,7 @@
 """What `quantize` may name, and what that does to the graphs of released models."""
 
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,19 @@ from typing import Any
 import pytest
 
 from nemoc.__main__ import main
+from nemoc.compiler import functions
 from nemoc.ir import Graph, NemocError
 from nemoc.ir.ops import QuantizeFp8, QuantizeNvfp4
 from nemoc.models import Fp8, Model, ModelConfig, Nvfp4, open_model
+from nemoc.models.input_scales import stored_input_scales
+from nemoc.models.names import module_of
 from nemoc.passes import Pass, PassContext, print_pipeline, run_pipeline
 from nemoc.passes.quantize_fp8 import QuantizeFp8 as QuantizeFp8Pass
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4 as QuantizePass
 from nemoc.passes.quantize_products import weights_in
 from nemoc.quantizations import AS_RELEASED, QUANTIZATIONS, quantization, released_passes
 from support import releases
-from support.quantized import Kind
+from support.quantized import Kind, edit_tensors
 from support.releases import SUPER
 
 
@@ -110,6 +114,27 @@ def test_as_released_does_of_a_quantized_checkpoint_what_it_asks_for(tmp_path: P
     for pass_, kind in ((nvfp4, Nvfp4), (fp8, Fp8)):
         wanted = {n for n, f in model.quantization.formats.items() if isinstance(f, kind)}
         assert {p.name for p in weights_in(step, pass_.name, pass_.scope)} == wanted
+
+
+@pytest.mark.parametrize(("lacking", "by_name"), [(Nvfp4, "nvfp4-w4a4"), (Fp8, "fp8-w8a8")])
+def test_scales_of_one_format_are_not_missed_by_the_other(
+    tmp_path: Path, lacking: type, by_name: str
+) -> None:
+    SUPER.write(tmp_path)
+    stored = open_model(tmp_path).quantization.formats
+    modules = {module_of(name) for name, format_ in stored.items() if isinstance(format_, lacking)}
+
+    def is_theirs(tensor: str) -> bool:
+        owner, _, last = tensor.removeprefix("backbone.").rpartition(".")
+        plain = re.sub(r"\.experts\.\d+\.", ".experts.", owner)
+        return last == "input_scale" and plain in modules
+
+    edit_tensors(tmp_path, lambda tensors: [tensors.pop(n) for n in [*tensors] if is_theirs(n)])
+    model = open_model(tmp_path)
+    found = stored_input_scales(model)
+    assert found and not any(isinstance(stored[name], lacking) for name in found)
+    for quantize in (AS_RELEASED, by_name):
+        functions(model, "reference", "dce", quantize=quantize, which=("prefill",))
 
 
 def test_as_released_leaves_activations_that_a_checkpoint_does_not_quantize(tmp_path: Path) -> None:
