@@ -59,24 +59,24 @@ def interleaved(
 
 
 @dataclass(frozen=True)
-class Roof:
-    """What a processor does at most.
+class Roofs:
+    """What a device reaches, measured.
 
     Attributes:
-        bandwidth: bytes read from memory per second.
-        arithmetic: operations on f32 per second.
+        bandwidth: bytes per second to and from memory.
+        arithmetic: floating-point operations per second.
     """
 
     bandwidth: float
     arithmetic: float
 
-    def seconds(self, read: float, flops: float) -> float:
-        """The least time for so many bytes from memory and so many operations, one beside the other."""
-        return max(read / self.bandwidth, flops / self.arithmetic)
+    def seconds(self, moved: float, flops: float) -> float:
+        """The shortest time for that many bytes and operations, if both are done at once."""
+        return max(moved / self.bandwidth, flops / self.arithmetic)
 
 
-def measured_roof(threads: int, rounds: int = 5) -> Roof:
-    """What so many threads reach with plain reading, and with torch's product of square matrices.
+def measured_roofs(threads: int, rounds: int = 5) -> Roofs:
+    """What so many threads reach with plain reading, and with torch's product of square matrices of f32.
 
     Each is the best of the rounds. Products of other sizes may be faster than torch's of these: arithmetic is taken for
     a quarter faster.
@@ -86,7 +86,7 @@ def measured_roof(threads: int, rounds: int = 5) -> Roof:
     try:
         a = torch.rand(n, n)
         product = interleaved({"product": lambda: a @ a}, rounds)["product"]
-        return Roof(read_bandwidth(1 << 28, rounds), 1.25 * 2 * n**3 / min(product.seconds))
+        return Roofs(read_bandwidth(1 << 28, rounds), 1.25 * 2 * n**3 / min(product.seconds))
     finally:
         torch.set_num_threads(before)
 

@@ -13,7 +13,7 @@ import click
 import torch
 
 from benchmarks.gpu_measure import EventClock, measure_roofs
-from benchmarks.gpu_results import Journal, Roofs, table
+from benchmarks.gpu_results import Journal, table
 from benchmarks.gpu_session import (
     LostDeviceError,
     Session,
@@ -32,6 +32,7 @@ from benchmarks.gpu_stages import (
     update_stage,
 )
 from benchmarks.gpu_whole import ParityStage, WholeStage, parity_models
+from nemoc.autotune.measure import Roofs
 from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.ir import NemocError
 from nemoc.models import open_model, preset

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from benchmarks.gpu_results import Roofs
+from nemoc.autotune.measure import Roofs
 
 _CACHE = 512 << 20
 """Bytes that are written before each run, many times what any GPU's caches hold."""

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nemoc.autotune.measure import Roofs
 from nemoc.ir import NemocError
 
 FORMAT = 1
@@ -38,23 +39,6 @@ class Machine:
     device: str
     driver: str
     versions: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Roofs:
-    """What the device reached in the same run.
-
-    Attributes:
-        bandwidth: bytes per second that a large copy read and wrote.
-        arithmetic: floating-point operations per second of a large product of bf16.
-    """
-
-    bandwidth: float
-    arithmetic: float
-
-    def seconds(self, moved: float, flops: float) -> float:
-        """The shortest time for that many bytes and operations, if both are done at once."""
-        return max(moved / self.bandwidth, flops / self.arithmetic)
 
 
 @dataclass(frozen=True)

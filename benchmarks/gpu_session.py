@@ -14,8 +14,8 @@ import torch
 
 import nemoc
 from benchmarks.gpu_measure import Clock, Run, in_turns, quartiles
-from benchmarks.gpu_results import OWN, Journal, Line, Machine, Roofs, Status
-from nemoc.autotune.measure import interleaved
+from benchmarks.gpu_results import OWN, Journal, Line, Machine, Status
+from nemoc.autotune.measure import Roofs, interleaved
 from nemoc.codegen.triton.build import triton_version
 from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.codegen.triton.target import GPUS

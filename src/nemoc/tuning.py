@@ -20,7 +20,7 @@ import torch
 from nemoc import compiler
 from nemoc.autotune.gpu_model import RATES
 from nemoc.autotune.journal import Journal
-from nemoc.autotune.measure import Roof, interleaved, measured_roof
+from nemoc.autotune.measure import Roofs, interleaved, measured_roofs
 from nemoc.autotune.records import Device, Records, read_records
 from nemoc.autotune.statistics import Interval, ratio_of_times
 from nemoc.autotune.tuner import Kernel, KernelReport, Told, Tuner
@@ -292,7 +292,7 @@ class _CpuBenches:
         self.emit = functools.partial(emit, target=cpu)
         self._expanded = expanded
         self.device = cpu_device(cpu.mcpu, threads)
-        self._roof = measured_roof(threads)
+        self._roofs = measured_roofs(threads)
 
     def prepare(self, kernels: Sequence[Kernel]) -> None:
         """Compile the defaults of kernels together; what fails, fails again when its turn comes."""
@@ -327,7 +327,7 @@ class _CpuBenches:
                     counts[site.plan.stages[0].kernel.name],
                     sizes,
                     functools.partial(self._subject, site, sizes, warm),
-                    least=_least_seconds(site.site.op, warm, seen, self._roof),
+                    least=_least_seconds(site.site.op, warm, seen, self._roofs),
                 )
 
     def _subject(
@@ -378,7 +378,7 @@ def _cached(sizes: Mapping[str, int], work: Workload) -> int:
     return work.cached if sizes["L"] == 1 else 0
 
 
-def _least_seconds(op: Op, warm: Sequence[bool], sizes: Mapping[str, int], roof: Roof) -> float:
+def _least_seconds(op: Op, warm: Sequence[bool], sizes: Mapping[str, int], roofs: Roofs) -> float:
     """The least time of an op whose operands are in memory, but for warm ones, which caches have.
 
     Arithmetic is that of f32; where it is in integers, reading alone counts.
@@ -386,7 +386,7 @@ def _least_seconds(op: Op, warm: Sequence[bool], sizes: Mapping[str, int], roof:
     read = sum(estimate(n, sizes) for n, near in zip(op.reads(), warm, strict=True) if not near)
     inner = [node.op for node in op.body.nodes] if isinstance(op, Fused) else [op]
     integers = any(isinstance(o, RoundToInt8) for o in inner)
-    return roof.seconds(read, 0.0 if integers else estimate(op.flops(), sizes))
+    return roofs.seconds(read, 0.0 if integers else estimate(op.flops(), sizes))
 
 
 def _compare(

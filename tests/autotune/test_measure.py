@@ -2,7 +2,7 @@
 
 import torch
 
-from nemoc.autotune.measure import Roof, Timing, interleaved, measured_roof
+from nemoc.autotune.measure import Roofs, Timing, interleaved, measured_roofs
 
 
 def test_candidates_run_in_turn_after_warming_up() -> None:
@@ -36,12 +36,12 @@ def test_spread_is_half_the_quartile_distance_relative_to_the_median() -> None:
 
 
 def test_a_roof_is_the_longer_of_reading_and_arithmetic() -> None:
-    roof = Roof(bandwidth=100.0, arithmetic=1000.0)
-    assert (roof.seconds(200.0, 1000.0), roof.seconds(50.0, 4000.0)) == (2.0, 4.0)
+    roofs = Roofs(bandwidth=100.0, arithmetic=1000.0)
+    assert (roofs.seconds(200.0, 1000.0), roofs.seconds(50.0, 4000.0)) == (2.0, 4.0)
 
 
 def test_measuring_a_roof_leaves_torch_its_threads() -> None:
     before = torch.get_num_threads()
-    roof = measured_roof(before + 1, rounds=1)
-    assert roof.bandwidth > 0.0 and roof.arithmetic > 0.0
+    roofs = measured_roofs(before + 1, rounds=1)
+    assert roofs.bandwidth > 0.0 and roofs.arithmetic > 0.0
     assert torch.get_num_threads() == before

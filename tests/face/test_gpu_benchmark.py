@@ -22,13 +22,14 @@ from benchmarks.gpu_region import (
     compile_parts,
     evaluate,
 )
-from benchmarks.gpu_results import Journal, Line, Machine, Roofs, table
+from benchmarks.gpu_results import Journal, Line, Machine, table
 from benchmarks.gpu_session import LostDeviceError, Outcome, Session, Task, find_target
 from benchmarks.gpu_stages import BOUND, Case, Parts, PartStage
 from benchmarks.gpu_values import DrawnWeights, Sizes, Values
 from benchmarks.gpu_whole import WholeStage, fitting_layers
 from click.testing import CliRunner, Result
 
+from nemoc.autotune.measure import Roofs
 from nemoc.codegen.plan import Kernel, StepFunction
 from nemoc.codegen.storage import weight_layout
 from nemoc.codegen.triton.binary import Binary as CompiledKernel
