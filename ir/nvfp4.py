@@ -167,8 +167,7 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
 
 def decode(packed: torch.Tensor, dialect: Dialect, dtype: torch.dtype) -> torch.Tensor:
     """The codes in bytes as numbers, twice as many along the last axis."""
-    codes = torch.arange(16)
-    values = _MAGNITUDES.repeat(2) * torch.where(codes < 8, 1.0, -1.0)
+    values = torch.cat([_MAGNITUDES, -_MAGNITUDES])
     if not dialect.has_negative_zero:
         values = values + 0.0
     pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], -1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nemoc.ir import Builder, DType, Env, Graph, IRError, NemocError, TensorType, Value, ops
 from nemoc.ir.folding import stream
 from nemoc.ir.interpreter import interpret
-from nemoc.ir.nvfp4 import DIALECTS
+from nemoc.ir.nvfp4 import DIALECTS, decode
 from nemoc.ir.ops.nvfp4 import quantized
 from nemoc.ir.params import InMemory
 from nemoc.passes import PassContext
@@ -221,6 +221,18 @@ def test_negative_zero(dialect: str, code: int, signbit: bool) -> None:
     assert not got.any() and bool(got.signbit().all()) is signbit
     below = _row(-0.2, 1.0)  # what is rounded to zero keeps its sign in all of them
     assert _codes(_packed(below, _e4m3(1.0), ONE, dialect))[:2] == [8, 2]
+
+
+@every_dialect
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+def test_codes_are_numbers_where_they_are(dialect: str, dtype: torch.dtype) -> None:
+    """Whatever device torch makes new tensors on."""
+    every = torch.arange(256, dtype=torch.uint8)
+    with torch.device("meta"):
+        found = decode(every, DIALECTS[dialect], dtype)
+    values = [*CODES, *(-c for c in CODES)]
+    assert found.tolist() == [values[code] for code in _codes(every)]
+    assert same_bits(found, decode(every, DIALECTS[dialect], dtype))
 
 
 @every_dialect
