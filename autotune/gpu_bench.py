@@ -1,6 +1,6 @@
-"""Candidates for a GPU that is not at hand: compiled in child processes, and their times predicted.
+"""Candidates for a GPU: compiled in child processes, and their times predicted where it is not at hand.
 
-What does not fit the GPU is out, and so is what spills more registers than the default. Nothing runs.
+What does not fit the GPU is out, and so is what spills more registers than the default.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,8 +40,8 @@ class Compiled:
 
 
 @dataclass(frozen=True)
-class PredictedBench:
-    """A `Bench` for one kernel of an absent GPU.
+class CompiledBench:
+    """What benches for one kernel of a GPU have in common: candidates are compiled, here or wherever Triton is.
 
     Attributes:
         site: the op and its views.
@@ -66,28 +66,21 @@ class PredictedBench:
     def compile(self, plans: Sequence[Plan]) -> dict[str, Finding]:
         """Compile plans; what is wrong with those that fail, by name."""
         self.compiled.get(v for plan in (self.default, *plans) for v in self.variants(plan))
-        most = sum(b.report.spilled for b in self._binaries(self.default))
+        most = sum(b.report.spilled for b in self.binaries(self.default))
         found = {plan.name: self._fault(plan, most) for plan in plans}
         return {name: Finding("compile", message=fault) for name, fault in found.items() if fault}
 
-    def check(self, plan: Plan) -> Finding:
-        """Nothing: that it has the default's bits is for its lowering to say."""
-        return Finding("ok", equal=True)
-
-    def time(self, plans: Sequence[Plan], rounds: int, seed: int) -> list[list[float]] | Finding:
-        """Predicted seconds, the same in each round."""
-        return [[self.seconds(plan)] * rounds for plan in plans]
-
     def seconds(self, plan: Plan) -> float:
         """Predicted seconds of a plan that compiles."""
-        return plan_seconds(self.site, plan, self._binaries(plan), self.target, self.sizes)
+        return plan_seconds(self.site, plan, self.binaries(plan), self.target, self.sizes)
 
     def runs(self, plan: Plan) -> tuple[str, ...]:
         """The kernels of a plan that have programs at these sizes: of several forms there may be, one does."""
         kernels = (stage.kernel for stage in plan.stages)
         return tuple(k.name for k in kernels if evaluate_dim(k.tasks, self.sizes))
 
-    def _binaries(self, plan: Plan) -> list[Binary]:
+    def binaries(self, plan: Plan) -> list[Binary]:
+        """The code of a plan's stages, as far as they compile."""
         return [b for b in self.compiled.get(self.variants(plan)) if isinstance(b, Binary)]
 
     def _fault(self, plan: Plan, most: int) -> str:
@@ -100,6 +93,18 @@ class PredictedBench:
         if spilled > most:
             return f"spills {spilled} bytes of a thread, expected at most the default's {most}"
         return ""
+
+
+class PredictedBench(CompiledBench):
+    """A `Bench` for one kernel of an absent GPU: nothing runs."""
+
+    def check(self, plan: Plan) -> Finding:
+        """Nothing: that it has the default's bits is for its lowering to say."""
+        return Finding("ok", equal=True)
+
+    def time(self, plans: Sequence[Plan], rounds: int, seed: int) -> list[list[float]] | Finding:
+        """Predicted seconds, the same in each round."""
+        return [[self.seconds(plan)] * rounds for plan in plans]
 
 
 def _variant(stage: Stage, aligned: Mapping[Arg, bool]) -> Variant:

@@ -57,3 +57,19 @@ def ratio_of_times(times: Sequence[float], others: Sequence[float], seed: int = 
     return Interval(
         math.exp(statistics.median(logs.tolist())), math.exp(float(low)), math.exp(float(high))
     )
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's rank correlation of two series of equal length: 1 if they order alike, -1 if the other way round.
+
+    Equal numbers share a rank. NaN where one of them is constant, or has less than two numbers.
+    """
+    if min(len(set(a)), len(set(b))) < 2:
+        return math.nan
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    """The place of each number in order, the mean place of equal ones."""
+    _, number, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[number]

@@ -12,6 +12,7 @@ Everything is in the journal as soon as it is known, so a run may end at any mom
 import contextlib
 import dataclasses
 import hashlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ from nemoc.autotune.search import (
     expected_gain,
     schedule_changes,
 )
-from nemoc.autotune.statistics import Interval, ratio_of_times
+from nemoc.autotune.statistics import Interval, rank_correlation, ratio_of_times
 from nemoc.codegen.bench import Bench, Finding
 from nemoc.codegen.lower import Emit
 from nemoc.codegen.plan import Plan, Site
@@ -44,6 +45,9 @@ _WORTH = 1e-3
 
 _TOLD_APART = 0.97
 """Ratio up to which a prediction says that a candidate is faster at all."""
+
+_RANKED = 5
+"""Candidates from which on it is said how well predictions rank them."""
 
 _LEAST_COST = 0.05
 """Seconds that a candidate is taken to need at least."""
@@ -75,6 +79,7 @@ class Kernel:
         runs: what of a plan has something to do at these sizes; none if all of it.
         least: seconds that it takes at least on the device whatever its schedule is, by a roofline; 0 where nobody
             knows.
+        predicts: the predicted seconds of a plan; none where nothing predicts them, or nothing else is known.
     """
 
     site: Site
@@ -85,6 +90,7 @@ class Kernel:
     bench: Callable[[], Bench]
     runs: Runs | None = None
     least: float = 0.0
+    predicts: Callable[[Plan], float] | None = None
 
 
 @dataclass
@@ -102,6 +108,8 @@ class KernelReport:
         gain: how its time compares with the default's; none until it has been measured at the end, and where the
             default has no time.
         equal: whether its results have the bits of the default's.
+        order: how well predicted times rank its candidates: Spearman's rank correlation with what was measured; none
+            where nothing predicts them or there are too few candidates.
     """
 
     kernel: Kernel
@@ -113,6 +121,7 @@ class KernelReport:
     best: Schedule = field(default_factory=dict)
     gain: Interval | None = None
     equal: bool = True
+    order: float | None = None
 
     @property
     def name(self) -> str:
@@ -233,7 +242,8 @@ class Tuner:
         structure, shape = structure_of(kernel.site)
         sizes = ",".join(f"{k}={v}" for k, v in sorted(kernel.sizes.items()))
         numerics = "same" if self._keep_bits else "any"
-        name = f"{self._device.name} | {self._device.tools} | {numerics} | {sizes} | {kernel.default.name}"
+        where = f"{self._device.name} | {self._device.machine} | {self._device.tools}"
+        name = f"{where} | {numerics} | {sizes} | {kernel.default.name}"
         if self._device.predicted_by:
             name = f"{self._device.predicted_by} | {name}"
         about = {"structure": structure, "shape": list(shape), "function": kernel.function}
@@ -364,6 +374,7 @@ class Tuner:
         if done is None or done["trials"] != len(trials):
             done = self._last_measurement(report, trials) | {"trials": len(trials)}
             report.study.note("concluded", done)
+        report.order = _order(report, trials)
         report.best = done["schedule"]
         report.equal = done["equal"]
         report.gain = Interval(done["ratio"], done["low"], done["high"])
@@ -444,6 +455,22 @@ class Tuner:
 def _changes(trial: Trial, defaults: Schedule) -> Schedule:
     """The settings of a trial that differ from the defaults, whether they matter or not."""
     return {k: v for k, v in trial.schedule.items() if v != defaults.get(k)}
+
+
+def _order(report: KernelReport, trials: Sequence[Trial]) -> float | None:
+    """How well predicted times rank a kernel's candidates."""
+    predicts = report.kernel.predicts
+    timed = [t for t in trials if t.seconds]
+    if predicts is None or len(timed) < _RANKED:
+        return None
+    plans = {t.number: report.space.plan(t.schedule) for t in timed}
+    pairs = [
+        (predicts(plan), statistics.median(t.seconds))
+        for t in timed
+        if (plan := plans[t.number]) is not None
+    ]
+    found = rank_correlation(*zip(*pairs, strict=True)) if len(pairs) >= _RANKED else math.nan
+    return None if math.isnan(found) else found
 
 
 def _whole(report: KernelReport) -> float:

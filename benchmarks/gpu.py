@@ -4,6 +4,7 @@ Parts of Nano and whole models are held against a reference first, and then time
 a line for each; what is there already is not measured again, so that runs may be short: the next one goes on.
 """
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -12,7 +13,6 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.gpu_measure import EventClock, measure_roofs
 from benchmarks.gpu_results import Journal, table
 from benchmarks.gpu_session import (
     LostDeviceError,
@@ -32,6 +32,7 @@ from benchmarks.gpu_stages import (
     update_stage,
 )
 from benchmarks.gpu_whole import ParityStage, WholeStage, parity_models
+from nemoc.autotune.gpu_clock import EventClock, measure_roofs
 from nemoc.autotune.measure import Roofs
 from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.ir import NemocError
@@ -62,6 +63,9 @@ def stages() -> tuple[Stage, ...]:
 
 @click.command()
 @click.option("--stage", "names", multiple=True, help="A stage to run; by default all, in order.")
+@click.option(
+    "--cases", default="", help="A regular expression that the names of cases have in them."
+)
 @click.option("--minutes", default=7.5, help="No case is begun that would not end within these.")
 @click.option(
     "--output",
@@ -70,8 +74,21 @@ def stages() -> tuple[Stage, ...]:
     help="Where lines are added.",
 )
 @click.option("--list", "listing", is_flag=True, help="Print stages and cases, and run nothing.")
+@click.option(
+    "--ahead",
+    metavar="TARGET",
+    help="Compile into the cache for a GPU that is elsewhere, and run nothing.",
+)
 @click.option("--again", is_flag=True, help="Measure what has been measured before.")
-def main(names: tuple[str, ...], minutes: float, output: Path, listing: bool, again: bool) -> None:
+def main(
+    names: tuple[str, ...],
+    cases: str,
+    minutes: float,
+    output: Path,
+    listing: bool,
+    ahead: str | None,
+    again: bool,
+) -> None:
     """Measure on this machine's NVIDIA GPU, and print what is known of it."""
     started = time.monotonic()
     try:
@@ -80,10 +97,13 @@ def main(names: tuple[str, ...], minutes: float, output: Path, listing: bool, ag
             for stage in chosen:
                 print_cases(stage)
             return
+        if ahead is not None:
+            compile_ahead(chosen, ahead)
+            return
         if not torch.cuda.is_available():
             raise NemocError(f"no NVIDIA GPU is at hand: torch {torch.__version__} finds none")
         journal = Journal(output)
-        session = start(journal, started + 60 * minutes, again)
+        session = start(journal, started + 60 * minutes, again, _pattern(cases))
     except NemocError as error:
         click.echo(f"benchmarks.gpu: {error}", err=True)
         sys.exit(NO_DEVICE)
@@ -111,7 +131,31 @@ def print_cases(stage: Stage) -> None:
         click.echo(f"  {case}")
 
 
-def start(journal: Journal, deadline: float, again: bool) -> Session:
+def compile_ahead(chosen: Iterable[Stage], target: str) -> None:
+    """Compile all that stages launch, so that a run which finds the cache compiles nothing.
+
+    Raises:
+        NemocError: the target is none, or a kernel cannot be compiled for it.
+    """
+    say = _told_apart()
+    for stage in chosen:
+        say(stage.name)
+        stage.compile_ahead(open_model(f"random:{MODEL}"), target, _store(), None)
+
+
+def _store() -> KernelStore:
+    """Where compiled kernels are kept, those of whole models too."""
+    return KernelStore(read_options().cache / "kernels")
+
+
+def _pattern(cases: str) -> re.Pattern[str]:
+    try:
+        return re.compile(cases)
+    except re.error as error:
+        raise NemocError(f"--cases is {cases!r}, no regular expression: {error}") from None
+
+
+def start(journal: Journal, deadline: float, again: bool, cases: re.Pattern[str]) -> Session:
     """Find the device and measure what it can do at best.
 
     Raises:
@@ -129,8 +173,9 @@ def start(journal: Journal, deadline: float, again: bool) -> Session:
         journal,
         open_model(f"random:{MODEL}"),
         deadline,
-        KernelStore(read_options().cache / "kernels"),
+        _store(),
         again=again,
+        cases=cases,
     )
 
 

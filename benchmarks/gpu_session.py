@@ -3,7 +3,9 @@
 import functools
 import gc
 import hashlib
+import re
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -13,8 +15,9 @@ from typing import Protocol
 import torch
 
 import nemoc
-from benchmarks.gpu_measure import Clock, Run, in_turns, quartiles
+from benchmarks.gpu_parts import Parts
 from benchmarks.gpu_results import OWN, Journal, Line, Machine, Status
+from nemoc.autotune.gpu_clock import Clock, Run, in_turns, quartiles
 from nemoc.autotune.measure import Roofs, interleaved
 from nemoc.codegen.triton.build import triton_version
 from nemoc.codegen.triton.kernel_store import KernelStore
@@ -24,6 +27,9 @@ from nemoc.models import Model
 from nemoc.progress import Progress
 from nemoc.runtime.cuda_device import CudaDevice, Device
 from nemoc.runtime.cuda_driver import CudaDriver
+
+_EVERY = re.compile("")
+"""Found in every name."""
 
 _LEAST, _FIRST = 60.0, 150.0
 """Seconds that have to be left for a case to be begun, and for the first of a stage, which compiles; more if one has
@@ -87,6 +93,12 @@ class Stage(Protocol):
         """How; the same names in the same order."""
         ...
 
+    def compile_ahead(
+        self, model: Model, target: str, store: KernelStore, progress: Progress | None
+    ) -> None:
+        """Put into a store what its tasks would compile, for a device that need not be at hand."""
+        ...
+
 
 class LostDeviceError(NemocError):
     """The device does nothing any more, so that this process cannot go on."""
@@ -107,6 +119,7 @@ class Session:
         store: where compiled kernels are kept.
         progress: told what is being done.
         again: measure what has been measured before.
+        cases: measure those only whose name has this in it.
     """
 
     def __init__(
@@ -122,13 +135,15 @@ class Session:
         store: KernelStore | None = None,
         progress: Progress | None = None,
         again: bool = False,
+        cases: re.Pattern[str] = _EVERY,
     ) -> None:
         self.machine, self.target, self.model = machine, target, model
+        self.parts = Parts(model, target)
         self.open_device, self.device = open_device, open_device()
         self.roofs, self.store, self.progress = roofs, store, progress
         self._clock, self._journal = clock, journal
         self._deadline, self._longest = deadline, 0.0
-        self._again = again
+        self._again, self._cases = again, cases
 
     def digest(self, *texts: str) -> str:
         """Of what is measured and what it is compiled with."""
@@ -173,6 +188,8 @@ class Session:
         first = True
         for task in stage.tasks(self):
             key = (self.machine.device, task.code, stage.name, task.case)
+            if not self._cases.search(task.case):
+                continue
             if not self._again and self._journal.has(key):
                 continue
             if not self._has_time(first):
@@ -187,6 +204,7 @@ class Session:
         try:
             outcomes = task.measure()
         except Exception as error:  # whatever is wrong with one case, the next may be right
+            traceback.print_exc()
             outcomes = [Outcome(OWN, "failed", first_line(error))]
         self._journal.add(self._line(stage.name, task, outcome) for outcome in outcomes)
         self._longest = max(self._longest, time.monotonic() - started)

@@ -5,7 +5,6 @@ decay and gates open as in trained models. Large ones are normal, divided by the
 """
 
 import bisect
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,13 +13,11 @@ import torch
 from nemoc.codegen.storage import Slot, Weight, weight_layout
 from nemoc.ir import NemocError
 from nemoc.ir.params import ParameterSource
+from nemoc.models.drawn import draw, draw_bytes
 from nemoc.runtime.weights import weight_pieces
 
 _LARGE = 1 << 21
 """Elements from which on a weight is drawn on the device."""
-
-_DRAWN = 1 << 24
-"""Elements that are drawn at a time, in float32."""
 
 
 @dataclass(frozen=True)
@@ -90,26 +87,6 @@ class Values:
             pieces = list(self._pieces(self._weights[name]))
             self._made[name] = pieces[0] if pieces[0].dim() == 0 else torch.cat(pieces)
         return self._made[name]
-
-
-def draw(out: torch.Tensor, scale: float, seed: str) -> None:
-    """Fill a tensor [n] with normal numbers.
-
-    Args:
-        out: floating point, on any device.
-        scale: the standard deviation.
-        seed: equal ones give equal numbers on equal devices.
-    """
-    generator = torch.Generator(out.device).manual_seed(zlib.crc32(seed.encode()))
-    for part in out.split(_DRAWN):
-        drawn = torch.randn(part.numel(), generator=generator, device=out.device)
-        part.copy_(drawn.mul_(scale))
-
-
-def draw_bytes(out: torch.Tensor, seed: str) -> None:
-    """Fill a tensor [n] of codes by twos, uint8, with any bytes; equal seeds as in `draw`."""
-    generator = torch.Generator(out.device).manual_seed(zlib.crc32(seed.encode()))
-    out.random_(0, 256, generator=generator)
 
 
 class DrawnWeights:

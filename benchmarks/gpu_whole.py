@@ -17,12 +17,15 @@ from benchmarks.gpu_session import Outcome, Session, Task, source_digest
 from benchmarks.gpu_values import DrawnWeights, Sizes, Values
 from nemoc import compiler
 from nemoc.codegen.lower import corner_sizes
-from nemoc.codegen.storage import bind_weights, state_layout, weight_layout
+from nemoc.codegen.storage import Weight, bind_weights, state_layout, weight_layout
+from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.gpu import compiled_files, lower_gpu
-from nemoc.ir import DType, NemocError
+from nemoc.ir import DType, Graph, NemocError
 from nemoc.ir.dims import estimate
 from nemoc.ir.parser import Signature
 from nemoc.models import Model, ModelConfig, RandomSource, build_step, open_model, summarize
+from nemoc.progress import Progress
+from nemoc.runtime import Executable
 from nemoc.runtime.cuda import CudaBackend
 from nemoc.runtime.launches import LAUNCHES, LaunchRecord
 from nemoc.runtime.placement import LaunchTable
@@ -71,22 +74,29 @@ class ParityStage:
                 measure = functools.partial(parity, model, dtype, session)
                 yield Task(f"{model}, {dtype}", session.digest(source_digest()), measure)
 
+    def compile_ahead(
+        self, model: Model, target: str, store: KernelStore, progress: Progress | None
+    ) -> None:
+        """Each model in both types; the store has to be the one of the options' cache."""
+        for name, dtype in itertools.product(self.models, _BOUNDS):
+            _compile_small(small_model(name), target, dtype, progress)
+
 
 def parity(model: str, dtype: str, session: Session) -> list[Outcome]:
     """A model's ways of running, each with its error."""
     opened = small_model(model)
-    executable = compiler.compile(
-        opened,
-        session.target,
-        dtype=dtype,
-        max_batch=2,
-        max_context=64,
-        progress=session.progress,
-    )
+    executable = _compile_small(opened, session.target, dtype, session.progress)
     if dtype == "bf16" and model != "sample":
         rows = verify_artifact(executable.folder).rows
         return [_outcome(row, ROUNDED_BOUND) for row in rows if row.name != "files"]
     return [_outcome(row, row.bound) for row in model_rows(executable, opened, _BOUNDS[dtype])]
+
+
+def _compile_small(model: Model, target: str, dtype: str, progress: Progress | None) -> Executable:
+    """As large as checks need it; its kernels go into the store of the options' cache."""
+    return compiler.compile(
+        model, target, dtype=dtype, max_batch=2, max_context=64, progress=progress
+    )
 
 
 def _outcome(row: VerifyRow, bound: float) -> Outcome:
@@ -170,6 +180,12 @@ class WholeStage:
         for name, measure in zip(self.case_names(), (*decodes, *prefills), strict=True):
             yield Task(name, code, functools.partial(_measured, runner, measure, session))
 
+    def compile_ahead(
+        self, model: Model, target: str, store: KernelStore, progress: Progress | None
+    ) -> None:
+        """All layers."""
+        compile_model(model, target, self.bounds, store, progress)
+
 
 def _measured(
     runner: Callable[[], "Runner"],
@@ -177,6 +193,32 @@ def _measured(
     session: Session,
 ) -> list[Outcome]:
     return [measure(runner(), session)]
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """A model's steps for a GPU.
+
+    Attributes:
+        graphs: by function.
+        weights: in the order of their block.
+        files: of an artifact that hold machine code and launches.
+    """
+
+    graphs: dict[str, Graph]
+    weights: tuple[Weight, ...]
+    files: dict[str, bytes | str]
+
+
+def compile_model(
+    model: Model, target: str, bounds: Bounds, store: KernelStore | None, progress: Progress | None
+) -> CompiledModel:
+    """Compile prefill and decode in bf16."""
+    found = compiler.functions(model, target, dtype="bf16", which=(PREFILL, DECODE))
+    graphs, weights = bind_weights(found.graphs)
+    corners = corner_sizes(bounds.max_batch, bounds.max_tokens, bounds.max_context)
+    lowered = lower_gpu(graphs, weight_layout(weights), corners, target)
+    return CompiledModel(graphs, weights, compiled_files(lowered, target, store, progress))
 
 
 class Runner:
@@ -200,13 +242,8 @@ class Runner:
         model = replace(
             session.model, config=self.config, parameters=RandomSource(self.config), name="random"
         )
-        names = (PREFILL, DECODE)
-        found = compiler.functions(model, session.target, dtype="bf16", which=names)
-        graphs, weights = bind_weights(found.graphs)
-        layout = weight_layout(weights)
-        corners = corner_sizes(bounds.max_batch, bounds.max_tokens, bounds.max_context)
-        lowered = lower_gpu(graphs, layout, corners, session.target)
-        files = compiled_files(lowered, session.target, session.store, session.progress)
+        compiled = compile_model(model, session.target, bounds, session.store, session.progress)
+        graphs, weights, files = compiled.graphs, compiled.weights, compiled.files
         record = LaunchRecord.from_json(json.loads(files[LAUNCHES]), LAUNCHES)
         images = {name: data for name, data in files.items() if isinstance(data, bytes)}
         given = {n: Signature(g.inputs, g.params, g.states) for n, g in graphs.items()}
@@ -220,7 +257,8 @@ class Runner:
             state=state_layout(graphs[DECODE]),
             functions=frozenset(graphs),
         )
-        table = LaunchTable(record, self._program, given, int(layout.bytes), LAUNCHES)
+        size = int(weight_layout(weights).bytes)
+        table = LaunchTable(record, self._program, given, size, LAUNCHES)
         device = session.open_device()
         drawn = DrawnWeights(weights, Values(weights, model.parameters), device.place)
         # Reads pieces one after the other, which is all that a backend does with its weights.

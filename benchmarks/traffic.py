@@ -16,7 +16,6 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.cutting import cut
 from benchmarks.fusions import variants
 from nemoc import compiler
 from nemoc.codegen.plan import Site
@@ -24,6 +23,7 @@ from nemoc.codegen.storage import Weight, bind_weights, weight_layout
 from nemoc.codegen.tvm.instrument import SiteTraffic, Traffic, count_traffic
 from nemoc.codegen.tvm.target import cpu_target
 from nemoc.ir import Graph
+from nemoc.ir.cutting import cut
 from nemoc.ir.graph import Node
 from nemoc.ir.params import ParameterSource
 from nemoc.ir.region import Fused

@@ -30,7 +30,8 @@ from nemoc.autotune.records import Records, read_records
 from nemoc.autotune.statistics import Interval, ratio_of_times
 from nemoc.models import open_model
 from nemoc.runtime.machine import processor_model
-from nemoc.tuning import Workload, steps, tune
+from nemoc.tuning import steps, tune
+from nemoc.workload import Workload
 
 NONE = "no records"
 """What all are compared with."""

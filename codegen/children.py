@@ -300,7 +300,15 @@ def _limit(process: int, size: int) -> None:
         resource.prlimit(process, resource.RLIMIT_CORE, (0, 0))
 
 
-_KEPT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH")
+_KEPT = (
+    "CUDA_VISIBLE_DEVICES",
+    "HOME",
+    "LANG",
+    "LD_LIBRARY_PATH",
+    "PATH",
+    "PYTHONHOME",
+    "PYTHONPATH",
+)
 """Variables that a process is given; none that changes what it compiles."""
 
 

@@ -1,8 +1,9 @@
 """Running kernels on guarded and poisoned memory, whatever carries them out.
 
-Tensors are given and returned by value; how they lie in memory follows the site's views. Every buffer begins off any
-vector boundary, has guard zones around it, and starts as bytes of 0xFF: NaN as floats, -1 as integers. After a run
-the operands, the gaps between strided elements and the guards must be what they were.
+Tensors are given and returned by value; how they lie in memory follows the site's views. Buffers are on torch's
+default device. Every buffer begins off any vector boundary, unless kernels were promised one, has guard zones around
+it, and starts as bytes of 0xFF: NaN as floats, -1 as integers. After a run the operands, the gaps between strided
+elements and the guards must be what they were.
 """
 
 import ctypes
@@ -73,12 +74,14 @@ class Views:
     Attributes:
         operands, results, scratch: the view of each.
         shared: pairs (result, operand) that are one buffer.
+        aligned: whether tensors begin at multiples of 256 bytes, which the kernels were promised.
     """
 
     operands: tuple[View, ...]
     results: tuple[View, ...]
     scratch: tuple[View, ...]
     shared: tuple[tuple[int, int], ...]
+    aligned: bool = False
 
 
 def run_views(
@@ -89,15 +92,15 @@ def run_views(
 ) -> tuple[torch.Tensor, ...]:
     """As `run_guarded`, of kernels of which only the views are known."""
     buffers = {
-        Arg("operand", i): Buffer.holding(view, sizes, tensor)
+        Arg("operand", i): Buffer.holding(view, sizes, tensor, views.aligned)
         for i, (view, tensor) in enumerate(zip(views.operands, operands, strict=True))
     }
     for result, operand in views.shared:
         buffers[Arg("result", result)] = buffers[Arg("operand", operand)]
     for i, view in enumerate(views.results):
-        buffers.setdefault(Arg("result", i), Buffer(view, sizes))
+        buffers.setdefault(Arg("result", i), Buffer(view, sizes, views.aligned))
     for i, view in enumerate(views.scratch):
-        buffers[Arg("scratch", i)] = Buffer(view, sizes)
+        buffers[Arg("scratch", i)] = Buffer(view, sizes, views.aligned)
     before = {arg: buffer.memory.clone() for arg, buffer in buffers.items()}
     call(buffers)
     written = {id(b) for arg, b in buffers.items() if arg.kind != "operand"}
@@ -115,11 +118,12 @@ class Buffer:
         tensor: the elements in the view's shape and strides.
     """
 
-    def __init__(self, view: View, sizes: Mapping[str, int]) -> None:
+    def __init__(self, view: View, sizes: Mapping[str, int], aligned: bool = False) -> None:
         self._view = view
         width = view.dtype.bytes
         word = max(width, _WORD)
-        offset = _GUARD + 3 * word  # elements and words are aligned, vectors are not
+        # Without being asked for more, elements and words are aligned, vectors are not.
+        offset = _GUARD if aligned else _GUARD + 3 * word
         total = offset + evaluate_dim(view.span, sizes) + _GUARD
         self.memory = torch.full((-(-total // word) * word,), _POISON, dtype=torch.uint8)
         self.memory[:offset] = _GUARD_BYTE
@@ -130,9 +134,11 @@ class Buffer:
         self.tensor = self._within(self.memory)
 
     @classmethod
-    def holding(cls, view: View, sizes: Mapping[str, int], values: torch.Tensor) -> "Buffer":
+    def holding(
+        cls, view: View, sizes: Mapping[str, int], values: torch.Tensor, aligned: bool = False
+    ) -> "Buffer":
         """A buffer whose tensor has these values."""
-        buffer = cls(view, sizes)
+        buffer = cls(view, sizes, aligned)
         if values.dtype != view.dtype.torch or list(values.shape) != buffer._shape:
             raise NemocError(
                 f"an operand is {values.dtype} {list(values.shape)}, expected {view.dtype} {buffer._shape}"

@@ -222,15 +222,29 @@ def find_device(target: str, what: str) -> CudaDevice:
     """
     needed = _capability(target, what)
     found = _capabilities()
-    if found:
-        current = torch.cuda.current_device()
-        for index in (current, *range(len(found))):
-            if _runs(needed, found[index]):
-                return CudaDevice(index)
+    index = _index(needed, found)
+    if index is not None:
+        return CudaDevice(index)
     raise NemocError(
         f"{what}: is for {target} and needs an NVIDIA GPU of compute capability "
         f"{needed[0]}.{needed[1]}, found {_described(found)}"
     )
+
+
+def device_model(target: str) -> str | None:
+    """The model of a GPU that runs code for a target, the one that `find_device` finds; none where there is none.
+
+    Args:
+        target: such as `cuda:sm_90`; any.
+    """
+    if not target.startswith("cuda:"):
+        return None
+    try:
+        needed = _capability(target, "the target")
+    except NemocError:
+        return None
+    index = _index(needed, _capabilities())
+    return None if index is None else torch.cuda.get_device_name(index)
 
 
 def _described(found: Mapping[int, tuple[int, int]]) -> str:
@@ -239,6 +253,14 @@ def _described(found: Mapping[int, tuple[int, int]]) -> str:
         return f"none: torch {torch.__version__} is built without CUDA"
     names = (f"{a}.{b} ({torch.cuda.get_device_name(i)})" for i, (a, b) in found.items())
     return ", ".join(names) or "none"
+
+
+def _index(needed: tuple[int, int], found: Mapping[int, tuple[int, int]]) -> int | None:
+    """torch's number of the device that is taken; none where none runs the code."""
+    if not found:
+        return None
+    order = (torch.cuda.current_device(), *found)
+    return next((index for index in order if _runs(needed, found[index])), None)
 
 
 def _capability(target: str, what: str) -> tuple[int, int]:

@@ -348,7 +348,7 @@ def bench(artifact: Path, **options: Any) -> None:
 
 
 @nemoc.command(
-    short_help="Find faster schedules for SOURCE: measured on this CPU, predicted for GPUs."
+    short_help="Find faster schedules for SOURCE: measured here, predicted for absent GPUs."
 )
 @click.argument("source")
 @_options(_target)
@@ -373,6 +373,20 @@ def bench(artifact: Path, **options: Any) -> None:
     default=256,
     show_default=True,
     help="Tokens before the one that is decoded.",
+)
+@click.option(
+    "--step",
+    "steps",
+    type=click.Choice(["prefill", "decode"]),
+    multiple=True,
+    help="A step to tune for; both unless given.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Sequences to tune for.",
 )
 @click.option(
     "--db",
@@ -401,8 +415,8 @@ def tune(source: str, **options: Any) -> None:
     done: a run that is interrupted or killed goes on where it ended, and one that has spent its
     budget is over at once. `nemoc compile` then takes what was found.
 
-    For a GPU, which need not be there, candidates are compiled and their times predicted, nothing is
-    measured: `nemoc compile` takes that with --predicted only.
+    For a GPU that is not there candidates are compiled and their times predicted, nothing is measured:
+    `nemoc compile` takes that with --predicted only.
     """
     from nemoc.commands import tune
 

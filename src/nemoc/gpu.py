@@ -70,8 +70,8 @@ def compiled_files(
     binaries = {name: compiled[variant] for name, variant in variants.items()}
     suffix = _SUFFIXES[target.partition(":")[0]]
     files = {name: f"kernels/{name}.{suffix}" for name in binaries}
-    launched = {name: _launched(files[name], binary) for name, binary in binaries.items()}
-    record = LaunchRecord.of(target, program.scratch_bytes, launched, program.functions)
+    launches = {name: launched(files[name], binary) for name, binary in binaries.items()}
+    record = LaunchRecord.of(target, program.scratch_bytes, launches, program.functions)
     report = [_summary(binary) for binary in binaries.values()]
     return {
         LAUNCHES: record.to_text(),
@@ -85,8 +85,13 @@ def _summary(binary: code.Binary) -> dict[str, Any]:
     return {name: value for name, value in binary.record().items() if name != "code"}
 
 
-def _launched(file: str, binary: code.Binary) -> Binary:
-    """How a compiled kernel is launched, for the artifact."""
+def launched(file: str, binary: code.Binary) -> Binary:
+    """How a compiled kernel is launched, as whoever launches it sees it.
+
+    Args:
+        file: its name.
+        binary: its code.
+    """
     return Binary(
         file=file,
         symbol=binary.symbol,

@@ -109,17 +109,18 @@ def cpu_device(mcpu: str, threads: int) -> Device:
     return Device(name, f"apache-tvm {version}", processor_model())
 
 
-def gpu_device(target: str, predicted_by: str = "") -> Device:
+def gpu_device(target: str, predicted_by: str = "", machine: str = "") -> Device:
     """A GPU, as records name it: any of the kind that the target stands for.
 
     Args:
         target: such as `cuda:sm_90`.
         predicted_by: what predicts times; empty where they are measured.
+        machine: the model that is at hand; empty where none is.
 
     Raises:
         NemocError: Triton is not installed.
     """
-    kind = gpu_target(target).description
+    kind = machine or gpu_target(target).description
     return Device(target, f"triton {triton_version()}", kind, predicted_by)
 
 

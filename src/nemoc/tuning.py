@@ -1,7 +1,8 @@
 """Tuning a model: its kernels, a budget, and what became faster.
 
-On the CPU at hand candidates are measured. For a GPU they are compiled, which needs none, and their times predicted
-(`nemoc.autotune.gpu_model`); what comes of that is no measurement, and `nemoc.compile` takes it only if asked to.
+On the CPU or GPU at hand candidates are measured. For a GPU that is not they are compiled, which needs none, and their
+times predicted (`nemoc.autotune.gpu_model`); what comes of that is no measurement, and `nemoc.compile` takes it only if
+asked to.
 """
 
 import contextlib
@@ -28,18 +29,18 @@ from nemoc.codegen.plan import Plan, Site
 from nemoc.codegen.sites import RecordedSite, record_sites
 from nemoc.codegen.storage import bind_weights, weight_layout
 from nemoc.compiler import Functions
+from nemoc.gpu_laboratory import GpuLaboratory
 from nemoc.gpu_tuning import GpuBenches
-from nemoc.ir import Graph, NemocError, Op
+from nemoc.ir import NemocError, Op
 from nemoc.ir.dims import estimate
 from nemoc.ir.ops import Fused, RoundToInt8
-from nemoc.ir.params import LazyArguments
-from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models import Model, open_model
 from nemoc.options import read_options
 from nemoc.passes import Pass
 from nemoc.progress import Progress
 from nemoc.quantizations import Quantize
 from nemoc.runtime import Executable
+from nemoc.runtime.cuda_device import device_model
 from nemoc.runtime.files import as_path
 from nemoc.runtime.machine import thread_count
 from nemoc.runtime.weights import WeightSource
@@ -51,6 +52,7 @@ from nemoc.schedules import (
     own_records,
     write_records,
 )
+from nemoc.workload import Workload
 
 if TYPE_CHECKING:
     from nemoc.codegen.tvm.laboratory import Laboratory, Subject
@@ -68,26 +70,11 @@ _BOUND = 1e-5
 _COMPARED = 8
 """Rounds of the comparison at least."""
 
+_CONTEXT = 4096
+"""Tokens of context that executables are compared with at least."""
+
 _DECODED = 8
 """Tokens that are decoded in a round of it."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a model is tuned for.
-
-    Attributes:
-        prefill: tokens of a prompt.
-        cached: tokens before the one that is decoded, and before the prompt none.
-    """
-
-    prefill: int = 256
-    cached: int = 256
-
-    def sizes(self, function: str) -> dict[str, int]:
-        """B, L and C of a function's step."""
-        capacity = max(self.prefill, self.cached + 1)
-        return {"B": 1, "L": 1 if function == "decode" else self.prefill, "C": capacity}
 
 
 @dataclass(frozen=True)
@@ -174,7 +161,7 @@ def tune(
         tempfile.TemporaryDirectory(prefix="nemoc-tune-") as folder,
         contextlib.ExitStack() as stack,
     ):
-        found = compiler.functions(model, which=("prefill", "decode"), **options)
+        found = compiler.functions(model, which=work.functions, **options)
         bench = stack.enter_context(_benches(found.target, threads, Path(folder), progress))
         compare = compare and bench.device.origin == "measured"
         _say(progress, "look at what kernels are given")
@@ -310,14 +297,14 @@ class _CpuBenches:
             program, sites = record_sites(
                 {function: graph},
                 layout,
-                functools.partial(_arguments, sizes=sizes, work=work, source=source),
+                functools.partial(work.arguments, function=function, source=source),
                 sizes,
                 self.emit,
             )
             (lowered,) = program.graphs
             stored = {*lowered.params, *lowered.states}
             counts = Counter(n.kernel.name for n in program.functions[0].launches)
-            seen = sizes | {"T": sizes["L"] + _cached(sizes, work)}
+            seen = sizes | {"T": work.before(function)}
             for site in sites:
                 warm = [value not in stored for value in site.site.op.operands()]
                 yield Kernel(
@@ -341,13 +328,18 @@ class _CpuBenches:
 def _benches(
     target: str, threads: int, folder: Path, progress: Progress | None
 ) -> Iterator[_Benches]:
-    """Where a target's kernels are measured, or their times predicted.
+    """Where a target's kernels are measured, or their times predicted where no such GPU is at hand.
 
     Raises:
         NemocError: the target is neither this machine's CPU nor a GPU.
     """
     if target in RATES:
-        yield GpuBenches(target, progress)
+        machine = device_model(target)
+        if machine is None:
+            yield GpuBenches(target, progress)
+            return
+        with GpuLaboratory(target, folder) as gpu:
+            yield GpuBenches(target, progress, gpu, machine)
         return
     if target.partition(":")[0] != "cpu":
         known = ", ".join(("cpu", *RATES))
@@ -359,23 +351,6 @@ def _benches(
     store = read_options().cache / "objects"
     with Laboratory(cpu, threads, folder, store, _BOUND) as laboratory:
         yield _CpuBenches(laboratory, cpu, threads)
-
-
-def _arguments(
-    graph: Graph, sizes: Mapping[str, int], work: Workload, source: WeightSource
-) -> Mapping[str, torch.Tensor]:
-    """Arguments as a step has them: every token counts, and decoding begins behind those that are cached."""
-    given = sample_arguments(graph, sizes, params=False)
-    if "valid" in given:
-        given["valid"] = torch.full_like(given["valid"], sizes["L"])
-    if "lengths" in given:
-        given["lengths"] = torch.full_like(given["lengths"], _cached(sizes, work))
-    return LazyArguments(graph, source, given)
-
-
-def _cached(sizes: Mapping[str, int], work: Workload) -> int:
-    """Tokens before a step's first."""
-    return work.cached if sizes["L"] == 1 else 0
 
 
 def _least_seconds(op: Op, warm: Sequence[bool], sizes: Mapping[str, int], roofs: Roofs) -> float:
@@ -403,15 +378,24 @@ def _compare(
     both = {"default": Records(), "tuned": known}
     runs: dict[str, Callable[[], object]] = {}
     for name, records in both.items():
-        executable = compiler.compile(model, records=records, numerics=numerics, **options)
-        runs |= {f"{step} {name}": run for step, run in steps(executable, work)}
+        executable = compiler.compile(
+            model,
+            records=records,
+            numerics=numerics,
+            max_batch=work.batch,
+            max_context=max(_CONTEXT, work.context + _DECODED),
+            **options,
+        )
+        runs |= {
+            f"{step} {name}": run for step, run in steps(executable, work) if step in work.functions
+        }
     started = time.monotonic()
     interleaved(runs, 1)
     each = (time.monotonic() - started) / 2
     timings = interleaved(runs, int(min(max(_COMPARED, clock.left / each), 60)), warmup=0)
     return {
         step: ratio_of_times(timings[f"{step} tuned"].seconds, timings[f"{step} default"].seconds)
-        for step in ("prefill", "decode")
+        for step in work.functions
     }
 
 
@@ -424,9 +408,10 @@ def steps(executable: Executable, work: Workload) -> Iterator[tuple[str, Callabl
     """
     vocab = executable.program.vocab
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab, (1, max(work.prefill, work.cached)), generator=generator)
-    prompt, state = ids[:, : work.prefill], executable.new_state()
-    started = executable.new_state()
+    shape = (work.batch, max(work.prefill, work.cached))
+    ids = torch.randint(0, vocab, shape, generator=generator)
+    prompt, state = ids[:, : work.prefill], executable.new_state(work.batch)
+    started = executable.new_state(work.batch)
     executable.prefill(ids[:, : work.cached], started)
 
     def prefill() -> None:

@@ -37,8 +37,8 @@ def site() -> Site:
     body = parse("""
       graph @body {
         input %x: bf16[B, L, 1024]
-        input %w: bf16[512, 1024]
-        %y = linear(%x, %w) : f32[B, L, 512]
+        input %w: bf16[1024, 1024]
+        %y = linear(%x, %w) : f32[B, L, 1024]
         return %y
       }
     """)

@@ -3,18 +3,19 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nemoc.autotune.journal import Journal
-from nemoc.autotune.statistics import ratio_of_times
+from nemoc.autotune.statistics import rank_correlation, ratio_of_times
 from nemoc.autotune.tuner import BATCH, Told, Tuner
 from nemoc.codegen.bench import Finding
 from nemoc.codegen.plan import Plan
@@ -79,6 +80,24 @@ def test_second_run_spends_nothing(tmp_path: Path) -> None:
     assert bench.tried == []
     (record,) = again.results()
     assert record.schedule == {"tile": 4, "unroll": 2, "chains": 2}
+
+
+def test_machines_of_one_device_name_share_no_trials(tmp_path: Path) -> None:
+    tuner(tmp_path, PaperBench()).run(EVER)
+    bench = PaperBench()
+    other = Tuner(
+        [paper_kernel(16, bench)],
+        emit,
+        dataclasses.replace(DEVICE, machine="another sheet"),
+        Journal(tmp_path / "journal.log"),
+        keep_bits=False,
+    )
+    assert not other.is_settled and other.reports[0].study.trials() == []
+    other.run(EVER)
+    assert len(set(bench.tried)) == LEGAL
+    (record,) = other.results()
+    assert (record.device, record.machine) == (DEVICE.name, "another sheet")
+    assert len(tuner(tmp_path, PaperBench()).reports[0].study.trials()) == LEGAL
 
 
 def test_deadline_ends_the_search_and_the_next_run_goes_on(tmp_path: Path) -> None:
@@ -228,6 +247,62 @@ def test_candidate_that_does_not_keep_bits_after_all_is_not_taken_where_it_must(
     assert record.numerics == "same" and record.schedule == {"unroll": 2}
 
 
+PAIRS = ((2, 1), (2, 2), (4, 1), (1, 1), (8, 1), (4, 2))
+"""Tile and unroll of some kernels, the default's first."""
+
+
+def predicted(
+    folder: Path, predicts: Callable[[Plan], float] | None, right: Sequence[tuple[int, int]] = PAIRS
+) -> Tuner:
+    """A tuner that has run, of one kernel with these predictions. What has one of these tiles and unrolls is right,
+    nothing else is, and nothing is tried that changes bits."""
+
+    def faults(settings: Mapping[str, int]) -> Finding | None:
+        is_right = (settings["tile"], settings["unroll"]) in right
+        return None if is_right else Finding("wrong", message="planted")
+
+    kernel = dataclasses.replace(paper_kernel(16, PaperBench(faults=faults)), predicts=predicts)
+    made = Tuner([kernel], emit, DEVICE, Journal(folder / "journal.log"), keep_bits=True)
+    made.run(EVER)
+    return made
+
+
+@pytest.mark.parametrize(("sign", "order"), [(1, 1.0), (-1, -1.0)])
+def test_predictions_are_ranked_against_what_was_measured(
+    sign: int, order: float, tmp_path: Path
+) -> None:
+    """Only order counts, not how far times lie apart."""
+
+    def predicts(plan: Plan) -> float:
+        return sign * (1e3 * paper_seconds(settings_of(plan))) ** 9
+
+    for _ in range(2):  # a second run has nothing left to measure
+        (report,) = predicted(tmp_path, predicts).reports
+        assert report.order == pytest.approx(order)
+
+
+@pytest.mark.parametrize(("count", "is_ranked"), [(4, False), (5, True)])
+def test_few_candidates_rank_nothing(count: int, is_ranked: bool, tmp_path: Path) -> None:
+    """Nothing is predicted of a candidate that was not timed: it may not even compile."""
+    right, asked = PAIRS[:count], set()
+
+    def predicts(plan: Plan) -> float:
+        settings = settings_of(plan)
+        asked.add((settings["tile"], settings["unroll"]))
+        return paper_seconds(settings)
+
+    (report,) = predicted(tmp_path, predicts, right).reports
+    outcomes = [t.outcome for t in report.study.trials()]
+    assert outcomes.count("ok") == count and "wrong" in outcomes
+    assert (report.order is not None) is is_ranked
+    assert asked == (set(right) if is_ranked else set())
+
+
+def test_without_a_telling_prediction_there_is_no_order(tmp_path: Path) -> None:
+    assert predicted(tmp_path / "none", None).reports[0].order is None
+    assert predicted(tmp_path / "constant", lambda plan: 1.0).reports[0].order is None
+
+
 def test_interrupt_ends_the_search_with_what_is_best_so_far(tmp_path: Path) -> None:
     batches = 0
 
@@ -344,6 +419,29 @@ def test_interval_holds_the_true_ratio(truth: float) -> None:
         inside += interval.low <= truth <= interval.high
         assert interval.low <= interval.ratio <= interval.high
     assert inside >= 35
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ((1, 2, 3, 4), (-1, 10, 11, 1e9), 1.0),
+        ((3, 1, 4, 2), (30, 10, 40, 20), 1.0),
+        ((1, 2, 3, 4), (8, 4, 2, 1), -1.0),
+        # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: 4.5 / sqrt(4.5 · 5).
+        ((1, 7, 7, 9), (1, 2, 3, 4), math.sqrt(0.9)),
+        # Ranks 2, 2, 2, 4 and 1.5, 3.5, 1.5, 3.5: 2 / sqrt(3 · 4).
+        ((5, 5, 5, 6), (1, 2, 1, 2), 1 / math.sqrt(3)),
+    ],
+)
+def test_rank_correlation(a: Sequence[float], b: Sequence[float], expected: float) -> None:
+    assert rank_correlation(a, b) == pytest.approx(expected)
+    assert rank_correlation(b, a) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("a", "b"), [((2, 2, 2), (1, 2, 3)), ((1,), (2,)), ((), ())])
+def test_what_has_no_order_correlates_with_nothing(a: Sequence[float], b: Sequence[float]) -> None:
+    assert math.isnan(rank_correlation(a, b))
+    assert math.isnan(rank_correlation(b, a))
 
 
 def test_paper_times_have_one_best() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import compile_gpu, gpu, gpu_peers, gpu_stages, gpu_whole
-from benchmarks.gpu_measure import in_turns, measure_roofs, quartiles
 from benchmarks.gpu_peers import eager_scan, torch_product
 from benchmarks.gpu_region import (
     Code,
@@ -29,6 +29,9 @@ from benchmarks.gpu_values import DrawnWeights, Sizes, Values
 from benchmarks.gpu_whole import WholeStage, fitting_layers
 from click.testing import CliRunner, Result
 
+import nemoc.codegen.triton.build
+import nemoc.gpu
+from nemoc.autotune.gpu_clock import in_turns, measure_roofs, nothing, quartiles
 from nemoc.autotune.measure import Roofs
 from nemoc.codegen.plan import Kernel, StepFunction
 from nemoc.codegen.storage import weight_layout
@@ -131,7 +134,7 @@ class CountingClock:
 
     ran: list[Callable[[], object]] = field(default_factory=list)
 
-    def seconds(self, run: Callable[[], object]) -> float:
+    def seconds(self, run: Callable[[], object], before: Callable[[], object] = nothing) -> float:
         run()
         self.ran.append(run)
         return float(len(self.ran))
@@ -140,7 +143,7 @@ class CountingClock:
 class SecondsClock:
     """Runs nothing, and says that it took a second."""
 
-    def seconds(self, run: Callable[[], object]) -> float:
+    def seconds(self, run: Callable[[], object], before: Callable[[], object] = nothing) -> float:
         return 1.0
 
 
@@ -266,6 +269,48 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     session_on(library, Journal(path), again=True).run(again, told.append)
     assert again.measured == ["first", "second"]
     assert len(path.read_text().splitlines()) == 5 * 3
+
+
+def test_only_cases_that_match_are_measured(tmp_path: Path) -> None:
+    stage = CountedStage()
+    journal = Journal(tmp_path / "gpu.jsonl")
+    session_on(FakeLibrary({}), journal, cases=re.compile("^sec")).run(stage, quiet)
+    assert stage.measured == ["second"]
+
+
+def test_what_was_compiled_ahead_is_not_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEMOC_CACHE", str(tmp_path))
+    ahead = invoke("--ahead", TARGET, "--stage", "update")
+    assert ahead.exit_code == 0, ahead.output
+    asked = list[str]()
+
+    def compiled(variants: Iterable[Any], *others: Any, **options: Any) -> dict[Any, Any]:
+        asked.extend(v.kernel.name for v in variants)
+        return try_compiling(variants, *others, **options)
+
+    try_compiling = nemoc.gpu.compile_variants
+    monkeypatch.setattr(nemoc.gpu, "compile_variants", compiled)
+    monkeypatch.setattr(nemoc.codegen.triton.build, "answers", None)  # nothing is to be compiled
+    assert invoke("--ahead", TARGET, "--stage", "update").exit_code == 0
+    assert asked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cases", "("), "--cases is '(', no regular expression"),
+        (("--ahead", "cuda:sm_10"), "cuda:sm_10"),
+    ],
+)
+def test_options_that_mean_nothing_end_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr and result.stderr.count("\n") <= 2
 
 
 @pytest.mark.parametrize(("seconds", "measured"), [(-1, 0), (100, 0), (200, 2)])

@@ -1,20 +1,24 @@
-"""Tuning a model for a GPU that is not there: no weights, no GPU, and nothing taken that was not asked for."""
+"""Tuning a model for a GPU that is not there: no weights, no GPU, and nothing taken that was not asked for. Of one that
+is there, that it is measured."""
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
-from nemoc import NemocError, compiler, gpu_tuning
+from nemoc import NemocError, compiler, gpu_tuning, tuning
+from nemoc.autotune.gpu_model import MODEL
+from nemoc.autotune.measure import Roofs
 from nemoc.autotune.records import Records, read_records
 from nemoc.autotune.tuner import Told
 from nemoc.codegen.lower import corner_sizes
 from nemoc.codegen.storage import bind_weights, weight_layout
 from nemoc.gpu import lower_gpu
 from nemoc.schedules import SCHEDULES, Chosen, gpu_device
-from nemoc.tuning import TuneReport, Workload, tune
+from nemoc.tuning import TuneReport, tune
+from nemoc.workload import Workload
 from support.checkpoints import write_checkpoint
 from support.gpu_trials import PaperCompiler
 
@@ -40,6 +44,7 @@ def tuned_on_paper(checkpoint: Path, folder: Path, **options: Any) -> TuneReport
     """A tuning of kernels that are compiled on paper; its records are in `records.json`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_tuning, "try_variants", PaperCompiler())
+        patch.setattr(tuning, "device_model", lambda target: None)
         return tune(
             str(checkpoint),
             TARGET,
@@ -113,3 +118,58 @@ def test_a_model_without_weights_can_be_tuned(tmp_path: Path) -> None:
 def test_targets_without_predictions_are_named(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(NemocError, match="'triton-interpret' cannot be tuned, expected one of cpu"):
         tune(str(checkpoint), "triton-interpret", journal=tmp_path / "journal.log")
+
+
+class Laboratories:
+    """Stands for `GpuLaboratory`.
+
+    Attributes:
+        log: what it was called with, and what was done with the laboratory.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[object] = []
+
+    def __call__(self, target: str, folder: Path) -> Self:
+        self.log.append((target, folder))
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.log.append("closed")
+
+    def roofs(self) -> Roofs:
+        self.log.append("roofs")
+        return Roofs(1e12, 1e14)
+
+
+@pytest.fixture
+def laboratories(monkeypatch: pytest.MonkeyPatch) -> Laboratories:
+    made = Laboratories()
+    monkeypatch.setattr(tuning, "GpuLaboratory", made)
+    return made
+
+
+def test_a_gpu_at_hand_is_measured(
+    laboratories: Laboratories, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tuning, "device_model", {TARGET: "Fake GPU"}.get)
+    with tuning._benches(TARGET, 1, tmp_path, None) as benches:
+        device = benches.device
+        assert laboratories.log == [(TARGET, tmp_path), "roofs"]
+    assert laboratories.log[-1] == "closed"
+    assert (device.name, device.machine) == (TARGET, "Fake GPU")
+    assert (device.origin, device.predicted_by) == ("measured", "")
+
+
+def test_a_gpu_that_is_not_at_hand_is_predicted(
+    laboratories: Laboratories, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tuning, "device_model", lambda target: None)
+    with tuning._benches(TARGET, 1, tmp_path, None) as benches:
+        device = benches.device
+    assert laboratories.log == []
+    assert (device.origin, device.predicted_by) == ("predicted", MODEL)
+    assert device == gpu_device(TARGET, MODEL)

@@ -24,7 +24,8 @@ from nemoc.codegen.tvm.target import cpu_target
 from nemoc.compiler import functions
 from nemoc.runtime.machine import thread_count
 from nemoc.schedules import SCHEDULES, Chosen, cpu_device
-from nemoc.tuning import Workload, tune
+from nemoc.tuning import tune
+from nemoc.workload import Workload
 from support.checkpoints import write_checkpoint
 from support.made_up_records import site as product
 from support.quantized import WIDE

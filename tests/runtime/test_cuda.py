@@ -607,6 +607,41 @@ def test_a_device_that_fits_is_found_among_others(monkeypatch: pytest.MonkeyPatc
         cuda_device.find_device("cuda:sm_9", "x")
 
 
+def test_the_model_is_that_of_the_device_that_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = {0: (8, 0), 1: (9, 0), 2: (9, 0)}
+    monkeypatch.setattr(cuda_device, "_capabilities", lambda: devices)
+    monkeypatch.setattr(cuda_device, "CudaDevice", lambda index: index)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    for current, expected in ((0, 1), (1, 1), (2, 2)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        assert cuda_device.device_model("cuda:sm_90") == f"GPU {expected}"
+        assert cuda_device.find_device("cuda:sm_90", "x") == expected
+    assert cuda_device.device_model("cuda:sm_100") is None
+
+
+@pytest.mark.parametrize(
+    "target", ["", "cpu", "reference", "hip:gfx942", "cuda", "cuda:", "cuda:sm_9", "cuda:sm_90a"]
+)
+def test_what_names_no_cuda_device_has_no_model(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_device, "_capabilities", lambda: {0: (9, 0)})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
+    assert cuda_device.device_model("cuda:sm_90") == "GPU"
+    assert cuda_device.device_model(target) is None
+
+
+def test_without_devices_there_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*index: int) -> None:
+        raise RuntimeError("no CUDA GPUs are available")
+
+    monkeypatch.setattr(cuda_device, "_capabilities", dict)
+    monkeypatch.setattr(torch.cuda, "current_device", refuse)
+    monkeypatch.setattr(torch.cuda, "get_device_name", refuse)
+    assert cuda_device.device_model("cuda:sm_90") is None
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built with CUDA")
 def test_a_torch_without_cuda_is_named(saved: Path) -> None:
     with pytest.raises(

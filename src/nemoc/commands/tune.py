@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from nemoc.autotune.tuner import KernelReport, Told
 from nemoc.ir import NemocError
 from nemoc.terminal import duration, heading, print_table, progress, report
 from nemoc.tune_report import write_report
-from nemoc.tuning import TuneReport, Workload, tune
+from nemoc.tuning import TuneReport, tune
+from nemoc.workload import Workload
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -29,6 +31,8 @@ def run(
     budget: str,
     prefill: int,
     cached: int,
+    batch: int,
+    steps: tuple[str, ...],
     records: Path | None,
     page: Path | None,
     no_compare: bool,
@@ -40,7 +44,7 @@ def run(
         found = tune(
             source,
             budget=seconds_of(budget),
-            workload=Workload(prefill, cached),
+            workload=Workload(prefill, cached, batch, steps or ("prefill", "decode")),
             records=records,
             compare=not no_compare,
             tell=tell,
@@ -101,12 +105,28 @@ def print_report(console: Console, found: TuneReport) -> None:
         f"\n{tried} candidates of {len(found.kernels)} kernels, {faults} of them faulty; "
         f"{duration(found.spent)} now{before}"
     )
+    ranked = [(k, k.order) for k in found.kernels if k.order is not None]
+    if ranked:
+        heading(console, "How well predicted times rank what was measured (Spearman)")
+        orders = [
+            (k.kernel.function, k.name.partition("+")[0], str(len(k.study.trials())), f"{o:.2f}")
+            for k, o in ranked
+        ]
+        print_table(console, ("step", "kernel", ">tried", ">correlation"), orders)
+    for message, count in _faults(found):
+        console.print(f"{count} faulty: {message}", soft_wrap=True)
     if not found.finished:
         console.print("The budget ended before the search; a larger one goes on from here")
     for step, interval in found.whole.items():
         console.print(f"{step} of the whole model, relative to the defaults: {_verdict(interval)}")
     if not any(k.best for k in found.kernels):
         console.print("No gain over the defaults: they stay as they are")
+
+
+def _faults(found: TuneReport, most: int = 3) -> list[tuple[str, int]]:
+    """What is wrong with candidates, the commonest first, and with how many."""
+    trials = (t for kernel in found.kernels for t in kernel.study.trials())
+    return Counter(t.message for t in trials if t.outcome != "ok").most_common(most)
 
 
 def _gain(kernel: KernelReport, predicted: bool) -> str:

@@ -1,9 +1,8 @@
-"""Parts of a graph as graphs, to be measured by themselves."""
+"""Parts of a graph as graphs, to be run by themselves."""
 
 from collections.abc import Sequence
 
-from nemoc.ir import Graph
-from nemoc.ir.graph import Node
+from nemoc.ir.graph import Graph, Node
 from nemoc.ir.types import Value
 
 

@@ -28,35 +28,41 @@ Run = Callable[[], object]
 """Puts work into torch's current stream."""
 
 
+def nothing() -> None:
+    """Puts no work anywhere."""
+
+
 class Clock(Protocol):
     """Times work on a device."""
 
-    def seconds(self, run: Run) -> float:
-        """Seconds of one run, whose work starts and ends on the device."""
+    def seconds(self, run: Run, before: Run = nothing) -> float:
+        """Seconds of one run, whose work starts and ends on the device; of what is put before it none."""
         ...
 
 
 class EventClock:
     """The device's clock, with cold caches and without the time that it takes to launch.
 
-    Caches are written full before each run. Then the device waits for as long as the launches take on the host, so
-    that they are queued when the first of them starts: what is measured is the device's time, for whoever replays
-    recorded launches. Work that waits for the device in between shows that it does.
+    Caches are written full before each run, and what is put before it may bring some of its data back. Then the device
+    waits for as long as the launches take on the host, so that they are queued when the first of them starts: what is
+    measured is the device's time, for whoever replays recorded launches. Work that waits for the device in between
+    shows that it does.
     """
 
     def __init__(self) -> None:
         self._cache = torch.empty(_CACHE, dtype=torch.uint8, device="cuda")
 
-    def seconds(self, run: Run) -> float:
-        seconds, launching = self._timed(run, _SHORTEST_PAUSE)
+    def seconds(self, run: Run, before: Run = nothing) -> float:
+        seconds, launching = self._timed(run, before, _SHORTEST_PAUSE)
         if launching > _SHORTEST_PAUSE:
-            seconds, _ = self._timed(run, min(2 * launching, _LONGEST_PAUSE))
+            seconds, _ = self._timed(run, before, min(2 * launching, _LONGEST_PAUSE))
         return seconds
 
-    def _timed(self, run: Run, pause: float) -> tuple[float, float]:
+    def _timed(self, run: Run, before: Run, pause: float) -> tuple[float, float]:
         """Seconds of a run on the device, and seconds that the host took to launch it."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._cache.zero_()
+        before()
         torch.cuda._sleep(int(pause * _CYCLES_PER_SECOND))
         start.record()
         started = time.perf_counter()
@@ -96,7 +102,10 @@ def quartiles(seconds: tuple[float, ...]) -> tuple[float, float, float]:
 
 
 def measure_roofs(
-    clock: Clock, device: str = "cuda", copied: int = _COPY, side: int = _SIDE
+    clock: Clock,
+    device: torch.device | str = "cuda",
+    copied: int = _COPY,
+    side: int = _SIDE,
 ) -> Roofs:
     """What a device reaches in a copy and in a product of bf16, the best of several runs.
 
@@ -106,7 +115,7 @@ def measure_roofs(
         copied: bytes of the copy's source; read once and written once.
         side: rows and columns of the product.
     """
-    if device == "cuda":
+    if torch.device(device).type == "cuda":
         copied = min(copied, torch.cuda.mem_get_info()[0] // 8)
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -1,0 +1,28 @@
+"""Random tensors made on the device that uses them: what is as large as a model's experts takes a CPU minutes."""
+
+import zlib
+
+import torch
+
+_DRAWN = 1 << 24
+"""Elements that are drawn at a time, in float32."""
+
+
+def draw(out: torch.Tensor, scale: float, seed: str) -> None:
+    """Fill a tensor [n] with normal numbers.
+
+    Args:
+        out: floating point, on any device.
+        scale: the standard deviation.
+        seed: equal ones give equal numbers on equal devices.
+    """
+    generator = torch.Generator(out.device).manual_seed(zlib.crc32(seed.encode()))
+    for part in out.split(_DRAWN):
+        drawn = torch.randn(part.numel(), generator=generator, device=out.device)
+        part.copy_(drawn.mul_(scale))
+
+
+def draw_bytes(out: torch.Tensor, seed: str) -> None:
+    """Fill a tensor [n] of codes by twos, uint8, with any bytes; equal seeds as in `draw`."""
+    generator = torch.Generator(out.device).manual_seed(zlib.crc32(seed.encode()))
+    out.random_(0, 256, generator=generator)
