@@ -217,10 +217,10 @@ def _mamba_kernels(module: str) -> ModuleType:
     The package imports its CUDA extension when it is imported as a whole, which a build without extensions has not; so
     it is not: a bare package stands for it in this process.
     """
-    spec = _installed("mamba_ssm")
-    for needed in ("einops", "triton"):
-        _installed(needed)
     if "mamba_ssm" not in sys.modules:
+        spec = _installed("mamba_ssm")
+        for needed in ("einops", "triton"):
+            _installed(needed)
         bare = ModuleType("mamba_ssm")
         bare.__path__ = list(spec.submodule_search_locations)
         sys.modules["mamba_ssm"] = bare

@@ -16,7 +16,7 @@ import sympy
 
 from nemoc.codegen.plan import Arg, Plan, RegionError, Site, Stage, View, dense_strides
 from nemoc.codegen.regions import as_region, body_of
-from nemoc.codegen.triton.body import Body
+from nemoc.codegen.triton.body import Body, widened_last
 from nemoc.codegen.triton.flash import Attended, Flash
 from nemoc.codegen.triton.rows import (
     Store,
@@ -69,7 +69,7 @@ def emit_attention(site: Site, target: GpuTarget) -> Plan:
     Raises:
         RegionError: the region has more in it than such a kernel can do.
     """
-    site = as_region(site)
+    site = widened_last(as_region(site))
     graph = body_of(site)
     made = Attended.of(graph)
     stores = stored_results(graph, product((made.batch, made.length, made.heads)))

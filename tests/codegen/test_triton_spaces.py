@@ -65,8 +65,11 @@ TEXTS = {
 MIXERS = {"scan": False, "scan of a token": True}
 KEEPING = {
     "product": {"stages", "neighbours"},
-    "few rows": {"stages", "neighbours", "few1_stages", "few4_stages"},
-    "grouped": {"stages", "neighbours", "few1_stages", "few4_stages"},
+    "few rows": {
+        *("stages", "neighbours", "tile16_stages", "tile16_neighbours"),
+        "few1_stages",
+    },
+    "grouped": {"stages", "neighbours", "few1_stages"},
     "attention": {"stages"},
     "attention of a token": {"stages"},
     "norm": set(),
@@ -107,7 +110,7 @@ def legal(space: Space, count: int) -> Iterator[tuple[Schedule, Plan]]:
     raise AssertionError(f"only {found} legal schedules")
 
 
-BATCHES = {"few rows": (1, 3, 50), "grouped": (1, 3, 50)}
+BATCHES = {"few rows": (1, 3, 13, 50), "grouped": (1, 3, 50)}
 """Numbers of rows, of products that have a form for each; 1 of all others."""
 
 
@@ -148,7 +151,7 @@ def test_settings_of_the_default_give_the_default(name: str, target: str) -> Non
     assert spelled.name == default.name
 
 
-@pytest.mark.parametrize("setting", [{"warps": 4}, {"stages": 4}])
+@pytest.mark.parametrize("setting", [{"warps": 8}, {"stages": 3}])
 def test_plans_that_differ_in_launching_alone_differ_in_name(setting: dict[str, int]) -> None:
     space = space_of("product")
     plans = [space.plan(s) for s in ({}, setting)]
@@ -166,7 +169,7 @@ def test_plans_that_differ_in_launching_alone_differ_in_name(setting: dict[str, 
     ("name", "schedule", "reason"),
     [
         ("product", {"rows": 256, "columns": 128, "warps": 2}, "sums do not fit registers"),
-        ("few rows", {"columns": 16, "warps": 8}, "warps have no tile each"),
+        ("few rows", {"tile16_columns": 16, "tile16_warps": 8}, "warps have no tile each"),
         ("product", {"columns": 256}, "tiles are wider than the result"),
         ("product", {"depth": 256, "stages": 6}, "operands do not fit shared memory"),
         ("attention", {"rows": 128, "keys": 128, "warps": 2}, "tiles do not fit registers"),

@@ -3,10 +3,12 @@
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -504,7 +506,7 @@ def test_a_part_is_compiled_for_a_gpu(mini: Parts) -> None:
     assert len(code.record.binaries) > 1  # one for each form
     for binary in code.record.binaries:
         assert code.images[binary.file].startswith(b"\x7fELF")
-        assert binary.pointers == 3
+        assert binary.pointers in (2, 3)  # those that add the sums of parts read no operand
 
 
 def small(stage: PartStage, *cases: Case) -> PartStage:
@@ -665,6 +667,25 @@ def test_mamba_ssm_is_given_what_the_scan_is_given(
 ) -> None:
     monkeypatch.setattr(gpu_peers, "_mamba_kernels", kernels_in_torch)
     assert_means_the_same(gpu_peers.mamba_scan(scan, WIDE, compiled=False), scan)
+
+
+def test_mamba_ssm_is_found_time_and_again_without_its_extension(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("mamba_ssm", "einops"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('no extension')")
+    kernels = tmp_path / "mamba_ssm" / "ops" / "triton"
+    kernels.mkdir(parents=True)
+    (kernels / "ssd_combined.py").write_text("answer = 7")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("", ".ops", ".ops.triton", ".ops.triton.ssd_combined"):
+        monkeypatch.setitem(sys.modules, f"mamba_ssm{name}", ModuleType("gone after the test"))
+        monkeypatch.delitem(sys.modules, f"mamba_ssm{name}")
+    for _ in range(2):
+        assert gpu_peers._mamba_kernels("ssd_combined").answer == 7
 
 
 def test_mamba_ssm_is_given_what_the_update_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
