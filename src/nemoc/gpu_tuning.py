@@ -101,7 +101,7 @@ class GpuBenches:
     ) -> Iterator[Kernel]:
         (function,) = program.functions
         sizes = work.sizes(function.name)
-        symbols = sizes | {"T": work.before(function.name)}
+        symbols = work.symbols(function.name)
         variants = variants_of([function])
         counts = Counter(launch.kernel.name for launch in function.launches)
         for site, plan in plans.items():

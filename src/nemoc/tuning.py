@@ -304,7 +304,6 @@ class _CpuBenches:
             (lowered,) = program.graphs
             stored = {*lowered.params, *lowered.states}
             counts = Counter(n.kernel.name for n in program.functions[0].launches)
-            seen = sizes | {"T": work.before(function)}
             for site in sites:
                 warm = [value not in stored for value in site.site.op.operands()]
                 yield Kernel(
@@ -314,7 +313,7 @@ class _CpuBenches:
                     counts[site.plan.stages[0].kernel.name],
                     sizes,
                     functools.partial(self._subject, site, sizes, warm),
-                    least=_least_seconds(site.site.op, warm, seen, self._roofs),
+                    least=_least_seconds(site.site.op, warm, work.symbols(function), self._roofs),
                 )
 
     def _subject(

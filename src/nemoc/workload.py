@@ -36,6 +36,10 @@ class Workload:
         length = 1 if function == "decode" else self.prefill
         return {"B": self.batch, "L": length, "C": self.context}
 
+    def symbols(self, function: str) -> dict[str, int]:
+        """The same, and T: what costs are evaluated at."""
+        return self.sizes(function) | {"T": self.before(function)}
+
     def before(self, function: str) -> int:
         """Tokens before a step's first."""
         return self.cached if function == "decode" else 0

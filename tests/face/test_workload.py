@@ -40,6 +40,7 @@ def test_only_decoding_has_tokens_before_it() -> None:
     work = Workload(prefill=7, cached=9, batch=3)
     assert work.before("prefill") == Workload(prefill=1).before("prefill") == 0
     assert work.before("decode") == 9
+    assert [work.symbols(step)["T"] for step in ("prefill", "decode")] == [0, 9]
 
 
 @pytest.mark.parametrize(("function", "valid", "lengths"), [("prefill", 7, 0), ("decode", 1, 9)])
