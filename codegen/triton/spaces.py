@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from nemoc.codegen.triton.conv_scan import Programs, ScanSchedule
     from nemoc.codegen.triton.conv_update import UpdateSchedule
     from nemoc.codegen.triton.flash import Attended
-    from nemoc.codegen.triton.products import Product
-    from nemoc.codegen.triton.products import Schedule as ProductSchedule
+    from nemoc.codegen.triton.product_forms import Product
+    from nemoc.codegen.triton.product_forms import Schedule as ProductSchedule
 
     _S = TypeVar("_S", bound=DataclassInstance)
 
