@@ -80,6 +80,7 @@ class Kernel:
         least: seconds that it takes at least on the device whatever its schedule is, by a roofline; 0 where nobody
             knows.
         predicts: the predicted seconds of a plan; none where nothing predicts them, or nothing else is known.
+        cached: tokens that came before the step's first, T.
     """
 
     site: Site
@@ -91,6 +92,7 @@ class Kernel:
     runs: Runs | None = None
     least: float = 0.0
     predicts: Callable[[Plan], float] | None = None
+    cached: int = 0
 
 
 @dataclass
@@ -240,7 +242,8 @@ class Tuner:
     def _report(self, kernel: Kernel, emit: Emit, journal: Journal) -> KernelReport:
         space = Space.of(kernel.site, emit, self._keep_bits, kernel.runs)
         structure, shape = structure_of(kernel.site)
-        sizes = ",".join(f"{k}={v}" for k, v in sorted(kernel.sizes.items()))
+        symbols = {**kernel.sizes, "T": kernel.cached}
+        sizes = ",".join(f"{k}={v}" for k, v in sorted(symbols.items()))
         numerics = "same" if self._keep_bits else "any"
         where = f"{self._device.name} | {self._device.machine} | {self._device.tools}"
         name = f"{where} | {numerics} | {sizes} | {kernel.default.name}"
@@ -372,15 +375,23 @@ class Tuner:
         trials = report.study.trials()
         done = report.study.about.get("concluded")
         if done is None or done["trials"] != len(trials):
-            done = self._last_measurement(report, trials) | {"trials": len(trials)}
+            last = self._last_measurement(report, trials)
+            if last is None:
+                return  # the next run measures again
+            done = last | {"trials": len(trials)}
             report.study.note("concluded", done)
         report.order = _order(report, trials)
         report.best = done["schedule"]
         report.equal = done["equal"]
         report.gain = Interval(done["ratio"], done["low"], done["high"])
 
-    def _last_measurement(self, report: KernelReport, trials: Sequence[Trial]) -> dict[str, Any]:
-        """The finalists beside the default: the fastest that is faster beyond doubt, else the default."""
+    def _last_measurement(
+        self, report: KernelReport, trials: Sequence[Trial]
+    ) -> dict[str, Any] | None:
+        """The finalists beside the default: the fastest that is faster beyond doubt, else the default.
+
+        None if that could not be measured.
+        """
         nothing = {"schedule": {}, "equal": True, "ratio": 1.0, "low": 1.0, "high": 1.0}
         faster = sorted(
             (
@@ -401,7 +412,7 @@ class Tuner:
         rounds = _rounds(report.seconds, len(together), _FINAL_ROUNDS, _FINAL_SECONDS)
         times = bench.time(together, rounds, seed=len(trials))
         if isinstance(times, Finding):
-            return nothing
+            return None
         compared = [
             (ratio_of_times(seconds, times[0]), trial)
             for seconds, (trial, _) in zip(times[1:], finalists, strict=True)

@@ -31,7 +31,7 @@ class Children:
         command: what a process runs; the descriptor that it answers on is added.
         jobs: processes at a time; none: one for each core that this process may use.
         seconds: for each request, and for a process to start.
-        bytes: of data that each process may have, and each one that it starts.
+        bytes: of data that each process may have, and each one that it starts; none for no limit.
         what: what a process is, for messages.
         variables: of a process's environment, besides a few of this process's; `{folder}` stands for its folder.
     """
@@ -39,7 +39,7 @@ class Children:
     command: tuple[str, ...]
     jobs: int | None = None
     seconds: float = 300.0
-    bytes: int = 4 << 30
+    bytes: int | None = 4 << 30
     what: str = "the compiler"
     variables: tuple[tuple[str, str], ...] = ()
 
@@ -104,7 +104,8 @@ class _Child:
             ) from None
         finally:
             os.close(far_end)
-        _limit(self._process.pid, children.bytes)
+        if children.bytes is not None:
+            _limit(self._process.pid, children.bytes)
         self._send(setup)
 
     def fileno(self) -> int:
@@ -174,7 +175,7 @@ class _Child:
         """A message of moderate length, and the limit that was met."""
         if len(message) > most:
             message = message[: most - 3] + "..."
-        if _MEMORY.search(message):
+        if self._limits.bytes is not None and _MEMORY.search(message):
             message += f" (the limit is {self._limits.bytes >> 20} MiB)"
         return message
 
@@ -219,14 +220,19 @@ class Pool:
             NemocError: a process does not start.
         """
         self._requests, self._waiting = requests, deque(range(len(requests)))
-        while self._waiting or self._running:
-            self._start()
-            earliest = min(child.deadline for child in self._running)
-            for key, _ in self._selector.select(max(0.0, earliest - time.monotonic())):
-                yield from self._advance(key.fileobj)  # type: ignore[arg-type]
-            now = time.monotonic()
-            for child in [c for c in self._running if c.deadline <= now]:
-                yield self._lost(child, f"did not answer within {self._children.seconds:g} s")
+        try:
+            while self._waiting or self._running:
+                self._start()
+                earliest = min(child.deadline for child in self._running)
+                for key, _ in self._selector.select(max(0.0, earliest - time.monotonic())):
+                    yield from self._advance(key.fileobj)  # type: ignore[arg-type]
+                now = time.monotonic()
+                for child in [c for c in self._running if c.deadline <= now]:
+                    yield self._lost(child, f"did not answer within {self._children.seconds:g} s")
+        finally:
+            # After an interrupt, say: what they would answer now is no answer to later requests.
+            for child in tuple(self._running):
+                self._drop(child)
 
     def close(self) -> None:
         """End all processes."""
@@ -301,6 +307,7 @@ def _limit(process: int, size: int) -> None:
 
 
 _KEPT = (
+    "CUDA_DEVICE_ORDER",
     "CUDA_VISIBLE_DEVICES",
     "HOME",
     "LANG",

@@ -231,8 +231,8 @@ def find_device(target: str, what: str) -> CudaDevice:
     )
 
 
-def device_model(target: str) -> str | None:
-    """The model of a GPU that runs code for a target, the one that `find_device` finds; none where there is none.
+def device_at_hand(target: str) -> tuple[int, str] | None:
+    """torch's number and the model of a GPU that runs code for a target, as `find_device` finds it; none if none does.
 
     Args:
         target: such as `cuda:sm_90`; any.
@@ -244,7 +244,7 @@ def device_model(target: str) -> str | None:
     except NemocError:
         return None
     index = _index(needed, _capabilities())
-    return None if index is None else torch.cuda.get_device_name(index)
+    return None if index is None else (index, torch.cuda.get_device_name(index))
 
 
 def _described(found: Mapping[int, tuple[int, int]]) -> str:

@@ -140,7 +140,7 @@ _BITS_OF_NVFP4 = 4.5
 """Of an element, its block's scale included."""
 
 _SKINNY_SUMS = 4 * 32 * 64
-"""Sums of a program without matrix units at most: 64 registers of each thread of four warps."""
+"""Sums of a program without matrix units at most: 64 registers of each thread of four warps; twice that for one row."""
 
 _SKINNY_ROWS = (1, 2, 4)
 """Rows of programs without matrix units: more have no room for their sums in registers."""
@@ -205,7 +205,8 @@ def tile_forms(
     first = products[0]
     if first.offsets is None:
         return ((_FLAT, _FLAT), (_MANY, 0)) if first.is_few else ((0, 0),)
-    plain = not first.is_wide and not _is_crowded(graph, products)
+    fp8 = first.x.dtype == first.w.dtype == DType.F8E4M3
+    plain = not first.is_wide and not fp8 and not _is_crowded(graph, products)
     if first.is_few or not _is_roomy(target) or not plain:
         return ((0, 0),)
     return ((_MANY, _MANY * first.groups), (0, 0))
@@ -236,7 +237,7 @@ def tile_schedule(graph: Graph, products: list[Product], target: GpuTarget, rows
         graph: the region's body.
         products: its products.
         target: the GPU.
-        rows: of a tile in a step of one token; 0 for others, and for grouped products.
+        rows: of a tile, as the form says; 0 for the one that has no other beside or below it.
     """
     return _within_shared(_schedule(graph, products, target, rows), target)
 
@@ -256,7 +257,7 @@ def skinny_schedule(
 
 
 def _within_shared(schedule: Schedule, target: GpuTarget) -> Schedule:
-    """A schedule with as many stages as there is shared memory for."""
+    """A schedule with no more stages than AMD's GPUs have shared memory for."""
     most = 2 if target.backend == "hip" else schedule.stages
     return replace(schedule, stages=min(schedule.stages, most))
 
@@ -266,11 +267,12 @@ def _skinny_schedule(
 ) -> Schedule:
     """Programs of a few columns, for one or more rows.
 
-    A warp takes a thread's 16 bytes from each of 32 places of a row of NVFP4, or twice of bf16 or f32, and loads three
-    such parts ahead; four warps make one to four columns each. How many it is decides on how many programs there are:
-    all multiprocessors end together if the most that one of them has is little above the mean, and what every program
-    does besides costs as much as about two columns. Sums, which there are for each row and element of a weight's part,
-    or each block of NVFP4, take half of a thread's registers at most: rows may have to be computed beside them.
+    A warp takes a thread's 16 bytes from each of 32 places of a row of NVFP4, or twice of bf16 or f32 (four times for
+    one row), and loads three such parts ahead; four warps make one to four columns each. How many it is decides on how
+    many programs there are: all multiprocessors end together if the most that one of them has is little above the mean,
+    and what every program does besides costs as much as about two columns. Sums, which there are for each row and
+    element of a weight's part, or each block of NVFP4, take half of a thread's registers (all but a few, for one row)
+    at most: rows may have to be computed beside them.
     """
     first = products[0]
     most_bytes = 2048 if rows == 1 else 1024
@@ -357,7 +359,8 @@ def _roomy_few(
     if made.offsets is not None:
         return schedule
     tiles, most = -(-made.features // columns), 2 * target.multiprocessors
-    parts = max(n for n in (1, 2, 4) if n == 1 or tiles * n <= most)
+    most = min(most // tiles, -(-made.width // schedule.depth))
+    parts = max(n for n in (1, 2, 4) if n == 1 or n <= most)
     return replace(schedule, parts=parts)
 
 

@@ -1,4 +1,4 @@
-"""Regions around matrix products, dense or grouped: one launch.
+"""Regions around matrix products, dense or grouped: one launch, or two where programs share a reduction.
 
 A program makes a tile of rows by features. What comes before a product is computed for a tile of rows by a part of the
 reduction, as is what comes before a weight; what comes behind, for the tile of sums. Several dense products of one

@@ -1,6 +1,6 @@
 """Trying kernels on the GPU at hand: compiled in child processes, checked and timed in one that owns the device.
 
-    with GpuLaboratory("cuda:sm_90", folder) as laboratory:
+    with GpuLaboratory(folder) as laboratory:
         bench = MeasuredBench(site, plan, aligned, sizes, target, compiled, laboratory, given)
         bench.compile([plan, other])
         bench.check(other)
@@ -42,7 +42,7 @@ WORKERS = Children(
     command=(sys.executable, "-P", "-m", "nemoc.gpu_trial_worker"),
     jobs=1,
     seconds=60.0,
-    bytes=1 << 40,  # the driver reserves many times what it uses
+    bytes=None,  # the driver reserves many times what it uses
     what="the kernel's process",
     variables=(("PYTHONPATH", str(Path(nemoc.__file__).parents[1])),),
 )
@@ -59,16 +59,16 @@ class GpuLaboratory:
     """The process that owns the device, and the files that it works on.
 
     Args:
-        target: which GPU; one that runs its code is at hand.
         folder: an empty folder for kernels and tensors.
         workers: the process and its limits.
+        device: torch's number of the GPU.
     """
 
-    def __init__(self, target: str, folder: Path, workers: Children = WORKERS) -> None:
+    def __init__(self, folder: Path, workers: Children = WORKERS, device: int = 0) -> None:
         self._folder = folder
         for name in ("subjects", "kernels", "runs"):
             (folder / name).mkdir()
-        self._runs = Pool({"target": target}, workers, folder / "runs")
+        self._runs = Pool({"device": device}, workers, folder / "runs")
 
     def __enter__(self) -> Self:
         return self
@@ -97,11 +97,12 @@ class GpuLaboratory:
             given: what reaches it.
         """
         # One kernel may be launched at several sizes.
-        known = ",".join((name, *(f"{symbol}={sizes[symbol]}" for symbol in "BLC")))
+        known = ",".join((name, *(f"{symbol}={sizes[symbol]}" for symbol in "BLCT")))
         folder = self._folder / "subjects" / hashlib.sha256(known.encode()).hexdigest()[:32]
-        if not folder.exists():
-            folder.mkdir()
+        record_file = folder / "site.json"
+        if not record_file.exists():
             operands, tensors = given.operands(site, sizes)
+            folder.mkdir(exist_ok=True)
             record = {
                 "graph": str(_alone(site)),
                 "sizes": dict(sizes),
@@ -109,7 +110,7 @@ class GpuLaboratory:
                 "results": [_view(view, sizes) for view in site.results],
             }
             save_file(tensors, folder / "tensors.safetensors")
-            (folder / "site.json").write_text(json.dumps(record), "utf-8")
+            record_file.write_text(json.dumps(record), "utf-8")  # last: then all is there
         return folder
 
     def kernel(self, image: bytes) -> Path:
@@ -185,12 +186,16 @@ class Given:
                     "view": _view(view, sizes),
                     "source": source,
                     "scale": width**-0.5 if wide else 1.0,
-                    "warm": not is_weight and value not in self.graph.states,
+                    "warm": not self.is_stored(value),
                 }
             )
             if value in made:
                 tensors[f"operand{i}"] = made[value].clone().contiguous()
         return records, tensors
+
+    def is_stored(self, value: Value) -> bool:
+        """Whether a value is a weight or a state, which no step has just computed."""
+        return value in self.graph.params or value in self.graph.states
 
     def _is_made_here(self, value: Value) -> bool:
         """Whether a value is no large tensor of any numbers."""

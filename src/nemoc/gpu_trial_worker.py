@@ -1,9 +1,9 @@
 """The child process in which kernels run on a GPU that nobody trusts yet.
 
 It reads JSON from standard input, one object a line, and answers each line with one on the file descriptor that its
-argument names.
+argument names. `device` is torch's number of the GPU.
 
-    setup    {"target"}                                                     ->  {}
+    setup    {"device"}                                                     ->  {}
     request  {"do": "roofs"}                                                ->  {"bandwidth", "arithmetic"}
              {"do": "check", "subject", "candidate", "default"}             ->  {"deviation", "equal"}
              {"do": "time", "subject", "candidates", "rounds", "seed"}      ->  {"seconds"}
@@ -41,7 +41,7 @@ from nemoc.ir.op import Env
 from nemoc.ir.region import evaluate_op
 from nemoc.models.drawn import draw, draw_bytes
 from nemoc.passes.check import relative_error
-from nemoc.runtime.cuda_device import Device, LoadedKernel, find_device
+from nemoc.runtime.cuda_device import CudaDevice, Device, LoadedKernel
 from nemoc.runtime.cuda_driver import DriverError
 from nemoc.runtime.launches import Binary
 
@@ -303,7 +303,7 @@ def main() -> None:
         answers.flush()
 
     setup = json.loads(sys.stdin.readline())
-    device = find_device(setup["target"], "a trial")
+    device = CudaDevice(setup["device"])
     with device.active():
         trials = Trials(device, EventClock())
     reply({})

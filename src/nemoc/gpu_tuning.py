@@ -107,24 +107,31 @@ class GpuBenches:
         for site, plan in plans.items():
             about = (site, plan, _aligned(plan, variants), sizes, self._target, self._compiled)
             launches = counts[plan.stages[0].kernel.name]
-            which = (site, plan, function.name, launches, sizes)
-            if self._laboratory is None or given is None:
-                predicted = PredictedBench(*about)
-                yield Kernel(*which, functools.partial(_itself, predicted), predicted.runs)
-                continue
-            measured = MeasuredBench(*about, self._laboratory, symbols["T"], given)
+            bench: PredictedBench | MeasuredBench = PredictedBench(*about)
+            least, predicts = 0.0, None
+            if self._laboratory is not None and given is not None:
+                bench = MeasuredBench(*about, self._laboratory, symbols["T"], given)
+                least, predicts = self._least_seconds(site.op, given, symbols), bench.seconds
             yield Kernel(
-                *which,
-                functools.partial(_itself, measured),
-                measured.runs,
-                self._least_seconds(site.op, symbols),
-                measured.seconds,
+                site,
+                plan,
+                function.name,
+                launches,
+                sizes,
+                functools.partial(_itself, bench),
+                bench.runs,
+                least,
+                predicts,
+                symbols["T"],
             )
 
-    def _least_seconds(self, op: Op, sizes: Mapping[str, int]) -> float:
-        """The least time of an op on the device at hand. Products of types below 16 bits are up to four times as fast
-        as the bf16 that was measured."""
-        moved = sum(estimate(n, sizes) for n in (*op.reads(), *op.writes()))
+    def _least_seconds(self, op: Op, given: Given, sizes: Mapping[str, int]) -> float:
+        """The least time of an op on the device at hand, if caches hold results and what a step has just computed.
+
+        Products of types below 16 bits are up to four times as fast as the bf16 that was measured.
+        """
+        pairs = zip(op.operands(), op.reads(), strict=True)
+        moved = sum(estimate(n, sizes) for value, n in pairs if given.is_stored(value))
         assert self._roofs is not None
         return self._roofs.seconds(moved, estimate(op.flops(), sizes) / 4)
 

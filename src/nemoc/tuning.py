@@ -40,7 +40,7 @@ from nemoc.passes import Pass
 from nemoc.progress import Progress
 from nemoc.quantizations import Quantize
 from nemoc.runtime import Executable
-from nemoc.runtime.cuda_device import device_model
+from nemoc.runtime.cuda_device import device_at_hand
 from nemoc.runtime.files import as_path
 from nemoc.runtime.machine import thread_count
 from nemoc.runtime.weights import WeightSource
@@ -181,12 +181,15 @@ def tune(
         _say(progress, "try schedules")
         tuner.run(clock.deadline(1.0 - _RESERVED * compare), spent.update)
         results = tuner.results()
-        whole: dict[str, Interval] = {}
-        if goes_on and compare and any(r.best for r in tuner.reports):
-            _say(progress, "compare the whole model")
-            whole = _compare(model, options | {"threads": threads}, results, numerics, work, clock)
-            spent.update()
     add_records(results, as_path(records) if records is not None else own_records())
+    whole: dict[str, Interval] = {}
+    if goes_on and compare and any(r.best for r in tuner.reports):
+        _say(progress, "compare the whole model")
+        try:
+            whole = _compare(model, options | {"threads": threads}, results, numerics, work, clock)
+        except NemocError as error:  # as where a GPU has no room for two
+            _say(progress, f"the whole model is not compared: {error}")
+        spent.update()
     return TuneReport(
         tuple(sorted(tuner.reports, key=lambda r: -r.share)),
         bench.device,
@@ -314,6 +317,7 @@ class _CpuBenches:
                     sizes,
                     functools.partial(self._subject, site, sizes, warm),
                     least=_least_seconds(site.site.op, warm, work.symbols(function), self._roofs),
+                    cached=work.before(function),
                 )
 
     def _subject(
@@ -333,11 +337,12 @@ def _benches(
         NemocError: the target is neither this machine's CPU nor a GPU.
     """
     if target in RATES:
-        machine = device_model(target)
-        if machine is None:
+        found = device_at_hand(target)
+        if found is None:
             yield GpuBenches(target, progress)
             return
-        with GpuLaboratory(target, folder) as gpu:
+        index, machine = found
+        with GpuLaboratory(folder, device=index) as gpu:
             yield GpuBenches(target, progress, gpu, machine)
         return
     if target.partition(":")[0] != "cpu":
@@ -417,8 +422,10 @@ def steps(executable: Executable, work: Workload) -> Iterator[tuple[str, Callabl
         state.reset()
         executable.prefill(prompt, state)
 
+    behind = started.clone()
+
     def decode() -> None:
-        behind = started.clone()
+        behind.arena.copy_(started.arena)  # the state that steps were recorded for
         token = ids[:, 0]
         for _ in range(_DECODED):
             token = executable.decode(token, behind).argmax(-1)

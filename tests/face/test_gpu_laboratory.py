@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemoc import compiler, gpu_tuning
+from nemoc import NemocError, compiler, gpu_trial_worker, gpu_tuning
 from nemoc.autotune.measure import Roofs
 from nemoc.autotune.search import Space
 from nemoc.autotune.tuner import Kernel
 from nemoc.codegen.bench import Finding
 from nemoc.codegen.triton.emit import emit
 from nemoc.codegen.triton.target import gpu_target
-from nemoc.gpu_laboratory import WORKERS, GpuLaboratory, MeasuredBench
+from nemoc.gpu_laboratory import WORKERS, Given, GpuLaboratory, MeasuredBench
+from nemoc.ir.dims import estimate
 from nemoc.models import open_model
+from nemoc.runtime.cuda_driver import DriverError
 from nemoc.workload import Workload
 from support.checkpoints import write_checkpoint
 from support.fake_cuda import FakeLaunch, tensor_at
@@ -101,9 +103,45 @@ def test_other_schedules_are_compared_with_the_default(known: list[Kernel]) -> N
     assert times == [[1e-6] * 3] * (1 + len(plans))
 
 
-def test_least_times_are_of_what_has_to_move(known: list[Kernel]) -> None:
+def test_a_site_whose_operands_cannot_be_made_is_tried_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = kernels(checkpoint, tmp_path)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Given, "operands", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            check_default(kernel)
+    assert check_default(kernel).outcome == "ok"
+
+
+def test_what_is_cached_before_a_step_is_part_of_what_is_tried(known: list[Kernel]) -> None:
+    bench = bench_of(known[-1])
+    other = replace(bench, cached=bench.cached + 1)
+    assert bench._subject() == bench_of(known[-1])._subject() != other._subject()
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (DriverError("cuLaunchKernel", 700, "illegal address"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (NemocError("5 bytes of GPU memory cannot be allocated"), False),
+        (ValueError("a request that means nothing"), False),
+    ],
+)
+def test_only_errors_of_the_device_end_the_process(error: Exception, lost: bool) -> None:
+    assert gpu_trial_worker._is_lost(error) is lost
+
+
+def test_least_times_are_of_weights_and_states_that_have_to_move(known: list[Kernel]) -> None:
     for kernel in known:
-        assert 0.0 < kernel.least < 1e-4
+        op, given = kernel.site.op, bench_of(kernel).given
+        symbols = WORK.symbols(kernel.function)
+        pairs = zip(op.operands(), op.reads(), strict=True)
+        stored = sum(estimate(n, symbols) for value, n in pairs if given.is_stored(value))
+        assert kernel.least == max(stored / 1e12, estimate(op.flops(), symbols) / 4e14)
+    assert sum(kernel.least > 0.0 for kernel in known) > 10
 
 
 def spoiled(checkpoint: Path, folder: Path, spoil: Callable[..., None]) -> Finding:
@@ -166,7 +204,7 @@ def test_what_ends_the_process_is_named_and_the_next_candidate_runs(
     workers = replace(WORKERS, command=(sys.executable, str(stub)), seconds=2.0)
     folder = tmp_path / "laboratory"
     folder.mkdir()
-    with GpuLaboratory(TARGET, folder, workers) as laboratory:
+    with GpuLaboratory(folder, workers) as laboratory:
         found = laboratory.check(tmp_path, kind, "default", 1e-2)
         assert found.outcome == kind and message in found.message
         assert laboratory.check(tmp_path, "right", "default", 1e-2) == Finding("ok", True)

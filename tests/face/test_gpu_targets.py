@@ -10,11 +10,13 @@ import torch
 import nemoc
 from nemoc import NemocError, compiler
 from nemoc.__main__ import main
+from nemoc.codegen.plan import StepFunction
 from nemoc.codegen.triton import check
 from nemoc.codegen.triton.build import compile_variants, variants_of
 from nemoc.codegen.triton.target import GPUS, INTERPRETER, gpu_target
 from nemoc.gpu import REPORT
 from nemoc.ir import print_graph
+from nemoc.ir.dims import evaluate_dim
 from nemoc.verification import NARROW_BOUND, kernel_rows
 from support.checkpoints import VARIANTS, write_checkpoint
 from support.gpu_programs import program
@@ -179,7 +181,13 @@ def test_fp8_is_multiplied_as_it_is_stored_and_takes_no_more_launches(
     found, other = (program("sample", "cuda:sm_90", quantize=q) for q in (quantize, like))
     assert sum(call in kernel.source for kernel in found.kernels) > 10
     for mine, theirs in zip(found.functions, other.functions, strict=True):
-        assert len(mine.launches) == len(theirs.launches)
+        assert working(mine) == working(theirs)
+
+
+def working(function: StepFunction) -> int:
+    """Launches that do something for one sequence: of a product's forms there may be several."""
+    sizes = {"B": 1, "L": 1 if function.name == "decode" else 40, "C": 64}
+    return sum(evaluate_dim(launch.kernel.tasks, sizes) > 0 for launch in function.launches)
 
 
 @pytest.mark.usefixtures("watched")

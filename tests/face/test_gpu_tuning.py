@@ -44,7 +44,7 @@ def tuned_on_paper(checkpoint: Path, folder: Path, **options: Any) -> TuneReport
     """A tuning of kernels that are compiled on paper; its records are in `records.json`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_tuning, "try_variants", PaperCompiler())
-        patch.setattr(tuning, "device_model", lambda target: None)
+        patch.setattr(tuning, "device_at_hand", lambda target: None)
         return tune(
             str(checkpoint),
             TARGET,
@@ -130,8 +130,8 @@ class Laboratories:
     def __init__(self) -> None:
         self.log: list[object] = []
 
-    def __call__(self, target: str, folder: Path) -> Self:
-        self.log.append((target, folder))
+    def __call__(self, folder: Path, device: int) -> Self:
+        self.log.append((folder, device))
         return self
 
     def __enter__(self) -> Self:
@@ -155,10 +155,10 @@ def laboratories(monkeypatch: pytest.MonkeyPatch) -> Laboratories:
 def test_a_gpu_at_hand_is_measured(
     laboratories: Laboratories, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tuning, "device_model", {TARGET: "Fake GPU"}.get)
+    monkeypatch.setattr(tuning, "device_at_hand", {TARGET: (1, "Fake GPU")}.get)
     with tuning._benches(TARGET, 1, tmp_path, None) as benches:
         device = benches.device
-        assert laboratories.log == [(TARGET, tmp_path), "roofs"]
+        assert laboratories.log == [(tmp_path, 1), "roofs"]
     assert laboratories.log[-1] == "closed"
     assert (device.name, device.machine) == (TARGET, "Fake GPU")
     assert (device.origin, device.predicted_by) == ("measured", "")
@@ -167,7 +167,7 @@ def test_a_gpu_at_hand_is_measured(
 def test_a_gpu_that_is_not_at_hand_is_predicted(
     laboratories: Laboratories, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tuning, "device_model", lambda target: None)
+    monkeypatch.setattr(tuning, "device_at_hand", lambda target: None)
     with tuning._benches(TARGET, 1, tmp_path, None) as benches:
         device = benches.device
     assert laboratories.log == []

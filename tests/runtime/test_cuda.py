@@ -614,9 +614,9 @@ def test_the_model_is_that_of_the_device_that_is_found(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     for current, expected in ((0, 1), (1, 1), (2, 2)):
         monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
-        assert cuda_device.device_model("cuda:sm_90") == f"GPU {expected}"
+        assert cuda_device.device_at_hand("cuda:sm_90") == (expected, f"GPU {expected}")
         assert cuda_device.find_device("cuda:sm_90", "x") == expected
-    assert cuda_device.device_model("cuda:sm_100") is None
+    assert cuda_device.device_at_hand("cuda:sm_100") is None
 
 
 @pytest.mark.parametrize(
@@ -628,8 +628,8 @@ def test_what_names_no_cuda_device_has_no_model(
     monkeypatch.setattr(cuda_device, "_capabilities", lambda: {0: (9, 0)})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
-    assert cuda_device.device_model("cuda:sm_90") == "GPU"
-    assert cuda_device.device_model(target) is None
+    assert cuda_device.device_at_hand("cuda:sm_90") == (0, "GPU")
+    assert cuda_device.device_at_hand(target) is None
 
 
 def test_without_devices_there_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -639,7 +639,7 @@ def test_without_devices_there_is_no_model(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cuda_device, "_capabilities", dict)
     monkeypatch.setattr(torch.cuda, "current_device", refuse)
     monkeypatch.setattr(torch.cuda, "get_device_name", refuse)
-    assert cuda_device.device_model("cuda:sm_90") is None
+    assert cuda_device.device_at_hand("cuda:sm_90") is None
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built with CUDA")

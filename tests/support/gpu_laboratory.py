@@ -62,7 +62,7 @@ class InterpretedLaboratory(GpuLaboratory):
         folder: Path,
         spoil: Callable[[FakeLaunch, Callable[[], None]], None] = lambda launch, run: run(),
     ) -> None:
-        super().__init__("cuda:sm_90", folder)
+        super().__init__(folder)
         self._compiler, self._spoil = compiler, spoil
         self._interpreter = functools.cache(lambda kernel: Interpreter([kernel]))
 
