@@ -69,7 +69,9 @@ def emit_attention(site: Site, target: GpuTarget) -> Plan:
     Raises:
         RegionError: the region has more in it than such a kernel can do.
     """
-    site = widened_last(as_region(site))
+    site = as_region(site)
+    if Attended.of(body_of(site)).length != 1:  # few rows wait for memory, and need the registers
+        site = widened_last(site)
     graph = body_of(site)
     made = Attended.of(graph)
     stores = stored_results(graph, product((made.batch, made.length, made.heads)))
