@@ -1,6 +1,5 @@
 """Timing on a GPU: by its own clock, caches cold, contenders in turns; and what the device can do at best."""
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -91,14 +90,6 @@ def in_turns(
         for name, run in runs.items():
             seconds[name].append(clock.seconds(run))
     return {name: tuple(times) for name, times in seconds.items()}
-
-
-def quartiles(seconds: tuple[float, ...]) -> tuple[float, float, float]:
-    """The quartiles in milliseconds, the median in the middle."""
-    if len(seconds) < 2:
-        return (seconds[0] * 1e3,) * 3
-    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return low * 1e3, middle * 1e3, high * 1e3
 
 
 def measure_roofs(

@@ -5,6 +5,7 @@ was cut off goes on where it ended.
 """
 
 import json
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,6 +40,14 @@ class Machine:
     device: str
     driver: str
     versions: dict[str, str] = field(default_factory=dict)
+
+
+def quartiles(seconds: tuple[float, ...]) -> tuple[float, float, float]:
+    """The quartiles in milliseconds, the median in the middle."""
+    if len(seconds) < 2:
+        return (seconds[0] * 1e3,) * 3
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return low * 1e3, middle * 1e3, high * 1e3
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 
 import nemoc
 from benchmarks.gpu_parts import Parts
-from benchmarks.gpu_results import OWN, Journal, Line, Machine, Status
-from nemoc.autotune.gpu_clock import Clock, Run, in_turns, quartiles
+from benchmarks.gpu_results import OWN, Journal, Line, Machine, Status, quartiles
+from nemoc.autotune.gpu_clock import Clock, Run, in_turns
 from nemoc.autotune.measure import Roofs, interleaved
 from nemoc.codegen.triton.build import triton_version
 from nemoc.codegen.triton.kernel_store import KernelStore

@@ -12,9 +12,10 @@ import resource
 import selectors
 import signal
 import subprocess
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,35 @@ def answers(
     """
     with Pool(setup, children, folder) as pool:
         yield from pool.answers(requests)
+
+
+def serve(
+    start: Callable[[dict[str, Any]], Callable[[dict[str, Any]], Mapping[str, Any]]],
+    ends: Callable[[Exception], bool] = lambda error: False,
+) -> None:
+    """Be such a process: answer on the descriptor that the first argument names, until standard input ends.
+
+    Args:
+        start: is given the setup, and gives what answers requests.
+        ends: whether an error of a request ends the process, since no later one could be right.
+    """
+    descriptor = int(sys.argv[1])
+    os.set_inheritable(descriptor, False)
+    answers = os.fdopen(descriptor, "w", encoding="utf-8")
+
+    def reply(content: Mapping[str, Any]) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    answer = start(json.loads(sys.stdin.readline()))
+    reply({})
+    for line in sys.stdin:
+        try:
+            reply(answer(json.loads(line)))
+        except Exception as error:  # whatever is wrong with one request, the next may be right
+            if ends(error):
+                raise
+            reply({"error": f"{type(error).__name__}: {error}".rstrip(": ")})
 
 
 class _Child:

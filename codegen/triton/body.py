@@ -271,7 +271,7 @@ def narrowest(graph: Graph, value: Value) -> Value:
     """A value before a cast that keeps every bit: products of narrower types are as exact, and cheaper."""
     while value in graph.producers:
         op = graph.producers[value].op
-        if not isinstance(op, Cast) or not _widens(op.x.dtype, op.dtype):
+        if not isinstance(op, Cast) or not _widens(op.x.dtype, value.dtype):
             break
         value = op.x
     return value

@@ -239,7 +239,7 @@ def tile_schedule(graph: Graph, products: list[Product], target: GpuTarget, rows
         target: the GPU.
         rows: of a tile, as the form says; 0 for the one that has no other beside or below it.
     """
-    return _within_shared(_schedule(graph, products, target, rows), target)
+    return _with_stages_for(_schedule(graph, products, target, rows), target)
 
 
 def skinny_schedule(
@@ -253,10 +253,10 @@ def skinny_schedule(
         target: the GPU.
         rows: of a program.
     """
-    return _within_shared(_skinny_schedule(graph, products, target, rows), target)
+    return _with_stages_for(_skinny_schedule(graph, products, target, rows), target)
 
 
-def _within_shared(schedule: Schedule, target: GpuTarget) -> Schedule:
+def _with_stages_for(schedule: Schedule, target: GpuTarget) -> Schedule:
     """A schedule with no more stages than AMD's GPUs have shared memory for."""
     most = 2 if target.backend == "hip" else schedule.stages
     return replace(schedule, stages=min(schedule.stages, most))

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ import tvm
 import tvm_ffi
 from safetensors.torch import load_file
 
+from nemoc.codegen.children import serve
 from nemoc.codegen.guarded import Buffer, KernelFault, Views, bits, run_views
 from nemoc.codegen.object_store import ObjectStore
 from nemoc.codegen.plan import Arg, View
@@ -268,28 +268,13 @@ def answer(request: Mapping[str, Any], setup: Mapping[str, Any]) -> dict[str, An
     return {"seconds": measure(subject, candidates, request["rounds"], request["seed"])}
 
 
-def main() -> None:
-    """Answer until standard input ends."""
-    descriptor = int(sys.argv[1])
-    os.set_inheritable(descriptor, False)
-    answers = os.fdopen(descriptor, "w", encoding="utf-8")
-
-    def reply(content: Mapping[str, Any]) -> None:
-        answers.write(json.dumps(content) + "\n")
-        answers.flush()
-
-    setup = json.loads(sys.stdin.readline())
+def _start(setup: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     torch.set_num_threads(setup["threads"])
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     configure = tvm.get_global_func("runtime.config_threadpool")
     configure(_ONE_CORE_EACH, setup["threads"], [str(core) for core in cores])
-    reply({})
-    for line in sys.stdin:
-        try:
-            reply(answer(json.loads(line), setup))
-        except Exception as error:  # whatever is wrong with one request, the next may be right
-            reply({"error": f"{type(error).__name__}: {error}".rstrip(": ")})
+    return functools.partial(answer, setup=setup)
 
 
 if __name__ == "__main__":
-    main()
+    serve(_start)

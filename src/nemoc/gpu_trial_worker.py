@@ -21,9 +21,7 @@ error of a result, `equal` whether all have the bits that the default's have.
 import functools
 import json
 import math
-import os
 import random
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemoc.autotune.gpu_clock import Clock, EventClock, measure_roofs
+from nemoc.codegen.children import serve
 from nemoc.codegen.guarded import Buffer, KernelFault, Views, bits, run_views
 from nemoc.codegen.plan import Arg, View
 from nemoc.ir import NemocError, parse
@@ -149,7 +148,7 @@ class Trials:
         device = self._device
         with device.active(), device.in_order(), device.place:
             if request["do"] == "roofs":
-                roofs = measure_roofs(self._clock, self._device.place)
+                roofs = measure_roofs(self._clock, device.place)
                 return {"bandwidth": roofs.bandwidth, "arithmetic": roofs.arithmetic}
             subject = self._open(request["subject"])
             if request["do"] == "check":
@@ -292,29 +291,11 @@ def _is_lost(error: Exception) -> bool:
     return not isinstance(error, NemocError | torch.OutOfMemoryError) and "CUDA error" in str(error)
 
 
-def main() -> None:
-    """Answer until standard input ends."""
-    descriptor = int(sys.argv[1])
-    os.set_inheritable(descriptor, False)
-    answers = os.fdopen(descriptor, "w", encoding="utf-8")
-
-    def reply(content: Mapping[str, Any]) -> None:
-        answers.write(json.dumps(content) + "\n")
-        answers.flush()
-
-    setup = json.loads(sys.stdin.readline())
+def _start(setup: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     device = CudaDevice(setup["device"])
     with device.active():
-        trials = Trials(device, EventClock())
-    reply({})
-    for line in sys.stdin:
-        try:
-            reply(trials.answer(json.loads(line)))
-        except Exception as error:  # whatever is wrong with one request, the next may be right
-            if _is_lost(error):
-                raise
-            reply({"error": f"{type(error).__name__}: {error}".rstrip(": ")})
+        return Trials(device, EventClock()).answer
 
 
 if __name__ == "__main__":
-    main()
+    serve(_start, ends=_is_lost)

@@ -5,27 +5,29 @@ from pathlib import Path
 
 import pytest
 
+import nemoc
 from nemoc.codegen.children import Children, Pool
 
 ECHO = """
-import json, os, sys, time
-answers = os.fdopen(int(sys.argv[1]), "w")
-def reply(content):
-    answers.write(json.dumps(content) + chr(10))
-    answers.flush()
-sys.stdin.readline()
-reply({})
-for line in sys.stdin:
-    request = json.loads(line)
+import time
+from nemoc.codegen.children import serve
+
+def answer(request):
     time.sleep(request.get("seconds", 0))
-    reply(request if "error" not in request else {"error": request["error"]})
+    if "fatal" in request:
+        raise SystemError(request["fatal"])
+    return request if "error" not in request else {"error": request["error"]}
+
+serve(lambda setup: answer, ends=lambda error: isinstance(error, SystemError))
 """
 
 
 def echo(folder: Path, **limits: int | None) -> Children:
     script = folder / "echo.py"
     script.write_text(ECHO)
-    return Children((sys.executable, str(script)), jobs=1, **limits)  # type: ignore[arg-type]
+    found = ("PYTHONPATH", str(Path(nemoc.__file__).parents[1]))
+    command = (sys.executable, str(script))
+    return Children(command, jobs=1, variables=(found,), **limits)  # type: ignore[arg-type]
 
 
 def test_answers_after_an_interrupt_are_those_of_later_requests(tmp_path: Path) -> None:
@@ -42,3 +44,12 @@ def test_a_limit_is_named_where_there_is_one(tmp_path: Path, limit: int | None, 
     with Pool({}, echo(tmp_path, bytes=limit), tmp_path) as pool:
         ((_, answer),) = pool.answers([{"error": "out of memory"}])
     assert answer["error"] == "out of memory" + told
+
+
+def test_an_error_is_an_answer_unless_it_ends_the_process(tmp_path: Path) -> None:
+    with Pool({}, echo(tmp_path), tmp_path) as pool:
+        for request, lost in (({"seconds": "many"}, False), ({"fatal": "gone"}, True)):
+            ((_, answer),) = pool.answers([request])
+            assert ("TypeError" in answer["error"]) is not lost
+            assert ("lost" in answer) is lost
+        assert list(pool.answers([{"later": 2}])) == [(0, {"later": 2})]

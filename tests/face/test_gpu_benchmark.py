@@ -24,7 +24,7 @@ from benchmarks.gpu_region import (
     compile_parts,
     evaluate,
 )
-from benchmarks.gpu_results import Journal, Line, Machine, table
+from benchmarks.gpu_results import Journal, Line, Machine, quartiles, table
 from benchmarks.gpu_session import LostDeviceError, Outcome, Session, Task, find_target
 from benchmarks.gpu_stages import BOUND, Case, Parts, PartStage
 from benchmarks.gpu_values import DrawnWeights, Sizes, Values
@@ -33,7 +33,7 @@ from click.testing import CliRunner, Result
 
 import nemoc.codegen.triton.build
 import nemoc.gpu
-from nemoc.autotune.gpu_clock import in_turns, measure_roofs, nothing, quartiles
+from nemoc.autotune.gpu_clock import in_turns, measure_roofs, nothing
 from nemoc.autotune.measure import Roofs
 from nemoc.codegen.plan import Kernel, StepFunction
 from nemoc.codegen.storage import weight_layout
