@@ -76,6 +76,7 @@ class Binary:
         shared: bytes of dynamic shared memory of a program.
         tensor_memory: columns of tensor memory of a program; 0 where there is none.
         global_scratch, profile_scratch: what the hidden pointers point to.
+        waits: whether it waits itself for the end of the kernels before it, so that it may be launched while they run.
         report: on its speed.
     """
 
@@ -88,6 +89,7 @@ class Binary:
     tensor_memory: int
     global_scratch: Scratch
     profile_scratch: Scratch
+    waits: bool
     report: Report
 
     def record(self) -> dict[str, Any]:
@@ -117,6 +119,7 @@ class Binary:
             tensor_memory=fields.number("tensor_memory"),
             global_scratch=fields.scratch("global_scratch"),
             profile_scratch=fields.scratch("profile_scratch"),
+            waits=fields.flag("waits"),
             report=Report(
                 registers=report.number("registers"),
                 spilled=report.number("spilled"),
@@ -144,6 +147,12 @@ class _Fields:
         value = self._content.get(name)
         if type(value) is not int or value < 0:
             raise ValueError(f"{name}: expected a number that is not negative")
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self._content.get(name)
+        if type(value) is not bool:
+            raise ValueError(f"{name}: expected true or false")
         return value
 
     def text(self, name: str) -> str:

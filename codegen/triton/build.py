@@ -48,7 +48,7 @@ COMPILERS = Children(
 )
 """Processes in which Triton compiles."""
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised whenever stored kernels would be inspected differently."""
 
 _POINTER_TYPES = {
@@ -203,7 +203,7 @@ class _Job:
     @functools.cached_property
     def module(self) -> str:
         """The text of a module with this kernel alone: a mistake in one is none in others."""
-        return module_source([self.variant.kernel], self.target.products)
+        return module_source([self.variant.kernel], self.target)
 
     @functools.cached_property
     def request(self) -> dict[str, Any]:

@@ -1,16 +1,31 @@
 """Functions that generated kernels call. The text below the imports goes into every module of kernels.
 
-`jit` and `F32_PRODUCTS` are bound by the module's head: whether functions are compiled or interpreted, and how the
-target multiplies matrices of f32.
+`jit`, `F32_PRODUCTS` and `WAITS` are bound by the module's head: whether functions are compiled or interpreted, how the
+target multiplies matrices of f32, and whether kernels wait for former ones themselves.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 jit = triton.jit
 F32_PRODUCTS = tl.constexpr("ieee")
+WAITS = tl.constexpr(False)
 
 # --- text of every module ---
+
+
+@jit
+def wait_turn():
+    """The first statement of every kernel: wait until former ones have ended, then let the next one be launched.
+
+    Every program waits, and before it does anything else. So a kernel ends only after all before it, and the next one,
+    which waits for this one alone, may read and overwrite what any of them has worked on. It may be launched once all
+    programs have come here, with all that they need: none still waits for tensor memory that the next kernel holds.
+    """
+    if WAITS:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @jit

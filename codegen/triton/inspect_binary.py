@@ -55,6 +55,7 @@ def inspect_output(output: Mapping[str, Any], pointers: int, target: GpuTarget) 
         tensor_memory=tensor_memory,
         global_scratch=_scratch(metadata, "global"),
         profile_scratch=_scratch(metadata, "profile"),
+        waits=nvidia and _waits_first(assembly),
         report=Report(
             registers=registers,
             spilled=spilled,
@@ -158,6 +159,22 @@ def _ptxas_use(log: str) -> tuple[int, int]:
         )
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     return int(used[1]), sum(map(int, spills))
+
+
+_NOT_BEFORE = re.compile(
+    r"^\s*(?:@\S+\s+)?(?:(?:ld|st|atom|red|cp|prefetch)\b(?!\.(?:param|shared))|(?:bra|ret|exit|call)\b)",
+    re.M,
+)
+"""Instructions that touch memory which others see, or after which others may be left out."""
+
+
+def _waits_first(ptx: str) -> bool:
+    """Whether every thread of a kernel waits for former kernels, and does so before it touches their memory.
+
+    Programs allocate tensor memory before that, by way of shared memory: both are their own.
+    """
+    before, wait, _ = ptx.partition(".entry")[2].partition("griddepcontrol.wait")
+    return bool(wait) and _NOT_BEFORE.search(before) is None
 
 
 def _amd_use(text: str) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class Interpreter:
 
     def __init__(self, kernels: Iterable[Kernel]) -> None:
         self._kernels = {kernel.name: kernel for kernel in kernels}
-        source = module_source(self._kernels.values(), gpu_target(INTERPRETER).products, True)
+        source = module_source(self._kernels.values(), gpu_target(INTERPRETER))
         with written(source) as path, _interpreting():
             module = load_module(path)
             self._functions = {name: getattr(module, name) for name in self._kernels}

@@ -10,15 +10,18 @@ from pathlib import Path
 from types import ModuleType
 
 from nemoc.codegen.plan import Kernel
+from nemoc.codegen.triton.target import GpuTarget
 
 _MARK = "# --- text of every module ---\n"
 
 _COMPILED = """\
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 jit = triton.jit
 F32_PRODUCTS = tl.constexpr("{products}")
+WAITS = tl.constexpr({waits})
 """
 
 _INTERPRETED = """\
@@ -27,19 +30,20 @@ from triton.runtime.interpreter import InterpretedFunction
 
 jit = InterpretedFunction
 F32_PRODUCTS = "{products}"
+WAITS = {waits}
 """
 
 
-def module_source(kernels: Iterable[Kernel], products: str, interpreted: bool = False) -> str:
+def module_source(kernels: Iterable[Kernel], target: GpuTarget) -> str:
     """The text of a module.
 
     Args:
         kernels: what it defines; equal names are equal kernels.
-        products: how f32 is multiplied, as in `GpuTarget`.
-        interpreted: whether it is for Triton's interpreter or its compiler.
+        target: what compiles or interprets it.
     """
     device = Path(__file__).with_name("device.py").read_text()
-    head = (_INTERPRETED if interpreted else _COMPILED).format(products=products)
+    head = _INTERPRETED if target.is_interpreter else _COMPILED
+    head = head.format(products=target.products, waits=target.waits)
     sources = {kernel.name: kernel.source for kernel in kernels}
     return "\n\n".join([head + device[device.index(_MARK) + len(_MARK) :], *sources.values()])
 

@@ -25,6 +25,8 @@ class GpuTarget:
         clock: cycles per second, nominal, of that device.
         fp8: whether its matrix units multiply E4M3.
         nvfp4_rows: the fewest rows of a tile of NVFP4 that its matrix units multiply as it is; 0 where they do not.
+        waits: whether kernels can wait themselves for the end of those launched before them, so that they may be
+            launched while those still run.
     """
 
     name: str
@@ -42,6 +44,7 @@ class GpuTarget:
     clock: float = 1e9
     fp8: bool = False
     nvfp4_rows: int = 0
+    waits: bool = False
 
     @property
     def is_interpreter(self) -> bool:
@@ -95,6 +98,7 @@ GPUS = {
             4.8e12,
             1.83e9,
             fp8=True,
+            waits=True,
         ),
         GpuTarget(
             "cuda:sm_100",
@@ -112,6 +116,7 @@ GPUS = {
             1.85e9,
             fp8=True,
             nvfp4_rows=128,
+            waits=True,
         ),
         GpuTarget(
             "cuda:sm_120",
@@ -129,6 +134,7 @@ GPUS = {
             2.4e9,
             fp8=True,
             nvfp4_rows=16,
+            waits=True,
         ),
         GpuTarget(
             "hip:gfx942",

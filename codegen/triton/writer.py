@@ -161,7 +161,7 @@ class KernelWriter:
             warps, stages, work: as in `GpuKernel`.
         """
         parameters = ", ".join([*self._pointers.values(), "B", "L", "C"])
-        body = "\n".join(self._lines)
+        body = "\n".join(["    wait_turn()", *self._lines])
         pointers = tuple(dtype for _, dtype in self._pointers)
         what = f"{parameters}\n{body}\n{format_dim(tasks)} {warps} {stages} {pointers}"
         name = kernel_name(self.stem, what)

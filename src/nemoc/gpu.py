@@ -52,7 +52,7 @@ def lower_gpu(
 
 def gpu_source(program: Program, target: str) -> str:
     """The text of every kernel of a program, for people."""
-    return module_source(program.kernels, gpu_target(target).products)
+    return module_source(program.kernels, gpu_target(target))
 
 
 def compiled_files(

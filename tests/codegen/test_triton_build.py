@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,10 +164,17 @@ def test_kernels_compile_for_every_gpu(name: str) -> None:
         assert 0 < binary.report.registers <= 256 and binary.report.spilled == 0
         assert binary.report.occupancy.programs > 0
         assert binary.report.plain == ()
+        assert binary.waits == target.waits
     assert rows.report.matrix == () and rows.shared == 0
     assert [kind for kind, _ in made.report.matrix] == [MATRIX[name]]
     assert made.shared > 0 and (made.tensor_memory > 0) == (name == "cuda:sm_100")
     assert told == [("compiling kernels", done, 2) for done in (0, 1, 2)]
+
+
+def test_nvidia_gpus_wait_from_hopper_on() -> None:
+    assert {name for name, target in GPUS.items() if target.waits} == {
+        name for name in GPUS if re.fullmatch(r"cuda:sm_(9|1.)\d", name)
+    }
 
 
 def test_every_gpu_has_a_test() -> None:
@@ -190,7 +198,7 @@ def test_alignment_is_told_to_the_compiler() -> None:
 def test_parameters_are_those_that_the_compiler_declares(name: str, tmp_path: Path) -> None:
     target, made = gpu_target(name), kernel("rows")
     module = tmp_path / "kernel.py"
-    module.write_text(module_source([made], target.products))
+    module.write_text(module_source([made], target))
     setup = {"backend": target.backend, "arch": target.arch, "warp": target.warp}
     request = {
         "module": str(module),
@@ -227,6 +235,31 @@ def test_hidden_pointers_are_counted() -> None:
     for wrong in (("u64",) * 7, known[:2], (*known, "u32"), ()):
         with pytest.raises(NemocError, match=r"expected 1 pointers, 3 sizes and at most 2"):
             inspect_output(output(entry(*wrong)), 1, SM_90)
+
+
+@pytest.mark.parametrize(
+    ("body", "waits"),
+    [
+        ("ld.param.b64 %rd1, [rows_param_0];\ngriddepcontrol.wait; // dummy %r1\nret;", True),
+        ("@%p1 tcgen05.alloc.b32 [%r4], 64;\nld.shared.b32 %r1, [s];\ngriddepcontrol.wait;", True),
+        ("griddepcontrol.wait;\nld.global.b32 %r1, [%rd1];\nst.global.b32 [%rd2], %r1;", True),
+        ("griddepcontrol.launch_dependents;\nret;", False),
+        ("ld.global.b32 %r1, [%rd1];\ngriddepcontrol.wait;", False),
+        ("@%p1 ld.global.b32 %r1, [%rd1];\ngriddepcontrol.wait;", False),
+        ("ld.b32 %r1, [%rd1];\ngriddepcontrol.wait;", False),
+        ("\tst.volatile.global.b32 [%rd1], %r1;\ngriddepcontrol.wait;", False),
+        ("red.global.add.u32 [%rd1], 1;\ngriddepcontrol.wait;", False),
+        ("cp.async.cg.shared.global [%r1], [%rd1], 16;\ngriddepcontrol.wait;", False),
+        ("@%p2 bra $L__BB0_2;\ngriddepcontrol.wait;", False),
+        ("@!%p2 ret;\ngriddepcontrol.wait;", False),
+        ("ret;", False),
+    ],
+)
+def test_a_kernel_waits_if_nothing_comes_before_it(body: str, waits: bool) -> None:
+    ptx = entry("u64 .ptr .global .align 1", "u32", "u32", "u32").replace(
+        "{ ret; }", f"{{\n{body}\n}}"
+    )
+    assert inspect_output(output(ptx), 1, SM_90).waits is waits
 
 
 def test_the_assemblers_log_is_read() -> None:
@@ -335,6 +368,7 @@ def test_a_damaged_entry_is_compiled_and_stored_again(
         {"symbol": 1},
         {"warps": -4},
         {"warps": True},
+        {"waits": 1},
         {"parameters": ["pointer", "f32"]},
         {"parameters": "pointer"},
         {"report": []},

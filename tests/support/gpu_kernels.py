@@ -73,7 +73,7 @@ def assembly(kernel: GpuKernel, target: GpuTarget, folder: Path) -> str:
     types = {DType.BF16: "*bf16", DType.U8: "*u8", DType.F32: "*fp32", DType.I32: "*i32"}
     pointers = {f"p{i}": types[dtype] for i, dtype in enumerate(kernel.pointers)}
     module = folder / f"{kernel.name}.py"
-    module.write_text(module_source([kernel], target.products))
+    module.write_text(module_source([kernel], target))
     request = {
         "module": str(module),
         "kernel": kernel.name,

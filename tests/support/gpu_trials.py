@@ -24,6 +24,7 @@ def paper_binary(
         tensor_memory=0,
         global_scratch=Scratch(),
         profile_scratch=Scratch(),
+        waits=False,
         report=Report(
             registers=100,
             spilled=spilled,
