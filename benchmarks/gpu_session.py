@@ -269,7 +269,7 @@ def this_machine() -> Machine:
     """The current device of this machine."""
     packages = ("nemoc", "torch", "triton", "transformers", "mamba-ssm")
     found = {name: text for name in packages if (text := _version(name))}
-    driver = CudaDriver().version
+    driver = ".".join(map(str, CudaDriver().version))
     return Machine(torch.cuda.get_device_name(), driver, {**found, "torch": torch.__version__})
 
 
@@ -297,6 +297,6 @@ def _sources(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def open_device() -> CudaDevice:
-    """The current device, to launch kernels on."""
-    return CudaDevice(torch.cuda.current_device())
+def open_device(ahead: bool = True) -> CudaDevice:
+    """The current device, to launch kernels on; `ahead` as in `CudaDevice`."""
+    return CudaDevice(torch.cuda.current_device(), ahead=ahead)

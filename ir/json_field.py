@@ -85,6 +85,16 @@ class JsonField:
             raise self.wrong(f"an integer from {least} to {most}")
         return self.value
 
+    def flag(self) -> bool:
+        """JSON's true or false.
+
+        Raises:
+            NemocError: it is something else.
+        """
+        if type(self.value) is not bool:
+            raise self.wrong("true or false")
+        return self.value
+
     def number(self) -> float:
         """A positive finite number.
 

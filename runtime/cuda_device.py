@@ -20,6 +20,9 @@ _FIRST_EXACT = (9, 0)
 """From this compute capability on, kernels run on exactly the one they were compiled for, since they use instructions
 of its own (sm_90a). Those for older ones run on later devices of the generation too."""
 
+_FIRST_AHEAD = (12, 3)
+"""The first CUDA that records launches which may start while former ones run."""
+
 
 @dataclass(frozen=True)
 class LoadedKernel:
@@ -109,17 +112,20 @@ class CudaDevice:
     Args:
         index: torch's number of it.
         driver: None for the one that is installed.
+        ahead: whether kernels that wait for former ones themselves are launched while those run, so that launching
+            takes no time of its own; otherwise each is when the former has ended.
 
     Raises:
         NemocError: the driver is missing.
     """
 
-    def __init__(self, index: int, driver: CudaDriver | None = None) -> None:
+    def __init__(self, index: int, driver: CudaDriver | None = None, ahead: bool = True) -> None:
         self.place = torch.device("cuda", index)
         self._index = index
         self._name = torch.cuda.get_device_name(index)
         self._process = os.getpid()
         self._driver = driver or CudaDriver()
+        self._ahead = ahead and self._driver.version >= _FIRST_AHEAD
         self._context = self._driver.retain_context(index)
         self._modules: list[int] = []
         self._done: torch.cuda.Event | None = None
@@ -180,14 +186,21 @@ class CudaDevice:
         except DriverError as error:
             hint = ""
             if error.is_unloadable:
-                hint = f"; the driver knows CUDA {self._driver.version}, a newer one may be needed"
+                known = ".".join(map(str, self._driver.version))
+                hint = f"; the driver knows CUDA {known}, a newer one may be needed"
             raise NemocError(f"{what}: cannot be loaded on {self._name}: {error}{hint}") from None
         return LoadedKernel(function, binary)
 
     def launch(self, kernel: LoadedKernel, tasks: int, arguments: Sequence[int]) -> None:
         binary = kernel.binary
         self._driver.launch(
-            kernel.function, tasks, binary.threads, binary.shared, self._stream(), arguments
+            kernel.function,
+            tasks,
+            binary.threads,
+            binary.shared,
+            self._stream(),
+            arguments,
+            ahead=self._ahead and binary.waits,
         )
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:

@@ -8,10 +8,39 @@ import ctypes
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import POINTER, c_char_p, c_int, c_uint, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_uint, c_void_p, pointer
 from typing import Any
 
 from nemoc.ir.errors import NemocError
+
+
+class _AttributeValue(ctypes.Union):
+    """CUlaunchAttributeValue."""
+
+    _fields_ = (("number", c_int), ("space", ctypes.c_uint64 * 8))
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", c_int), ("value", _AttributeValue))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", c_uint * 3),
+        ("block", c_uint * 3),
+        ("shared", c_uint),
+        ("stream", c_void_p),
+        ("attributes", POINTER(_LaunchAttribute)),
+        ("count", c_uint),
+    )
+
+
+_AHEAD = _LaunchAttribute(6, _AttributeValue(1))
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel itself waits for former work of the stream."""
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
@@ -25,7 +54,12 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
     "cuModuleUnload": (c_void_p,),
     "cuFuncSetAttribute": (c_void_p, c_int, c_int),
-    "cuLaunchKernel": (c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p), POINTER(c_void_p)),
+    "cuLaunchKernelEx": (
+        POINTER(_LaunchConfig),
+        c_void_p,
+        POINTER(c_void_p),
+        POINTER(c_void_p),
+    ),
     "cuGetErrorString": (c_int, POINTER(c_char_p)),
 }
 """The driver's functions and the types of their parameters; each returns 0 or an error's number."""
@@ -77,11 +111,11 @@ class CudaDriver:
         self._call("cuInit", 0)
 
     @property
-    def version(self) -> str:
-        """The newest CUDA that the driver knows, such as `12.4`."""
+    def version(self) -> tuple[int, int]:
+        """The newest CUDA that the driver knows, such as (12, 4)."""
         number = c_int()
         self._call("cuDriverGetVersion", number)
-        return f"{number.value // 1000}.{number.value % 1000 // 10}"
+        return number.value // 1000, number.value % 1000 // 10
 
     def retain_context(self, index: int) -> int:
         """The context that torch works in on a device; to be given back by `release_context`."""
@@ -139,6 +173,7 @@ class CudaDriver:
         shared: int,
         stream: int,
         arguments: Sequence[int],
+        ahead: bool,
     ) -> None:
         """Put a kernel into a stream.
 
@@ -150,14 +185,18 @@ class CudaDriver:
             stream: the stream's handle.
             arguments: the value of each parameter, none below 0: 8 bytes each, of which the driver copies as many as
                 the parameter has. The machines that drive such devices store the low bytes first.
+            ahead: whether it may start while former work of the stream still runs: only where the kernel waits for that
+                itself.
         """
         count = len(arguments)
         values = (ctypes.c_uint64 * count)(*arguments)
         start = ctypes.addressof(values)
         places = (c_void_p * count)(*range(start, start + 8 * count, 8))
-        self._call(
-            "cuLaunchKernel", function, tasks, 1, 1, threads, 1, 1, shared, stream, places, None
+        attributes = pointer(_AHEAD) if ahead else None
+        config = _LaunchConfig(
+            (tasks, 1, 1), (threads, 1, 1), shared, stream, attributes, 1 if ahead else 0
         )
+        self._call("cuLaunchKernelEx", config, function, places, None)
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = self._calls[name](*arguments)

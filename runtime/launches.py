@@ -14,6 +14,7 @@ from typing import Any
 
 from nemoc.codegen.plan import StepFunction
 from nemoc.ir.dims import Dim, format_dim
+from nemoc.ir.errors import NemocError
 from nemoc.ir.json_field import JsonField
 from nemoc.ir.json_file import read_json
 from nemoc.runtime.dim_function import Sizes
@@ -21,7 +22,7 @@ from nemoc.runtime.dim_function import Sizes
 LAUNCHES = "kernels/launches.json"
 """The record's name within an artifact."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of the record; raised whenever an older nemoc could misread a newer one."""
 
 _FIRST_ARENAS = ("weights", "state", "scratch")
@@ -49,6 +50,8 @@ class Binary:
         global_scratch_align: to what its start is aligned.
         profile_scratch: bytes of scratch for profiling of a program.
         profile_scratch_align: to what its start is aligned.
+        waits: whether each of its programs waits for the end of all former kernels before it does anything, so that it
+            may be launched while they run.
     """
 
     file: str
@@ -61,6 +64,7 @@ class Binary:
     global_scratch_align: int = 1
     profile_scratch: int = 0
     profile_scratch_align: int = 1
+    waits: bool = False
 
     def arguments(
         self, pointers: Sequence[int], sizes: Sizes, hidden: tuple[int, int]
@@ -198,7 +202,10 @@ class LaunchRecord:
         whole = JsonField(source, "", data).fields(
             ("format", "target", "scratch", "binaries", "functions")
         )
-        whole["format"].integer(FORMAT, FORMAT)
+        if (found := whole["format"].integer(1, 1 << 30)) != FORMAT:
+            raise NemocError(
+                f"{source}: format is {found}, this nemoc reads {FORMAT}; compile the model again"
+            )
         binaries = tuple(map(_binary, whole["binaries"].items()))
         return cls(
             target=whole["target"].text(),
@@ -247,9 +254,11 @@ def _function_json(function: FunctionLaunches) -> dict[str, Any]:
 
 
 def _binary(data: JsonField) -> Binary:
-    found = data.fields(("file", "symbol", *_RANGES))
+    found = data.fields(("file", "symbol", "waits", *_RANGES))
     numbers = {name: found[name].integer(*_RANGES[name]) for name in _RANGES}
-    binary = Binary(found["file"].text(), found["symbol"].text(), **numbers)
+    binary = Binary(
+        found["file"].text(), found["symbol"].text(), waits=found["waits"].flag(), **numbers
+    )
     least = binary.pointers + (5 if binary.profile_scratch else 4 if binary.global_scratch else 3)
     found["parameters"].integer(least, binary.pointers + 5)
     for name in ("global_scratch_align", "profile_scratch_align"):

@@ -103,6 +103,7 @@ def launched(file: str, binary: code.Binary) -> Binary:
         global_scratch_align=binary.global_scratch.alignment,
         profile_scratch=binary.profile_scratch.bytes,
         profile_scratch_align=binary.profile_scratch.alignment,
+        waits=binary.waits,
     )
 
 

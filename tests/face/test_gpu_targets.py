@@ -17,6 +17,7 @@ from nemoc.codegen.triton.target import GPUS, INTERPRETER, gpu_target
 from nemoc.gpu import REPORT
 from nemoc.ir import print_graph
 from nemoc.ir.dims import evaluate_dim
+from nemoc.runtime.launches import LAUNCHES, read_launches
 from nemoc.verification import NARROW_BOUND, kernel_rows
 from support.checkpoints import VARIANTS, write_checkpoint
 from support.gpu_programs import program
@@ -102,6 +103,11 @@ def test_an_artifact_for_an_absent_gpu_is_complete(compiled: Path) -> None:
     assert {"launches.json", "report.json", "launches.txt", "step.py"} < kernels
     reports = json.loads((compiled / REPORT).read_text())
     assert {f"{r['symbol']}.cubin" for r in reports} <= kernels
+
+
+def test_every_kernel_waits_before_it_does_anything(compiled: Path) -> None:
+    record = read_launches(compiled / LAUNCHES)
+    assert [binary.symbol for binary in record.binaries if not binary.waits] == []
 
 
 def test_default_schedules_spill_nothing_and_use_matrix_units(compiled: Path) -> None:
@@ -218,5 +224,6 @@ def test_every_kernel_of_a_model_compiles_for_every_gpu(source: str, target: str
     binaries = compile_variants(variants.values(), gpu_target(target))
     assert len(binaries) == len(variants)
     if target == "cuda:sm_90":
+        assert all(binary.waits for binary in binaries.values())
         spilling = {b.symbol: b.report.spilled for b in binaries.values() if b.report.spilled}
         assert spilling == {}

@@ -101,6 +101,7 @@ def record_of(contents: Contents) -> LaunchRecord:
             pointers,
             global_scratch=256,
             global_scratch_align=128,
+            waits=True,
         )
     plans = [step_function(n, g) for n, g in contents.functions.items()]
     scratch = 64 + 8 * contents.bounds.max_tokens
@@ -201,11 +202,11 @@ def test_the_second_decode_of_a_state_is_recorded(gpu: Executable, device: FakeD
     state = gpu.new_state(1)
     launches = device.library.calls.count
     gpu.prefill(IDS[:1, :4], state)
-    assert launches("cuLaunchKernel") == 2
+    assert launches("cuLaunchKernelEx") == 2
     counts = []
     for _ in range(5):
         gpu.decode(NEXT[:1], state)
-        counts.append((launches("cuLaunchKernel"), device.recorded))
+        counts.append((launches("cuLaunchKernelEx"), device.recorded))
     assert counts == [(4, 0), (6, 1), (6, 1), (6, 1), (6, 1)]
     assert len(device.library.launches) == 2 + 5 * 2
 
@@ -259,7 +260,7 @@ def test_where_nothing_can_be_recorded_steps_run_launch_by_launch(
     mine, theirs = gpu.new_state(1), exe.new_state(1)
     for turn in range(4):
         assert torch.equal(gpu.decode(NEXT[:1] + turn, mine), exe.decode(NEXT[:1] + turn, theirs))
-    assert device.library.calls.count("cuLaunchKernel") == 8
+    assert device.library.calls.count("cuLaunchKernelEx") == 8
     device.can_record = True
     gpu.decode(NEXT[:1], mine)
     assert device.recorded == 0
@@ -295,6 +296,25 @@ def test_kernels_get_shared_memory_and_scratch_that_they_ask_for(
     one = gpu.new_state(1)
     gpu.prefill(IDS[:1, :2], one)
     assert device.library.launches[-1].hidden == main.hidden
+
+
+@pytest.mark.parametrize(
+    ("ahead", "version", "expected"),
+    [(True, 12030, True), (True, 13010, True), (True, 12020, False), (False, 13010, False)],
+)
+def test_kernels_that_wait_are_launched_ahead_where_the_driver_records_that(
+    saved: Path, cuda_contents: Contents, ahead: bool, version: int, expected: bool
+) -> None:
+    library = library_of(cuda_contents)
+    library.version = version
+    gpu = load(saved, backends=on(FakeDevice(library, ahead=ahead)))
+    state = gpu.new_state(1)
+    for _ in range(3):  # launched, recorded, replayed
+        gpu.decode(NEXT[:1], state)
+    assert [(n.symbol, n.ahead) for n in library.launches] == 3 * [
+        ("keep_tokens", False),
+        ("step_decode", expected),
+    ]
 
 
 def test_weights_are_copied_piece_by_piece(
@@ -437,10 +457,12 @@ def test_memory_that_is_not_there_is_one_line(
 
 def test_a_launch_that_fails_says_what_the_driver_says(gpu: Executable, device: FakeDevice) -> None:
     state = gpu.new_state(1)
-    device.library.failures["cuLaunchKernel"] = 700
-    with pytest.raises(NemocError, match=r"CUDA: cuLaunchKernel: failure number 700 \(error 700\)"):
+    device.library.failures["cuLaunchKernelEx"] = 700
+    with pytest.raises(
+        NemocError, match=r"CUDA: cuLaunchKernelEx: failure number 700 \(error 700\)"
+    ):
         gpu.decode(NEXT[:1], state)
-    del device.library.failures["cuLaunchKernel"]
+    del device.library.failures["cuLaunchKernelEx"]
     gpu.decode(NEXT[:1], state)
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nemoc.codegen.storage import Layout
 from nemoc.ir import DType, NemocError
@@ -47,6 +49,18 @@ def step(weights, lengths, tokens, logits, B, L, C):  # type: ignore[no-untyped-
     tl.store(lengths + row, length)
 
 
+@triton.jit
+def hand_on(source, result, B, L, C):  # type: ignore[no-untyped-def]
+    """result = source + 1 by 256 numbers a program; some programs take much longer than others."""
+    gdc_wait()
+    gdc_launch_dependents()
+    at = tl.program_id(0) * 256 + tl.arange(0, 256)
+    value = tl.load(source + at)
+    for _ in range(tl.program_id(0) % 5 * 200):
+        value = tl.sqrt_rn(value * value)
+    tl.store(result + at, value + 1)
+
+
 def capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
 
@@ -56,15 +70,19 @@ def target() -> str:
     return f"cuda:sm_{major}{minor}"
 
 
-@pytest.fixture(scope="module")
-def cubin() -> bytes:
+def compiled(kernel: Any, *kinds: str) -> bytes:
+    """A kernel of one warp, with pointers of these types."""
     major, minor = capability()
-    kinds = ("*fp32", "*i32", "*i64", "*fp32", "i32", "i32", "i32")
-    names = ("weights", "lengths", "tokens", "logits", "B", "L", "C")
-    source = ASTSource(step, dict(zip(names, kinds, strict=True)))
+    types = (*kinds, "i32", "i32", "i32")
+    source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)))
     gpu = GPUTarget("cuda", 10 * major + minor, 32)
     made: bytes = triton.compile(source, target=gpu, options={"num_warps": 1}).asm["cubin"]
     return made
+
+
+@pytest.fixture(scope="module")
+def cubin() -> bytes:
+    return compiled(step, "*fp32", "*i32", "*i64", "*fp32")
 
 
 @pytest.fixture
@@ -170,6 +188,35 @@ def test_tokens_chosen_on_the_device_are_those_of_the_cpu(temperature: float, to
     logits[4, 7] = torch.nan
     with pytest.raises(NemocError, match="row 4: the model's logits are not finite numbers"):
         there.sample(logits.cuda())
+
+
+@pytest.mark.skipif(capability() < (9, 0), reason="kernels cannot wait on such a device")
+@pytest.mark.parametrize("ahead", [True, False])
+def test_kernels_launched_ahead_see_what_former_ones_wrote(ahead: bool) -> None:
+    device = CudaDevice(torch.cuda.current_device(), ahead=ahead)
+    programs, launches = 500, 60
+    with device.active():
+        image = compiled(hand_on, "*fp32", "*fp32")
+        kernel = device.load(Binary("x", "hand_on", 32, 0, 7, 2, waits=True), image, "x")
+        one, other = (device.allocate(1024 * programs) for _ in range(2))
+        one.zero_()
+
+        def work() -> None:
+            for turn in range(launches):
+                pair = (one, other) if turn % 2 == 0 else (other, one)
+                sizes = (1, 1, 1, 0, 0)
+                device.launch(kernel, programs, (*(p.data_ptr() for p in pair), *sizes))
+
+        work()
+        replay = device.record(work)
+        for turn in range(1, 4):
+            numbers = one.view(torch.float32)
+            assert (numbers == turn * launches).all()
+            numbers += 1  # by a kernel that does not wait, between those that do
+            numbers -= 1
+            replay()
+        assert (one.view(torch.float32) == 4 * launches).all()
+    device.close()
 
 
 def test_what_the_driver_refuses_is_one_line(cubin: bytes) -> None:

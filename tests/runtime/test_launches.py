@@ -35,7 +35,7 @@ INPUTS = (
 )
 ARENAS = ("weights", "state", "scratch", "in0_tokens", "in1_valid", "out0_logits")
 ADD = Binary("kernels/add.cubin", "add_1", 128, 0, 8, 3)
-MIX = Binary("kernels/mix.cubin", "mix_2", 256, 90000, 7, 2, global_scratch=96)
+MIX = Binary("kernels/mix.cubin", "mix_2", 256, 90000, 7, 2, global_scratch=96, waits=True)
 
 
 def step_function(name: str, length: Dim) -> StepFunction:
@@ -118,7 +118,9 @@ def launch_of(data: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(format=2), "format is 2, expected an integer from 1 to 1"),
+        (lambda d: d.update(format=1), "format is 1, this nemoc reads 2; compile the model again"),
+        (lambda d: d.update(format=3), "format is 3, this nemoc reads 2; compile the model again"),
+        (lambda d: d.update(format=2.0), "format is 2.0, expected an integer"),
         (lambda d: d.pop("scratch"), "the field scratch is missing"),
         (lambda d: d.update(more=1), "there is no use for a field 'more'"),
         (lambda d: d.update(target=5), "target is 5, expected text"),
@@ -135,6 +137,11 @@ def launch_of(data: Any) -> Any:
         (
             lambda d: d["binaries"][0].update(x=1),
             "there is no use for a field 'x' in binaries[0]",
+        ),
+        (lambda d: d["binaries"][1].pop("waits"), "the field binaries[1].waits is missing"),
+        (
+            lambda d: d["binaries"][1].update(waits=1),
+            "binaries[1].waits is 1, expected true or false",
         ),
         (lambda d: d["binaries"][0].update(symbol=""), "binaries[0].symbol is '', expected text"),
         (

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_uint, c_void_p
 from dataclasses import dataclass
@@ -16,6 +17,16 @@ from nemoc.runtime.cuda_driver import CudaDriver
 CONTEXT, STREAM = 0xC0, 0x57
 """Handles of the one context and stream that there are."""
 
+CONFIG = "<7I4xQQI4x"
+"""CUlaunchConfig, 56 bytes: gridDimX, Y, Z and blockDimX, Y, Z from byte 0 on, sharedMemBytes at 24, hStream at 32,
+attrs at 40, numAttrs at 48. This and what follows is what a C compiler says of cuda.h of CUDA 13.1 on x86-64."""
+
+ATTRIBUTE = "<i4xi60x"
+"""CUlaunchAttribute, 72 bytes: id at byte 0, value at 8; of that a number, padded to the union's 64 bytes."""
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
+"""The id CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
+
 
 @dataclass(frozen=True)
 class FakeLaunch:
@@ -28,6 +39,7 @@ class FakeLaunch:
         pointers: to tensors.
         sizes: B, L and C.
         hidden: the pointers behind them.
+        ahead: whether it may start while former work of the stream still runs.
     """
 
     symbol: str
@@ -37,6 +49,7 @@ class FakeLaunch:
     pointers: tuple[int, ...]
     sizes: tuple[int, int, int]
     hidden: tuple[int, ...]
+    ahead: bool
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,11 @@ def tensor_at(address: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.T
     return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
+def _read(layout: str, address: int) -> tuple[int, ...]:
+    """The numbers of a structure."""
+    return struct.unpack(layout, ctypes.string_at(address, struct.calcsize(layout)))
+
+
 class FakeLibrary:
     """The driver's functions. Every module has every kernel.
 
@@ -70,6 +88,7 @@ class FakeLibrary:
         failures: by the name of a function, what it returns instead of doing something.
         attributes: what functions were given by `cuFuncSetAttribute`: name, attribute, value.
         modules: handles of loaded modules, and what they were loaded from.
+        version: of CUDA, as the driver says it.
         recording: where launches go instead of running, or none.
     """
 
@@ -79,6 +98,7 @@ class FakeLibrary:
         self.failures: dict[str, int] = {}
         self.attributes: list[tuple[str, int, int]] = []
         self.modules: dict[int, bytes] = {}
+        self.version = 12040
         self.recording: list[FakeLaunch] | None = None
         self._kernels = dict(kernels)
         self._functions = {0x100 + i: name for i, name in enumerate(kernels)}
@@ -86,7 +106,6 @@ class FakeLibrary:
         self._module = 0x900
         self._fault: Exception | None = None
         out, name = POINTER(c_void_p), c_char_p
-        launch_types = (c_void_p, *[c_uint] * 7, c_void_p, out, out)
         functions: dict[Callable[..., None], tuple[Any, ...]] = {
             self.cuInit: (c_uint,),
             self.cuDriverGetVersion: (POINTER(c_int),),
@@ -99,7 +118,7 @@ class FakeLibrary:
             self.cuModuleGetFunction: (out, c_void_p, name),
             self.cuModuleUnload: (c_void_p,),
             self.cuFuncSetAttribute: (c_void_p, c_int, c_int),
-            self.cuLaunchKernel: launch_types,
+            self.cuLaunchKernelEx: (c_void_p, c_void_p, out, out),
             self.cuGetErrorString: (c_int, POINTER(c_char_p)),
         }
         for function, types in functions.items():
@@ -126,7 +145,7 @@ class FakeLibrary:
         assert flags == 0
 
     def cuDriverGetVersion(self, version: Any) -> None:
-        version[0] = 12040
+        version[0] = self.version
 
     def cuDeviceGet(self, device: Any, index: int) -> None:
         device[0] = index
@@ -161,11 +180,13 @@ class FakeLibrary:
     def cuFuncSetAttribute(self, function: int, attribute: int, value: int) -> None:
         self.attributes.append((self._functions[function], attribute, value))
 
-    def cuLaunchKernel(self, function: int, *arguments: Any) -> None:
-        *grid, shared, stream, places, extra = arguments
+    def cuLaunchKernelEx(self, config: int, function: int, places: Any, extra: Any) -> None:
+        *grid, shared, stream, attributes, count = _read(CONFIG, config)
         assert grid[1:3] == grid[4:6] == [1, 1]
         assert stream == STREAM
         assert not extra
+        given = [_read(ATTRIBUTE, attributes + 72 * i) for i in range(count)]
+        assert given in ([], [(PROGRAMMATIC_STREAM_SERIALIZATION, 1)])
         self._assert_current()
         symbol = self._functions[function]
         kernel = self._kernels[symbol]
@@ -183,6 +204,7 @@ class FakeLibrary:
             tuple(values),
             (sizes[0], sizes[1], sizes[2]),
             tuple(hidden),
+            ahead=bool(given),
         )
         if self.recording is not None:
             self.recording.append(launch)
@@ -215,9 +237,9 @@ class FakeDevice(CudaDevice):
         disordered: launches that were not.
     """
 
-    def __init__(self, library: FakeLibrary, memory: int = 1 << 30) -> None:
+    def __init__(self, library: FakeLibrary, memory: int = 1 << 30, ahead: bool = True) -> None:
         with self._without_gpu():
-            super().__init__(0, CudaDriver(library))
+            super().__init__(0, CudaDriver(library), ahead)
         self.place = torch.device("cpu")
         self.library = library
         self.staged = 0
