@@ -4,6 +4,7 @@ Parts of Nano and whole models are held against a reference first, and then time
 a line for each; what is there already is not measured again, so that runs may be short: the next one goes on.
 """
 
+import functools
 import re
 import sys
 import time
@@ -80,6 +81,11 @@ def stages() -> tuple[Stage, ...]:
     help="Compile into the cache for a GPU that is elsewhere, and run nothing.",
 )
 @click.option("--again", is_flag=True, help="Measure what has been measured before.")
+@click.option(
+    "--in-turn",
+    is_flag=True,
+    help="Launch kernels only when the former ones have ended; for comparison, with an --output of its own.",
+)
 def main(
     names: tuple[str, ...],
     cases: str,
@@ -88,6 +94,7 @@ def main(
     listing: bool,
     ahead: str | None,
     again: bool,
+    in_turn: bool,
 ) -> None:
     """Measure on this machine's NVIDIA GPU, and print what is known of it."""
     started = time.monotonic()
@@ -103,7 +110,7 @@ def main(
         if not torch.cuda.is_available():
             raise NemocError(f"no NVIDIA GPU is at hand: torch {torch.__version__} finds none")
         journal = Journal(output)
-        session = start(journal, started + 60 * minutes, again, _pattern(cases))
+        session = start(journal, started + 60 * minutes, again, _pattern(cases), ahead=not in_turn)
     except NemocError as error:
         click.echo(f"benchmarks.gpu: {error}", err=True)
         sys.exit(NO_DEVICE)
@@ -155,7 +162,9 @@ def _pattern(cases: str) -> re.Pattern[str]:
         raise NemocError(f"--cases is {cases!r}, no regular expression: {error}") from None
 
 
-def start(journal: Journal, deadline: float, again: bool, cases: re.Pattern[str]) -> Session:
+def start(
+    journal: Journal, deadline: float, again: bool, cases: re.Pattern[str], ahead: bool
+) -> Session:
     """Find the device and measure what it can do at best.
 
     Raises:
@@ -167,7 +176,7 @@ def start(journal: Journal, deadline: float, again: bool, cases: re.Pattern[str]
     return Session(
         this_machine(),
         target,
-        open_device,
+        functools.partial(open_device, ahead),
         clock,
         roofs,
         journal,
