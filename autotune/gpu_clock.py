@@ -9,7 +9,7 @@ import torch
 from nemoc.autotune.measure import Roofs
 
 _CACHE = 512 << 20
-"""Bytes that are written before each run, many times what any GPU's caches hold."""
+"""Bytes that are read before each run, many times what any GPU's caches hold."""
 
 _COPY = 2 << 30
 """Bytes of each of the two buffers of the copy that measures bandwidth, where there is room."""
@@ -42,14 +42,15 @@ class Clock(Protocol):
 class EventClock:
     """The device's clock, with cold caches and without the time that it takes to launch.
 
-    Caches are written full before each run, and what is put before it may bring some of its data back. Then the device
+    Caches are filled by reading before each run, since what was written would have to go to memory first, at the run's
+    expense; and what is put before it may bring some of its data back. Then the device
     waits for as long as the launches take on the host, so that they are queued when the first of them starts: what is
     measured is the device's time, for whoever replays recorded launches. Work that waits for the device in between
     shows that it does.
     """
 
     def __init__(self) -> None:
-        self._cache = torch.empty(_CACHE, dtype=torch.uint8, device="cuda")
+        self._other = torch.zeros(_CACHE // 4, dtype=torch.int32, device="cuda")
 
     def seconds(self, run: Run, before: Run = nothing) -> float:
         seconds, launching = self._timed(run, before, _SHORTEST_PAUSE)
@@ -60,7 +61,7 @@ class EventClock:
     def _timed(self, run: Run, before: Run, pause: float) -> tuple[float, float]:
         """Seconds of a run on the device, and seconds that the host took to launch it."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._cache.zero_()
+        self._other.amax()
         before()
         torch.cuda._sleep(int(pause * _CYCLES_PER_SECOND))
         start.record()

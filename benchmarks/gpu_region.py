@@ -150,7 +150,7 @@ class DeviceRegion:
         lowered: the part.
         sizes: how large it is.
         kernels: its kernels, and the device.
-        values: what operands hold.
+        values: what operands hold; or another region of the part and sizes, for what its operands hold.
 
     Attributes:
         part, sizes: what was given.
@@ -161,7 +161,11 @@ class DeviceRegion:
     """
 
     def __init__(
-        self, lowered: LoweredPart, sizes: Sizes, kernels: Kernels, values: Values
+        self,
+        lowered: LoweredPart,
+        sizes: Sizes,
+        kernels: Kernels,
+        values: "Values | DeviceRegion",
     ) -> None:
         self.part, self.sizes = lowered.part, sizes
         self._device = kernels.device
@@ -181,7 +185,10 @@ class DeviceRegion:
             }
             weight_names = {s.name for s in layouts[0]}
             for name, tensor in self.operands.items():
-                values.fill(name, tensor, sizes, name in weight_names)
+                if isinstance(values, DeviceRegion):
+                    tensor.copy_(values.operands[name])
+                else:
+                    values.fill(name, tensor, sizes, name in weight_names)
             self._outputs = _whole(graph.outputs, outputs, symbols)
             self._state, self._first = state, state.clone()
             arenas = [weights, state, self._scratch, *inputs, *outputs]

@@ -35,13 +35,13 @@ from benchmarks.gpu_region import (
 from benchmarks.gpu_results import OWN, Status
 from benchmarks.gpu_session import Outcome, Session, Task, first_line
 from benchmarks.gpu_values import Sizes
+from nemoc.autotune.gpu_clock import Run
 from nemoc.codegen.mixer import take_apart
 from nemoc.codegen.plan import Plan, Site
 from nemoc.codegen.regions import as_region
 from nemoc.codegen.triton.conv_scan import default_scan_schedule, emit_conv_scan
 from nemoc.codegen.triton.emit import emit
 from nemoc.codegen.triton.kernel_store import KernelStore
-from nemoc.codegen.triton.products import emit_products
 from nemoc.codegen.triton.target import gpu_target
 from nemoc.ir import DType, Graph
 from nemoc.ir.builder import Builder
@@ -62,6 +62,7 @@ from nemoc.ir.region import Fused
 from nemoc.models import Model, ModelConfig
 from nemoc.passes.check import relative_error
 from nemoc.progress import Progress
+from nemoc.runtime.cuda_device import Device
 
 BOUND = 1e-2
 """‖found − expected‖ / ‖expected‖ of results of ours where activations are bf16."""
@@ -170,6 +171,8 @@ class PartStage:
         forms: further ways in which our backend does a part, timed beside its own choice.
         peer_bound: the largest relative error of peers' results.
         rows: check single tokens of single sequences instead of whole results (`DeviceRegion.expected_rows`).
+        in_a_row: the part of a step of one token that is timed as one of many in a row, each with weights of its own,
+            recorded and replayed at once: as layers follow each other in a model. Its seconds are one's share.
     """
 
     name: str
@@ -180,6 +183,7 @@ class PartStage:
     forms: Mapping[str, Form] = field(default_factory=dict)
     peer_bound: float = PEER_BOUND
     rows: bool = False
+    in_a_row: bool = False
 
     def case_names(self) -> tuple[str, ...]:
         """In the order in which they are timed."""
@@ -210,13 +214,24 @@ class PartStage:
 
         for case in self.cases:
             own = [lowered[name] for name in (case.part, *self._forms_of(case.part))]
-            digest = session.digest(*(one.digest(session.target) for one in own))
+            in_a_row = self.in_a_row and case.sizes.new == 1
+            how = ("in a row",) if in_a_row else ()
+            digest = session.digest(*(one.digest(session.target) for one in own), *how)
 
             def measure(
-                case: Case = case, own: Sequence[LoweredPart] = tuple(own)
+                case: Case = case,
+                own: Sequence[LoweredPart] = tuple(own),
+                in_a_row: bool = in_a_row,
             ) -> list[Outcome]:
                 regions = [DeviceRegion(one, case.sizes, kernels(), parts.values) for one in own]
-                return self.measure(case, regions, parts.config, session)
+                more = []
+                if in_a_row:
+                    (one,) = own
+                    count = min(_MOST_IN_A_ROW, 1 + int(_IN_A_ROW / regions[0].bytes))
+                    more = [
+                        DeviceRegion(one, case.sizes, kernels(), regions[0]) for _ in range(count)
+                    ]
+                return self.measure(case, regions, parts.config, session, more)
 
             yield Task(case.name, digest, measure)
 
@@ -231,7 +246,12 @@ class PartStage:
         return [f"{part}, {form}" for form in self.forms]
 
     def measure(
-        self, case: Case, regions: Sequence[DeviceRegion], config: ModelConfig, session: Session
+        self,
+        case: Case,
+        regions: Sequence[DeviceRegion],
+        config: ModelConfig,
+        session: Session,
+        more: Sequence[DeviceRegion] = (),
     ) -> list[Outcome]:
         """Check every contender of a case, and time those that are right.
 
@@ -239,7 +259,8 @@ class PartStage:
             case: the case.
             regions: our own choice, then the forms.
             config: of the model.
-            session: has the clock.
+            session: has the clock and the device.
+            more: further ones of our own choice, which are timed in a row with the first.
         """
         first = regions[0]
         error_of = _sampled(first) if self.rows else _complete(first)
@@ -251,18 +272,51 @@ class PartStage:
         for name, make in self.peers.items():
             if case.peers is None or name in case.peers:
                 entrants[name] = functools.partial(make, first, config)
-        outcomes, runs = [], {}
+        outcomes, runs = list[Outcome](), dict[str, Run]()
         for name, enter in entrants.items():
             bound = BOUND if name in names else self.peer_bound
-            outcome, run = _checked(name, enter, error_of, bound)
+            outcome, peer = _checked(name, enter, error_of, bound)
+            run: Run | None = peer
+            if peer is not None and more:
+                others = [
+                    self.peers[name](one, config) if name in self.peers else _own(one)
+                    for one in more
+                ]
+                outcome, run = _recorded(outcome, [peer, *others], session.device)
             outcomes.append(outcome)
             if run is not None:
                 runs[name] = run
         timed = session.time(runs)
+        share = 1 + len(more)
         return [
-            replace(o, seconds=timed.get(o.contender, ()), bytes=first.bytes, flops=first.flops)
+            replace(
+                o,
+                seconds=tuple(one / share for one in timed.get(o.contender, ())),
+                bytes=first.bytes,
+                flops=first.flops,
+            )
             for o in outcomes
         ]
+
+
+_IN_A_ROW, _MOST_IN_A_ROW = 200e6, 256
+"""Bytes of weights in a row, many times what caches hold, and how many parts there are at most."""
+
+
+def _recorded(outcome: Outcome, runs: Sequence[Peer], device: Device) -> tuple[Outcome, Run | None]:
+    """Runs one after the other, as one to be timed; and what the contender's outcome then is."""
+
+    def every() -> None:
+        for run in runs:
+            run()
+
+    try:
+        every()  # whatever is done once is not recorded
+        with device.active():
+            return outcome, device.record(every)
+    except Exception as why:  # not everybody's work can be recorded
+        traceback.print_exc()
+        return replace(outcome, status="failed", note=f"not recorded: {first_line(why)}"), None
 
 
 def _planned(form: Form, target: str) -> Emit:
@@ -397,7 +451,8 @@ def matmul_stage(config: ModelConfig) -> PartStage:
             parts[part] = functools.partial(_product, width, features, few, head)
             cases += _rows_of(part, few)
     about = "dense products against cuBLAS (torch.mm); aim: within 10 %"
-    return PartStage("matmul", about, tuple(cases), parts, {"torch.mm": torch_product})
+    peers = {"torch.mm": torch_product}
+    return PartStage("matmul", about, tuple(cases), parts, peers, in_a_row=True)
 
 
 def _rows_of(part: str, few: bool) -> list[Case]:
@@ -424,6 +479,7 @@ def fp8_stage(config: ModelConfig) -> PartStage:
         tuple(cases),
         parts,
         {"torch._scaled_mm": scaled_product, "torch.mm, bf16": product_with_widened},
+        in_a_row=True,
     )
 
 
@@ -451,17 +507,12 @@ def nvfp4_stage(config: ModelConfig) -> PartStage:
         tuple(Case(name, Sizes(batch, 1)) for name in parts for batch in _EACH_FEW),
         parts,
         {"torch.mm, bf16": product_with_decoded},
-        {"matrix units": _by_matrix_units},
+        in_a_row=True,
     )
 
 
 def _nvfp4_product(width: int, features: int, wide: bool, parts: Parts, name: str) -> Graph:
     return nvfp4_graph(name, width, features, wide)
-
-
-def _by_matrix_units(site: Site, target: str) -> Plan:
-    """A plan without the forms for very few rows."""
-    return emit_products(site, gpu_target(target), few=())
 
 
 def _product(width: int, features: int, few: bool, wide: bool, parts: Parts, name: str) -> Graph:

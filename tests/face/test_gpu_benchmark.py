@@ -1,5 +1,6 @@
 """The benchmarks on GPUs as far as they run without one: kernels are interpreted, and the clock is a counter."""
 
+import itertools
 import json
 import math
 import re
@@ -102,7 +103,8 @@ def interpreted(functions: Iterable[StepFunction]) -> tuple[LaunchRecord, FakeLi
     def run(launch: FakeLaunch) -> None:
         types = pointer_types(kernels[launch.symbol])
         pairs = zip(launch.pointers, types, strict=True)
-        pointers = [tensor_at(at, dtype.torch, [1]) for at, dtype in pairs]
+        # As many bytes of each, since a tensor may come as elements and as words.
+        pointers = [tensor_at(at, dtype.torch, [8 // dtype.bytes]) for at, dtype in pairs]
         interpreter.launch(launch.symbol, pointers, dict(zip("BLC", launch.sizes, strict=True)))
 
     binaries = {name: binary_of(kernel) for name, kernel in kernels.items()}
@@ -559,8 +561,10 @@ def test_regions_on_a_device_are_right_and_so_are_peers(
     stage = SMALL[name]
     code, library = code_of(stage.lowered(mini, TARGET).values())
     monkeypatch.setattr(gpu_stages, "compile_parts", lambda *_: code)
+    monkeypatch.setattr(gpu_stages, "_MOST_IN_A_ROW", 2)
     journal = Journal(tmp_path / "gpu.jsonl")
     assert session_on(library, journal).run(stage, quiet)
+    of_one_token = {case.name for case in stage.cases if case.sizes.new == 1}
     for line in journal.lines:
         if line.status == "unavailable":
             assert line.note == "the package mamba_ssm is not installed"
@@ -568,10 +572,39 @@ def test_regions_on_a_device_are_right_and_so_are_peers(
         assert line.status == "measured", line.note
         assert line.error is not None
         assert line.error <= (1e-2 if line.contender in stage.peers else 1e-3)
-        assert line.share == pytest.approx(ROOFS.seconds(line.bytes, line.flops))
+        # The clock says a second of every run, in which there are three parts in a row, or one.
+        together = 3 if stage.in_a_row and line.case in of_one_token else 1
+        assert line.ms[1] == pytest.approx(1000 / together)
+        assert line.share == pytest.approx(together * ROOFS.seconds(line.bytes, line.flops))
     assert [line.case for line in journal.lines if line.contender == "nemoc"] == list(
         stage.case_names()
     )
+
+
+def test_work_that_cannot_be_recorded_in_a_row_is_told_and_not_timed(
+    mini: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stubborn(region: DeviceRegion, config: Any) -> Any:
+        run, runs = torch_product(region, config), itertools.count()
+
+        def once() -> Any:
+            if next(runs):
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return run()
+
+        return once
+
+    stage = small(gpu_stages.matmul_stage(MINI), Case("q, decode", Sizes(2, 1)))
+    stage = replace(stage, peers={"stubborn": stubborn})
+    code, library = code_of(stage.lowered(mini, TARGET).values())
+    monkeypatch.setattr(gpu_stages, "compile_parts", lambda *_: code)
+    monkeypatch.setattr(gpu_stages, "_MOST_IN_A_ROW", 2)
+    journal = Journal(tmp_path / "gpu.jsonl")
+    session_on(library, journal).run(stage, quiet)
+    ours, peer = journal.lines
+    assert (ours.status, len(ours.ms)) == ("measured", 3)
+    assert (peer.status, peer.ms) == ("failed", ())
+    assert peer.note.startswith("not recorded: ")
 
 
 def test_a_kernel_that_writes_nothing_is_found_out(
