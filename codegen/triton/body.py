@@ -32,6 +32,9 @@ from nemoc.ir.ops import CacheWrite, Cast, Reshape
 from nemoc.ir.region import Region
 from nemoc.ir.types import TensorType, Value
 
+_LINE = 128
+"""Bytes of a line of GPUs' caches."""
+
 LARGEST = 1 << 14
 """Elements of a tile of whole rows at most; longer rows are read in parts."""
 
@@ -231,6 +234,19 @@ class Body:
         exists = f"{place.exists} & {room}" if place.exists else room
         store_tile(writer, pointer, tile, replace(place, exists=exists))
 
+    def prefetch(self, seen: Seen, rows: Place) -> None:
+        """Ask for whole rows of an operand, before it is known whether former kernels have ended; of others nothing."""
+        if not self.is_operand(seen.value):
+            return
+        view = self.view(seen.value)
+        each = _LINE // view.dtype.bytes
+        lines = power_of_two(-(-seen.width // each) + 1)  # rows may begin within a line
+        column = f"tl.arange(0, {lines})[None, :] * {each}"
+        column = self.writer.let("line", f"tl.minimum({column}, {seen.width - 1})")
+        place = replace(rows, column=column, columns=lines, mask="")
+        at = pointer_to(self.writer, self.arg(seen.value), view, seen.width, place)
+        self.writer.line(f"prefetch({at})")
+
     def has_words(self, value: Value) -> bool:
         """Whether `words` can read a value: an operand of bytes, its rows whole words one behind the other."""
         if value not in self._args or value.dtype.bytes != 1 or value.type.rank < 2:
@@ -246,6 +262,19 @@ class Body:
         shape = (*view.shape[:-1], _quarter(view.shape[-1]))
         strides = (*map(_quarter, view.strides[:-1]), 1)
         return self._load(seen.value, View(DType.I32, shape, strides), seen.width, place)
+
+    def fp8(self, seen: Seen, place: Place) -> str:
+        """The name of a tile of an operand in E4M3, as the compiler's own type: for GPUs that know it.
+
+        Matrix units take such a tile from shared memory as it arrives there, and not one of bits that are looked at as
+        numbers afterwards.
+        """
+        pointer = pointer_to(
+            self.writer, self.arg(seen.value), self.view(seen.value), seen.width, place
+        )
+        mask = f", mask={place.mask}, other=0.0" if place.mask else ""
+        cast = f"{pointer}.to(tl.pointer_type(tl.float8e4nv))"
+        return self.writer.let("x", f"tl.load({cast}{mask})")
 
     def _loaded(self, seen: Seen, place: Place) -> str:
         return self._load(seen.value, self.view(seen.value), seen.width, place)

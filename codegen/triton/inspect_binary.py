@@ -162,7 +162,7 @@ def _ptxas_use(log: str) -> tuple[int, int]:
 
 
 _NOT_BEFORE = re.compile(
-    r"^\s*(?:@\S+\s+)?(?:(?:ld|st|atom|red|cp|prefetch)\b(?!\.(?:param|shared))|(?:bra|ret|exit|call)\b)",
+    r"^\s*(?:@\S+\s+)?(?:(?:ld|st|atom|red|cp)\b(?!\.(?:param|shared))|(?:bra|ret|exit|call)\b)",
     re.M,
 )
 """Instructions that touch memory which others see, or after which others may be left out."""

@@ -351,15 +351,18 @@ def _write_product(
     writer, place, group = body.writer, tile.place, tile.group
     x, w = (operand(body, Seen(value, made.width), fp8) for value in (made.x, made.w))
     rows = replace(place, column="0", columns=1, mask="")
-    lines = tile.single_rows(writer) if schedule.skinny else [rows]
-    for line in lines:
-        x.prepare(line)
     feature = writer.let("weight", f"tl.trans({place.column})")
     if place.mask:  # rows beyond the last would be another group's, or nobody's
         feature = writer.let("weight", f"tl.minimum({feature}, {made.features - 1})")
     if group:
         feature = writer.let("weight", f"{group} * {made.features} + {feature}")
     weights = Place(feature, "0", schedule.columns, 1)
+    if schedule.skinny and not group and isinstance(w, Packed):
+        w.prefetch(weights)
+        writer.wait_turn()
+    lines = tile.single_rows(writer) if schedule.skinny else [rows]
+    for line in lines:
+        x.prepare(line)
     w.prepare(weights)
     depth = min(schedule.depth, max(schedule.least_depth, power_of_two(made.width)))
     first = f"{group} * {made.features}" if group else "0"
@@ -397,7 +400,8 @@ def _added(
     """The call that adds a part of the product, of operands at places."""
     (x, at), (w, across) = rows, weights
     if schedule.native and isinstance(x, Fp8) and isinstance(w, Fp8):
-        return f"dot_fp8({x.bits(at)}, tl.trans({w.bits(across)}), {sums})"
+        operands = f"{x.native(at)}, tl.trans({w.native(across)})"
+        return f"dot_fp8({operands}, {sums}, {schedule.exact})"
     if schedule.native:
         assert isinstance(x, Packed) and isinstance(w, Packed)
         return f"dot_nvfp4({', '.join((*x.parts(at), *w.parts(across)))}, {sums})"

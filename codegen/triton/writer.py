@@ -76,10 +76,19 @@ class KernelWriter:
         self._scopes = [_Scope()]
         self._counts = dict.fromkeys(device_functions(), 1)
         self._pointers: dict[tuple[Arg, DType], str] = {}
+        self._turn = 0
 
     def line(self, text: str) -> None:
         """Append a statement."""
         self._lines.append("    " * len(self._scopes) + text)
+
+    def wait_turn(self) -> None:
+        """Let the kernel wait for former ones here, not at its start: it has found out what to prefetch, and no more.
+
+        Only the first call counts. Every program has to come here.
+        """
+        assert len(self._scopes) == 1
+        self._turn = self._turn or len(self._lines)
 
     def barrier(self) -> None:
         """Let no thread of a program go on before all have come here.
@@ -161,7 +170,9 @@ class KernelWriter:
             warps, stages, work: as in `GpuKernel`.
         """
         parameters = ", ".join([*self._pointers.values(), "B", "L", "C"])
-        body = "\n".join(["    wait_turn()", *self._lines])
+        lines = list(self._lines)
+        lines.insert(self._turn, "    wait_turn()")
+        body = "\n".join(lines)
         pointers = tuple(dtype for _, dtype in self._pointers)
         what = f"{parameters}\n{body}\n{format_dim(tasks)} {warps} {stages} {pointers}"
         name = kernel_name(self.stem, what)

@@ -243,6 +243,7 @@ def test_hidden_pointers_are_counted() -> None:
         ("ld.param.b64 %rd1, [rows_param_0];\ngriddepcontrol.wait; // dummy %r1\nret;", True),
         ("@%p1 tcgen05.alloc.b32 [%r4], 64;\nld.shared.b32 %r1, [s];\ngriddepcontrol.wait;", True),
         ("griddepcontrol.wait;\nld.global.b32 %r1, [%rd1];\nst.global.b32 [%rd2], %r1;", True),
+        ("prefetch.global.L2 [%rd1];\ngriddepcontrol.wait;", True),
         ("griddepcontrol.launch_dependents;\nret;", False),
         ("ld.global.b32 %r1, [%rd1];\ngriddepcontrol.wait;", False),
         ("@%p1 ld.global.b32 %r1, [%rd1];\ngriddepcontrol.wait;", False),

@@ -1,14 +1,18 @@
 """GPU kernels that make FP8 of activations and multiply it, in Triton's interpreter and as machine code."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from nemoc.codegen.plan import Site
 from nemoc.codegen.triton.build import compile_variants
+from nemoc.codegen.triton.emit import emit
 from nemoc.codegen.triton.target import GPUS, gpu_target
+from nemoc.codegen.triton.writer import GpuKernel
 from nemoc.ir import parse
 from nemoc.ir.ops import Fused
-from support.gpu_kernels import check_kernel, variant
+from support.gpu_kernels import assembly, check_kernel, variant
 
 NATIVE = {
     "cuda:sm_90": "wgmma.mma_async.e4m3",
@@ -120,6 +124,14 @@ def test_matrix_units_multiply_fp8_as_it_is(target: str) -> None:
     for binary in found.values():
         assert [kind for kind, _ in binary.report.matrix] == [NATIVE[target]]
         assert (binary.report.spilled, binary.report.plain) == (0, ())
+
+
+def test_matrix_units_take_fp8_from_where_it_arrives(tmp_path: Path) -> None:
+    (stage,) = emit(dense(2688, 2048), gpu_target("cuda:sm_90")).stages
+    assert isinstance(stage.kernel, GpuKernel)
+    text = assembly(stage.kernel, gpu_target("cuda:sm_90"), tmp_path)
+    assert "wgmma.mma_async" in text
+    assert "ldmatrix" not in text  # nothing is moved to registers and back
 
 
 @pytest.mark.parametrize("target", [n for n, gpu in GPUS.items() if not gpu.fp8])

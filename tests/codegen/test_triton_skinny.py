@@ -324,3 +324,12 @@ def test_weights_are_loaded_by_sixteen_bytes_and_ahead(site: Site, tmp_path: Pat
         loop = assembly(made, SM_90, tmp_path).rpartition("$L__BB0_1:")[2]
         assert len(re.findall(r"cp\.async\.cg\.shared\.global .*, 0x10", loop)) >= 2
         assert not re.search(r"ld\.global", loop.partition("bra")[0])
+
+
+def test_a_single_row_asks_for_weights_in_nvfp4_before_it_waits(tmp_path: Path) -> None:
+    packed_row, plain_row = (
+        assembly(kernels(site)[0], SM_90, tmp_path).partition("griddepcontrol.wait")
+        for site in (dense(2688, 10304), plain(2688, 10304))
+    )
+    assert packed_row[0].count("prefetch.global.L2") >= 2  # codes and scales
+    assert all(text and "prefetch" not in text for text in (packed_row[2], *plain_row[::2]))
