@@ -59,6 +59,7 @@ class Body:
         self._bound: dict[Value, Callable[[Seen, Place], str]] = {}
         self._starts: dict[str, str] = {}
         self._blocks: dict[str, str] = {}
+        self._present: dict[str, str] = {}
 
     def is_operand(self, value: Value) -> bool:
         """Whether a value comes from outside the region."""
@@ -81,6 +82,15 @@ class Body:
             return tile
 
         self._bound[seen.value] = find
+
+    def leave_out_absent(self, place: Place) -> None:
+        """Load 0 for rows of a place that do not exist, not the row that stands for them.
+
+        Where they are many, all programs would read that one over and over at a time: on an H100 a product of 32 rows
+        in tiles of 64 took 1.2 to 1.6 times as long as one of 64, and of 4 in tiles of 16 up to 1.7 times as of 16.
+        """
+        if place.exists:
+            self._present[place.row] = place.exists
 
     def hold(self, value: Value, source: Callable[[Seen, Place], str]) -> None:
         """Say how a value's elements at any place are written."""
@@ -272,17 +282,20 @@ class Body:
         pointer = pointer_to(
             self.writer, self.arg(seen.value), self.view(seen.value), seen.width, place
         )
-        mask = f", mask={place.mask}, other=0.0" if place.mask else ""
         cast = f"{pointer}.to(tl.pointer_type(tl.float8e4nv))"
-        return self.writer.let("x", f"tl.load({cast}{mask})")
+        return self.writer.let("x", f"tl.load({cast}{self._masked(place, DType.F8E4M3)})")
 
     def _loaded(self, seen: Seen, place: Place) -> str:
         return self._load(seen.value, self.view(seen.value), seen.width, place)
 
     def _load(self, value: Value, view: View, width: int, place: Place) -> str:
         pointer = pointer_to(self.writer, self.arg(value), view, width, place)
-        mask = f", mask={place.mask}, other={_zero(view.dtype)}" if place.mask else ""
-        return self.writer.let("x", f"tl.load({pointer}{mask})")
+        return self.writer.let("x", f"tl.load({pointer}{self._masked(place, view.dtype)})")
+
+    def _masked(self, place: Place, dtype: DType) -> str:
+        """How a load leaves out what does not exist."""
+        masks = " & ".join(m for m in (self._present.get(place.row), place.mask) if m)
+        return f", mask={masks}, other={_zero(dtype)}" if masks else ""
 
 
 def _cut_alike(own: Shape, seen: Seen) -> tuple[Shape, Shape]:

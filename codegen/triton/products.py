@@ -360,6 +360,8 @@ def _write_product(
     if schedule.skinny and not group and isinstance(w, Packed):
         w.prefetch(weights)
         writer.wait_turn()
+    if made.is_few and not schedule.skinny and not group:
+        body.leave_out_absent(rows)
     lines = tile.single_rows(writer) if schedule.skinny else [rows]
     for line in lines:
         x.prepare(line)

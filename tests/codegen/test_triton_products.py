@@ -1,5 +1,6 @@
 """GPU kernels of regions around products, dense and grouped, in Triton's interpreter."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from nemoc.ir.ops import Fused
 from support.gpu_kernels import check_kernel
 
 SIZES = {"B": 3, "L": 5, "C": 9}
+SM_90 = gpu_target("cuda:sm_90")
 
 
 def region(text: str) -> Site:
@@ -115,6 +117,23 @@ def test_a_norm_of_few_rows_is_part_of_the_product() -> None:
     operands = (draw(3, 1, 100), draw(100, seed=1), draw(24, 100, seed=2, dtype=torch.bfloat16))
     # What is rounded to bf16 before the product may round the other way here and there.
     check_kernel(site, SIZES, *operands, tolerance=5e-3)
+
+
+def test_rows_that_are_absent_from_a_tile_of_few_are_not_read() -> None:
+    site = region("""
+      input %x: bf16[B, 64]
+      input %w: bf16[48, 64]
+      %y = linear(%x, %w) : f32[B, 48]
+      return %y
+    """)
+    sources = [stage.kernel.source for stage in emit(site, SM_90).stages]
+    tiles = [text for text in sources if "dot(" in text]
+    assert len(tiles) == 2  # of 16 and of 64 rows
+    for text in tiles:
+        loads = re.findall(r"tl\.load\(.*\)", text)
+        assert any("mask=exists" in load for load in loads), text
+    rows, weights = draw(3, 64, dtype=torch.bfloat16), draw(48, 64, seed=1, dtype=torch.bfloat16)
+    check_kernel(site, {"B": 3}, rows, weights, target=SM_90)
 
 
 def test_a_long_norm_is_read_in_parts() -> None:
