@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from nemoc.ir.dims import L, product, symbols_of
 from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
 from nemoc.ir.ops import GroupedLinear, Linear
@@ -30,11 +31,20 @@ class QuantizeFp8(Pass):
 
     `scope` is as for `quantize-nvfp4`: `all` (every projection but the router and the head), `experts`, or a regular
     expression that the weight's name has to begin with. `mode` says what becomes of the activations that such a weight
-    multiplies (`MODES`): with `w8a16` nothing, with `w8a8` they become FP8 too, each row with a scale of its own, so
-    that matrix units can multiply both as they are (`move-scales`); that changes a row of normally distributed numbers
-    by 2.6 % of its norm. With static scales (the context's `input_scales`, one for each weight, from calibration or the
-    checkpoint) that is the scale of all rows, so that the kernel that makes activations can quantize them tile by tile;
-    magnitudes above 448 times the scale are cut off there. `input-scale` above 0 is one for all weights instead.
+    multiplies (`MODES`):
+
+    - `w8a16`: nothing.
+    - `w8a8`: they become FP8 too, each row with a scale of its own, so that matrix units can multiply both as they are
+      (`move-scales`); that changes a row of normally distributed numbers by 2.6 % of its norm. With static scales (the
+      context's `input_scales`, one for each weight, from calibration or the checkpoint) that is the scale of all rows,
+      so that the kernel that makes activations can quantize them tile by tile; magnitudes above 448 times the scale are
+      cut off there. `input-scale` above 0 is one for all weights instead.
+    - `w8a8-prompts`: as `w8a8` in products of many rows, as `w8a16` in all others. With many rows arithmetic takes the
+      time, and matrix units do twice as much of it in FP8; with few it is reading the weights, so that rows in FP8
+      would cost precision for nothing. A product has many rows if their number grows with the length of the prompt
+      (it contains the symbol L) or is an integer above 64; a step of one token and the head behind a row's last token
+      have one row for each of the batch. All steps read the same codes.
+
     Weights in scope that a checkpoint stores in FP8 keep their codes. `budget` is the largest relative error of any
     result that the check of passes allows; where scores of experts are close, others are chosen, and that moves results
     further than rounding does.
@@ -70,22 +80,27 @@ class QuantizeFp8(Pass):
     @property
     def takes_input_scales(self) -> bool:
         """Whether it quantizes activations by scales that the context has, if it has any."""
-        return self.mode == "w8a8" and not self.input_scale
+        return self.mode != "w8a16" and not self.input_scale
 
     def error_budget(self) -> float:
         return self.budget
 
     def run(self, graph: Graph, ctx: PassContext) -> Graph:
         chosen = weights_in(graph, self.name, self.scope)
+        in_fp8 = MODES[self.mode]
 
         def activations(w: Value, x: Value, rewriter: Rewriter) -> Value:
             scale = self.input_scale or ctx.input_scales.get(w.name, 0.0)
-            return MODES[self.mode](scale, x, rewriter)
+            return _rows_in_fp8(scale, x, rewriter) if in_fp8(x) else x
+
+        def format_name(op: Linear | GroupedLinear) -> str:
+            too = self.mode == PROMPTS and in_fp8(op.x)
+            return "FP8, rows of prompts too" if too else "FP8"
 
         def apply(op: Linear | GroupedLinear, rewriter: Rewriter) -> Replacement:
             stored = decoded_from(op.w, rewriter)
             if stored is not None and stored.codes in chosen:
-                if self.mode == "w8a16" or decoded_from(op.x, rewriter) is not None:
+                if not in_fp8(op.x) or decoded_from(op.x, rewriter) is not None:
                     return None
                 return rewriter(replace(op, x=activations(stored.codes, op.x, rewriter)))
             w = unrounded(op.w, rewriter)
@@ -95,7 +110,7 @@ class QuantizeFp8(Pass):
             decoded = _round_trip(w, w.name, "fp8", rewriter)
             return rewriter(replace(op, x=x, w=beside(x, decoded, rewriter)))
 
-        return rewrite_products(graph, ctx, self.name, "FP8", apply)
+        return rewrite_products(graph, ctx, self.name, format_name, apply)
 
 
 def _round_trip(
@@ -110,10 +125,6 @@ def _round_trip(
     return dequantized_fp8(lambda op: rewriter(op, f"{stem}.{next(decoding)}"), numbers, scale)
 
 
-def _as_they_are(scale: float, x: Value, rewriter: Rewriter) -> Value:
-    return x
-
-
 def _rows_in_fp8(scale: float, x: Value, rewriter: Rewriter) -> Value:
     """Activations [..., K] as matrices of one row each, quantized and decoded."""
 
@@ -125,8 +136,22 @@ def _rows_in_fp8(scale: float, x: Value, rewriter: Rewriter) -> Value:
     )
 
 
-MODES: Mapping[str, Callable[[float, Value, Rewriter], Value]] = {
-    "w8a16": _as_they_are,
-    "w8a8": _rows_in_fp8,
+PROMPTS = "w8a8-prompts"
+"""The mode that goes by the number of rows."""
+
+_MANY_ROWS = 64
+"""The most rows of a product, where their number is known, that count as few: those of a tile of matrix units."""
+
+
+def _are_many_rows(x: Value) -> bool:
+    """Whether activations [..., K] have a row for each token of a prompt, or as many."""
+    rows = product(x.shape[:-1])
+    return rows > _MANY_ROWS if isinstance(rows, int) else L.name in symbols_of(rows)
+
+
+MODES: Mapping[str, Callable[[Value], bool]] = {
+    "w8a16": lambda x: False,
+    "w8a8": lambda x: True,
+    PROMPTS: _are_many_rows,
 }
-"""By name: given a static scale or 0, and activations x, what a product takes in their place, of their shape."""
+"""By name: whether the activations x that a product reads become FP8."""

@@ -118,7 +118,7 @@ class QuantizeNvfp4(Pass):
         own = {p.name for p in chosen if p.dtype is not DType.F8E4M3}
         scales = {name: s for name, s in ctx.input_scales.items() if name in own}
         left: dict[Value, None] = {}
-        result = rewrite_products(graph, ctx, self.name, "NVFP4", apply)
+        result = rewrite_products(graph, ctx, self.name, lambda _: "NVFP4", apply)
         for param in left:
             message = f"{param.name} has rows of {param.shape[-1]}, no whole blocks of {BLOCK}"
             ctx.refuses(Remark(self.name, f"{graph.name}/%{param.name}", message))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from nemoc.ir.dims import product
 from nemoc.ir.errors import NemocError
-from nemoc.ir.graph import Graph
+from nemoc.ir.graph import Graph, Node
 from nemoc.ir.op import Op
 from nemoc.ir.ops import Cast, GroupedLinear, Linear, Reshape, TakeRows
 from nemoc.ir.rewrite import Replacement, Rewriter, Rule, rewrite
@@ -64,25 +64,31 @@ def rewrite_products(
     graph: Graph,
     ctx: PassContext,
     pass_name: str,
-    format_name: str,
+    format_name: Callable[[Linear | GroupedLinear], str],
     apply: Callable[[Linear | GroupedLinear, Rewriter], Replacement],
 ) -> Graph:
-    """Rewrite products whose weights are as on disk, with a remark for each that says its weight's new format."""
+    """Rewrite products whose weights are as on disk, with a remark for each.
+
+    Args:
+        graph, ctx, pass_name: what is rewritten, and for whom.
+        format_name: given a product, what remarks say that its weight is in.
+        apply: the rewriting of one product.
+    """
 
     def of_plain_rows(op: Op, rewriter: Rewriter) -> Replacement:
         assert isinstance(op, Linear | GroupedLinear)
         return apply(op, rewriter) if op.interleave == 1 else None
 
+    def remark(node: Node) -> Remark:
+        op = node.op
+        assert isinstance(op, Linear | GroupedLinear)
+        site = f"{graph.name}/%{node.results[0].name}"
+        return Remark(pass_name, site, f"{op.w.name} in {format_name(op)}")
+
     return rewrite(
         graph,
         (Rule("quantize-weight", (Linear, GroupedLinear), of_plain_rows),),
-        on_apply=lambda _, node: ctx.allows(
-            Remark(
-                pass_name,
-                f"{graph.name}/%{node.results[0].name}",
-                f"{node.op.w.name} in {format_name}",  # type: ignore[attr-defined]
-            )
-        ),
+        on_apply=lambda _, node: ctx.allows(remark(node)),
     )
 
 

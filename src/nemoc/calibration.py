@@ -64,7 +64,7 @@ def input_scales(
         if files:
             raise NemocError(
                 "calibration: found text, but no activations to scale; "
-                "it goes with an error budget, nvfp4-w4a4 or fp8-w8a8"
+                "it goes with an error budget, nvfp4-w4a4, fp8-w8a8 or fp8-prompts"
             )
         return {}
     if files:

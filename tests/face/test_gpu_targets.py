@@ -11,11 +11,12 @@ import nemoc
 from nemoc import NemocError, compiler
 from nemoc.__main__ import main
 from nemoc.codegen.plan import StepFunction
+from nemoc.codegen.storage import bind_weights
 from nemoc.codegen.triton import check
 from nemoc.codegen.triton.build import compile_variants, variants_of
 from nemoc.codegen.triton.target import GPUS, INTERPRETER, gpu_target
 from nemoc.gpu import REPORT
-from nemoc.ir import print_graph
+from nemoc.ir import DType, print_graph
 from nemoc.ir.dims import evaluate_dim
 from nemoc.runtime.launches import LAUNCHES, read_launches
 from nemoc.verification import NARROW_BOUND, kernel_rows
@@ -188,6 +189,31 @@ def test_fp8_is_multiplied_as_it_is_stored_and_takes_no_more_launches(
     assert sum(call in kernel.source for kernel in found.kernels) > 10
     for mine, theirs in zip(found.functions, other.functions, strict=True):
         assert working(mine) == working(theirs)
+
+
+def test_rows_of_prompts_alone_become_fp8_from_the_weights_that_decode_reads_too() -> None:
+    found = {
+        name: compiler.functions("sample", "cuda:sm_90", quantize=name)
+        for name in ("fp8-prompts", "fp8-w8a8", "fp8")
+    }
+    graphs = {name: functions.graphs for name, functions in found.items()}
+    for step, like in (("prefill", "fp8-w8a8"), ("prefill_all", "fp8-w8a8"), ("decode", "fp8")):
+        assert graphs["fp8-prompts"][step] == graphs[like][step]
+    _, weights = bind_weights(graphs["fp8-prompts"])
+    _, expected = bind_weights(graphs["fp8"])
+    assert {w.name: w.type for w in weights} == {w.name: w.type for w in expected}
+    assert sum(w.type.dtype is DType.F8E4M3 for w in weights) > 10
+
+
+def test_products_of_prompts_multiply_fp8_by_fp8_and_those_of_decode_do_not() -> None:
+    found = program("sample", "cuda:sm_90", quantize="fp8-prompts")
+    kernels = {
+        function.name: {launch.kernel.source for launch in function.launches}
+        for function in found.functions
+    }
+    many, one = kernels["prefill"], kernels["decode"]
+    assert sum("dot_fp8(" in source for source in many) > 5
+    assert not any("dot_fp8(" in source or "e4m3_codes(" in source for source in one)
 
 
 def working(function: StepFunction) -> int:

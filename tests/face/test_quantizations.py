@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nemoc.__main__ import main
-from nemoc.compiler import functions
-from nemoc.ir import Graph, NemocError
+from nemoc.compiler import compile, functions
+from nemoc.ir import Graph, NemocError, interpret
 from nemoc.ir.ops import QuantizeFp8, QuantizeNvfp4
+from nemoc.ir.params import LazyArguments
+from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models import Fp8, Model, ModelConfig, Nvfp4, open_model
 from nemoc.models.input_scales import stored_input_scales
 from nemoc.models.names import module_of
@@ -21,7 +24,8 @@ from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4 as QuantizePass
 from nemoc.passes.quantize_products import weights_in
 from nemoc.quantizations import AS_RELEASED, QUANTIZATIONS, quantization, released_passes
 from support import releases
-from support.quantized import Kind, edit_tensors
+from support.checkpoints import unusual_model
+from support.quantized import WIDE, Kind, edit_tensors
 from support.releases import SUPER
 
 
@@ -60,6 +64,8 @@ def test_super_as_released_quantizes_the_modules_of_its_release() -> None:
         ("nvfp4", "experts", "quantize-nvfp4{scope=experts}"),
         ("nvfp4-w4a4", None, "quantize-nvfp4{mode=w4a4}"),
         ("fp8-w8a8", None, "quantize-fp8{mode=w8a8}"),
+        ("fp8-prompts", None, "quantize-fp8{mode=w8a8-prompts}"),
+        ("fp8-prompts", "experts", "quantize-fp8{scope=experts, mode=w8a8-prompts}"),
         ("fp8", "lm_head", "quantize-fp8{scope=lm_head}"),
         ("quantize-fp8{scope=experts},cse", None, "quantize-fp8{scope=experts},cse"),
         ([*QUANTIZATIONS.values()][:1], None, "quantize-nvfp4"),
@@ -70,6 +76,34 @@ def test_a_quantization_stands_for_passes(
 ) -> None:
     found: tuple[Pass, ...] = quantization(sample, quantize, scope)
     assert print_pipeline(found) == text
+
+
+@pytest.fixture(scope="module")
+def small() -> Model:
+    """All four mixers, with weights."""
+    return open_model(unusual_model(**WIDE))
+
+
+def logits(model: Model, quantize: str, function: str) -> torch.Tensor:
+    """What a function's graph makes of random arguments."""
+    graph = functions(model, "reference", quantize=quantize, which=(function,)).graphs[function]
+    given = sample_arguments(graph, {"B": 2, "L": 5, "C": 8}, params=False)
+    assert model.parameters is not None
+    return interpret(graph, LazyArguments(graph, model.parameters, given)).outputs[0]
+
+
+@pytest.mark.parametrize(("function", "like"), [("prefill", "fp8-w8a8"), ("decode", "fp8")])
+def test_activations_of_prompts_alone_become_fp8(small: Model, function: str, like: str) -> None:
+    found, expected = (logits(small, name, function) for name in ("fp8-prompts", like))
+    (other,) = {"fp8", "fp8-w8a8"} - {like}
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, logits(small, other, function))
+
+
+@pytest.mark.parametrize("quantize", ["fp8-w8a8", "fp8-prompts"])
+def test_no_cpu_kernel_quantizes_activations_to_fp8(small: Model, quantize: str) -> None:
+    with pytest.raises(NemocError, match=r"^the cpu target has no kernel for fp8_scale; it has "):
+        compile(small, "cpu", quantize)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ from nemoc.ir.builder import Builder
 from nemoc.ir.interpreter import interpret
 from nemoc.ir.ops import Folded, Full, GroupedLinear, Linear, QuantizeFp8
 from nemoc.ir.ops.fp8 import dequantized_fp8, quantized_fp8
+from nemoc.ir.rewrite import substitute_dims
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models.graph import build_step
 from nemoc.passes import PassContext, parse_pipeline, run_pipeline
 from nemoc.passes.check import NumericCheck
 from nemoc.passes.quantize_fp8 import QuantizeFp8 as QuantizeFp8Pass
+from nemoc.passes.specialize_decode import SpecializeDecode
 from support.models import SMALL
 
 STEP = parse("""
@@ -173,6 +175,68 @@ def test_activations_are_quantized_once() -> None:
     once, _ = run(STEP, "quantize-fp8{mode=w8a8}")
     twice, _ = run(STEP, "quantize-fp8{mode=w8a8},quantize-fp8{mode=w8a8}")
     assert twice == once
+
+
+def rows_in_fp8(graph: Graph) -> int:
+    """How many products of a graph multiply activations that are decoded from FP8."""
+    products = [n.op for n in graph.nodes if isinstance(n.op, Linear | GroupedLinear)]
+    return sum(op.x.name.endswith(".fp8") for op in products)
+
+
+def steps(mode: str) -> tuple[Graph, Graph, PassContext]:
+    """The small model's steps over many tokens and over one, and what the pass said of both."""
+    ctx, first = PassContext(), QuantizeFp8Pass(mode=mode)
+    graph = build_step(SMALL)
+    many = run_pipeline(graph, (first,), ctx)
+    return many, run_pipeline(graph, (SpecializeDecode(), first), ctx), ctx
+
+
+def test_rows_of_prompts_are_quantized_and_those_of_steps_of_one_token_are_not() -> None:
+    (many, one, _), (all_many, all_one, _) = steps("w8a8-prompts"), steps("w8a8")
+    _, weights_one, _ = steps("w8a16")
+    assert many == all_many
+    assert rows_in_fp8(many) > 10
+    assert one == weights_one
+    assert rows_in_fp8(one) == 0 < rows_in_fp8(all_one)
+
+
+def test_rows_of_routed_experts_go_by_how_many_are_gathered() -> None:
+    many, one, _ = steps("w8a8-prompts")
+    names = [
+        [n.op.x.name.endswith(".fp8") for n in g.nodes if isinstance(n.op, GroupedLinear)]
+        for g in (many, one)
+    ]
+    assert names == [[True] * 4, [False] * 4]
+
+
+def test_remarks_say_whether_rows_of_prompts_become_fp8_too() -> None:
+    _, _, ctx = steps("w8a8-prompts")
+    said: dict[str, set[str]] = {"step": set(), "decode": set()}
+    for remark in (r for r in ctx.remarks if r.pass_name == "quantize-fp8"):
+        said[remark.site.partition("/")[0]].add(remark.message.partition(" in ")[2])
+    assert said == {"step": {"FP8, rows of prompts too"}, "decode": {"FP8"}}
+
+
+def test_the_head_behind_the_last_token_keeps_its_rows() -> None:
+    pass_ = QuantizeFp8Pass(mode="w8a8-prompts", scope="lm_head")
+    last, every = (
+        pass_.run(build_step(SMALL, logits=logits), PassContext()) for logits in ("last", "all")
+    )
+    assert (rows_in_fp8(last), rows_in_fp8(every)) == (0, 1)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(64, 0), (65, 2)])
+def test_rows_whose_number_is_known_are_quantized_if_there_are_more_than_64(
+    rows: int, count: int
+) -> None:
+    graph = substitute_dims(STEP, {"B": rows}, name="step")
+    found, _ = run(graph, "quantize-fp8{mode=w8a8-prompts}")
+    assert rows_in_fp8(found) == count
+
+
+def test_codes_of_a_checkpoint_keep_the_rows_of_steps_of_one_token() -> None:
+    stored, _ = run(STEP, "quantize-fp8")
+    assert run(stored, "quantize-fp8{mode=w8a8-prompts}")[0] == stored
 
 
 UP, DOWN = "layers.0.mixer.up_proj.weight", "layers.0.mixer.down_proj.weight"
