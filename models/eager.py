@@ -1,11 +1,16 @@
 """The eager reference of an opened model, with its weights."""
 
+from collections.abc import Callable
+
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from nemoc.ir.builder import Builder
 from nemoc.ir.errors import NemocError
 from nemoc.ir.interpreter import interpret
 from nemoc.ir.params import LazyArguments, ParameterSource
+from nemoc.models.names import is_stack
 from nemoc.models.reference import NemotronH
 from nemoc.models.source import Model
 
@@ -34,6 +39,33 @@ def eager_reference(model: Model, dtype: torch.dtype = torch.float32) -> Nemotro
         weights["lm_head.weight"] = weights["backbone.embeddings.weight"]
     module.load_state_dict(weights, assign=True)
     return module.eval()
+
+
+def eager_path(name: str) -> str:
+    """The name that a parameter of graphs has in `NemotronH`."""
+    return name if name.startswith("lm_head.") else f"backbone.{name}"
+
+
+def change_rows(
+    module: NemotronH, name: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> RemovableHandle:
+    """Have every product with a weight read its rows as `change` makes them.
+
+    Args:
+        module: the model.
+        name: of the weight in graphs: of a linear layer, or of a layer's stack of experts.
+        change: given rows [..., K], what takes their place, of the same shape; the rows of a stack may come in parts.
+
+    Returns:
+        What undoes it: by `remove`, or as a context manager.
+    """
+
+    def before(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        return change(inputs[0])
+
+    path = eager_path(name)
+    reader = f"{path.removesuffix('_proj')}_rows" if is_stack(name) else path.rpartition(".")[0]
+    return module.get_submodule(reader).register_forward_pre_hook(before)
 
 
 def _read(

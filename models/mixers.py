@@ -341,14 +341,16 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(count, width, io))
         self.down_proj = nn.Parameter(torch.empty(count, io, width))
         self.activation = ACTIVATIONS[config.mlp_hidden_act]
+        # What each product reads goes through a module, for hooks: products of stacks are none.
+        self.up_rows, self.down_rows = nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x [tokens, X], experts and weights [tokens, k] -> [tokens, X] in the weights' dtype."""
         order = experts.flatten().argsort(stable=True)
         counts = experts.flatten().bincount(minlength=self.up_proj.shape[0]).tolist()
-        rows = x[order // experts.shape[1]].split(counts)
+        rows = self.up_rows(x)[order // experts.shape[1]].split(counts)
         outputs = [
-            F.linear(self.activation(F.linear(part, up)), down)
+            F.linear(self.down_rows(self.activation(F.linear(part, up))), down)
             for part, up, down in zip(
                 rows, self.up_proj.unbind(), self.down_proj.unbind(), strict=True
             )

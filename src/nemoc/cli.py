@@ -93,7 +93,8 @@ _quantize = (
         "--error-budget",
         type=click.FloatRange(min=0.0, min_open=True),
         metavar="X",
-        help="Instead: the cheapest format of each weight that keeps KL on calibration text below X.",
+        help="Instead: the cheapest format of each weight that keeps KL on calibration text below X; on "
+        "GPUs that multiply FP8, prompts' activations in it too as far as X allows.",
     ),
 )
 _calibration = click.option(

@@ -53,7 +53,7 @@ from nemoc.schedules import (
     gpu_device,
     known_records,
 )
-from nemoc.targets import compute_type, resolve_target, target_info
+from nemoc.targets import compute_type, multiplies_fp8, resolve_target, target_info
 
 FUNCTIONS = ("prefill", "prefill_all", "decode")
 """What an executable can do: logits of the last of L new tokens, of all of them, of the only one."""
@@ -132,7 +132,8 @@ def compile(
         scope: which weights a format is for: all, experts, or a regular expression that names begin with; None for
             the pass's default, all.
         error_budget: instead of `quantize`: each weight in scope gets the cheapest format that keeps the model's
-            error, KL of the next token's distribution in nats, below this (`nemoc.error_budget`).
+            error, KL of the next token's distribution in nats, below this (`nemoc.error_budget`). For a target that
+            multiplies FP8 by FP8, rows of prompts become FP8 too beside weights in FP8, as far as that leaves it there.
         calibration: files of text to measure that on; the sample model has some of its own. With "nvfp4-w4a4", text on
             which the largest activations are measured: their scales are then static. Without, they are those of a
             checkpoint that has them, else each row has its own.
@@ -161,7 +162,8 @@ def compile(
     if error_budget is not None:
         if quantize is not None:
             raise NemocError(f"quantize is {quantize!r}, expected none beside an error budget")
-        quantize = calibrate(model, error_budget, calibration, scope, progress).passes
+        prompts = multiplies_fp8(resolve_target(target))
+        quantize = calibrate(model, error_budget, calibration, scope, progress, prompts).passes
         scope = None
     found = functions(
         model,

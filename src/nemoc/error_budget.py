@@ -7,19 +7,26 @@ along this order get worse and worse. Which is the last one within the budget is
 is held against the budget is the mean and twice its standard error over windows, so that other text of the kind keeps
 to it too.
 
-Only weights are quantized. Measuring runs the eager model in float32: all of it has to fit into memory.
+Where a target multiplies FP8 by FP8, the rows of prompts that weights in FP8 multiply may become FP8 too, which makes
+prompts faster and saves no byte. Weights have the budget first; what they leave of it goes to these rows, those first
+that lose least by it, and how many that are is found by measuring whole models again. Every token of the calibration
+text counts as a prompt's. A weight that a checkpoint stores in FP8 keeps its rows, as it keeps its format.
+
+Measuring runs the eager model in float32: all of it has to fit into memory.
 """
 
+import contextlib
 import functools
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from nemoc.ir import Builder, DType, Graph, NemocError, interpret
+from nemoc.ir.dims import B
 from nemoc.ir.nvfp4 import BLOCK
 from nemoc.ir.ops import DequantizeNvfp4
 from nemoc.ir.ops.fp8 import dequantized_fp8, quantized_fp8
@@ -27,12 +34,13 @@ from nemoc.ir.ops.nvfp4 import quantized
 from nemoc.ir.scopes import scope_of
 from nemoc.models import Model, eager_reference
 from nemoc.models.dequantized import Dequantized
+from nemoc.models.eager import change_rows, eager_path
 from nemoc.models.mixers import Call
 from nemoc.models.names import is_stack
 from nemoc.models.quantize import select
 from nemoc.models.reference import NemotronH
 from nemoc.passes import Pass
-from nemoc.passes.quantize_fp8 import QuantizeFp8
+from nemoc.passes.quantize_fp8 import PROMPTS, QuantizeFp8
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
 from nemoc.progress import Progress
 from nemoc.quality import (
@@ -57,6 +65,28 @@ _DEVIATIONS = 2.0
 
 
 @dataclass(frozen=True)
+class Error:
+    """The error of a whole model on the calibration text.
+
+    Attributes:
+        mean: over windows, in nats.
+        deviation: its standard error.
+    """
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, errors: torch.Tensor) -> "Error":
+        """That of windows, float64 [n]."""
+        return cls(float(errors.mean()), float(errors.std() / len(errors) ** 0.5))
+
+    def within(self, budget: float) -> bool:
+        """Whether other text of the kind keeps to a budget too."""
+        return self.mean + _DEVIATIONS * self.deviation <= budget
+
+
+@dataclass(frozen=True)
 class Choice:
     """What was found of one weight.
 
@@ -65,12 +95,17 @@ class Choice:
         format: the one chosen, or None where it stays.
         kl: the whole model's error, in nats, if this weight alone has a format, by format.
         bytes: its size by format, and as stored under None.
+        prompts: whether the rows of prompts that it multiplies become FP8 too.
+        kl_prompts: the whole model's error if this weight alone is in FP8, and those rows; None where that was not
+            measured, since they have to stay.
     """
 
     name: str
     format: str | None
     kl: Mapping[str, float]
     bytes: Mapping[str | None, int]
+    prompts: bool = False
+    kl_prompts: float | None = None
 
     @property
     def saved(self) -> int:
@@ -79,29 +114,47 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """What rows of prompts in FP8 cost.
+
+    Attributes:
+        chosen: the error of the whole model with those that were chosen.
+        all: with those that all weights in FP8 multiply.
+    """
+
+    chosen: Error
+    all: Error
+
+
+@dataclass(frozen=True)
 class Budgeted:
     """A choice for every weight.
 
     Attributes:
         budget: what the error was to stay within, in nats.
-        kl: the error of the whole model, quantized so, on the calibration text.
-        kl_error: its standard error.
+        error: that of the whole model, its weights quantized so and no activations.
         choices: one for each weight that could be quantized, in the model's order.
+        prompts: the same with rows of prompts in FP8 too; None where these were not to become that.
     """
 
     budget: float
-    kl: float
-    kl_error: float
+    error: Error
     choices: tuple[Choice, ...]
+    prompts: Prompts | None = None
 
     @property
     def passes(self) -> tuple[Pass, ...]:
         """What quantizes a graph so."""
-        by_format = ((NVFP4, QuantizeNvfp4), (FP8, QuantizeFp8))
-        named = (
-            (pass_, [c.name for c in self.choices if c.format == name]) for name, pass_ in by_format
+        kinds: tuple[tuple[QuantizeNvfp4 | QuantizeFp8, str, bool], ...] = (
+            (QuantizeNvfp4(), NVFP4, False),
+            (QuantizeFp8(), FP8, False),
+            (QuantizeFp8(mode=PROMPTS), FP8, True),
         )
-        return tuple(pass_(scope=scope_of(names)) for pass_, names in named if names)
+        named = (
+            (pass_, [c.name for c in self.choices if (c.format, c.prompts) == (format_, prompts)])
+            for pass_, format_, prompts in kinds
+        )
+        return tuple(replace(pass_, scope=scope_of(names)) for pass_, names in named if names)
 
 
 def calibrate(
@@ -110,11 +163,12 @@ def calibrate(
     files: Sequence[str | Path] = (),
     scope: str | None = None,
     progress: Progress | None = None,
+    prompts: bool = False,
 ) -> Budgeted:
     """`within_budget` by the text of files.
 
     Args:
-        model, budget, progress: as there.
+        model, budget, progress, prompts: as there.
         files: calibration text; of the sample model, which has some of its own, there need be none.
         scope: as there; None for all.
 
@@ -122,7 +176,7 @@ def calibrate(
         NemocError: as there, or there is no text, or it cannot be read.
     """
     windows = _windows(model, files)
-    return within_budget(model, budget, windows, scope or "all", progress)
+    return within_budget(model, budget, windows, scope or "all", progress, prompts)
 
 
 def calibration_tokens(model: Model, files: Sequence[str | Path]) -> torch.Tensor:
@@ -151,8 +205,9 @@ def within_budget(
     windows: Sequence[Window],
     scope: str = "all",
     progress: Progress | None = None,
+    prompts: bool = False,
 ) -> Budgeted:
-    """Choose the cheapest format of each weight.
+    """Choose the cheapest format of each weight, and whether rows of prompts become FP8 too.
 
     Args:
         model: with weights. What is quantized already stays.
@@ -160,6 +215,7 @@ def within_budget(
         windows: of calibration text, as `nemoc.quality.read_windows` cuts it; shorter ones than the first are left out.
         scope: which weights may be quantized, as for the passes.
         progress: told what is being done.
+        prompts: whether rows of prompts may become FP8, which is for targets that multiply FP8 by FP8.
 
     Raises:
         NemocError: the budget is no positive number, the text too short, or the scope means nothing.
@@ -174,10 +230,33 @@ def within_budget(
         for name in candidate.formats:
             candidate.kl[name] = float(probe.errors({candidate.name: name}, _ALONE).mean())
     steps = _steps(candidates)
-    count, kl, deviation = _longest(probe, steps, budget, progress)
+    count, error = _longest(
+        lambda count: Error.of(probe.errors(_after(steps[:count]))),
+        len(steps),
+        Error(0.0, 0.0),
+        budget,
+        "measure whole models",
+        progress,
+    )
     chosen = _after(steps[:count])
-    choices = (Choice(c.name, chosen.get(c.name), c.kl, c.bytes) for c in candidates)
-    return Budgeted(budget, kl, deviation, tuple(choices))
+    rows = _Rows()
+    if prompts:
+        # The head reads one row of a prompt, its last token's.
+        in_fp8 = {n for n, f in chosen.items() if f == FP8 and not n.startswith("lm_head.")}
+        known = {c.name: c.kl[FP8] for c in candidates if c.name in in_fp8}
+        rows = _rows_of_prompts(probe, chosen, known, error, budget, progress)
+    choices = (
+        Choice(
+            c.name,
+            chosen.get(c.name),
+            c.kl,
+            c.bytes,
+            prompts=c.name in rows.chosen,
+            kl_prompts=rows.kl.get(c.name),
+        )
+        for c in candidates
+    )
+    return Budgeted(budget, error, tuple(choices), rows.errors)
 
 
 @dataclass(frozen=True)
@@ -240,23 +319,86 @@ def _steps(candidates: Sequence[_Candidate]) -> list[_Step]:
     return sorted(steps, key=lambda step: step.price)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What was found of rows of prompts.
+
+    Attributes:
+        chosen: the weights whose rows become FP8.
+        kl: errors as in `Choice.kl_prompts`, by weight.
+        errors: as in `Budgeted.prompts`.
+    """
+
+    chosen: frozenset[str] = frozenset()
+    kl: Mapping[str, float] = field(default_factory=dict)
+    errors: Prompts | None = None
+
+
+def _rows_of_prompts(
+    probe: "_Probe",
+    formats: Mapping[str, str],
+    known: Mapping[str, float],
+    error: Error,
+    budget: float,
+    progress: Progress | None,
+) -> _Rows:
+    """Which rows of prompts the budget allows in FP8.
+
+    Args:
+        probe: measures.
+        formats: of all weights that have one.
+        known: the weights whose rows may become FP8, with the error if the weight alone is that.
+        error: of the whole model with these formats.
+        budget: of errors.
+        progress: told what is being done.
+    """
+    kl = {}
+    for number, name in enumerate(known):
+        if progress is not None:
+            progress("measure rows of prompts", number, len(known))
+        kl[name] = float(probe.errors({name: FP8}, _ALONE, [name]).mean())
+    order = sorted(known, key=lambda name: kl[name] - known[name])
+
+    @functools.cache
+    def measured(count: int) -> Error:
+        return Error.of(probe.errors(formats, rows=order[:count])) if count else error
+
+    count, chosen = _longest(
+        measured, len(order), error, budget, "measure whole models with rows in FP8", progress
+    )
+    return _Rows(frozenset(order[:count]), kl, Prompts(chosen, measured(len(order))))
+
+
 def _longest(
-    probe: "_Probe", steps: Sequence[_Step], budget: float, progress: Progress | None
-) -> tuple[int, float, float]:
-    """How many steps the budget allows; the error behind them and its standard error, measured."""
-    good, kl, deviation = 0, 0.0, 0.0
-    bad, middle, tries = len(steps) + 1, len(steps), 0
+    measured: Callable[[int], Error],
+    count: int,
+    none: Error,
+    budget: float,
+    stage: str,
+    progress: Progress | None,
+) -> tuple[int, Error]:
+    """How many of some steps, one after the other, the budget allows, and the error behind them.
+
+    Args:
+        measured: given how many steps are taken, the error behind them.
+        count: of steps.
+        none: the error behind none of them.
+        budget: of errors.
+        stage: what is being done, in words.
+        progress: told that.
+    """
+    good, error = 0, none
+    bad, middle, tries = count + 1, count, 0
     while bad - good > 1:
         if progress is not None:
-            progress("measure whole models", tries, len(steps).bit_length() + 1)
-        errors = probe.errors(_after(steps[:middle]))
-        mean, spread = float(errors.mean()), float(errors.std() / len(errors) ** 0.5)
-        if mean + _DEVIATIONS * spread <= budget:
-            good, kl, deviation = middle, mean, spread
+            progress(stage, tries, count.bit_length() + 1)
+        found = measured(middle)
+        if found.within(budget):
+            good, error = middle, found
         else:
             bad = middle
         middle, tries = (good + bad) // 2, tries + 1
-    return good, kl, deviation
+    return good, error
 
 
 def _after(steps: Sequence[_Step]) -> dict[str, str]:
@@ -291,9 +433,24 @@ class _Probe:
                 self._entering.append(layer(self._entering[-1], Call(None, None)))
 
     @torch.no_grad()
-    def errors(self, formats: Mapping[str, str], windows: int | None = None) -> torch.Tensor:
-        """The mean error of each of the first windows, float64 [n], if some weights have other formats."""
+    def errors(
+        self, formats: Mapping[str, str], windows: int | None = None, rows: Collection[str] = ()
+    ) -> torch.Tensor:
+        """The mean error of each of the first windows, float64 [n], if some weights have other formats.
+
+        Args:
+            formats: by name.
+            windows: how many; None for all.
+            rows: those of these weights of which every row that they multiply is in FP8 too.
+        """
         self._assign(formats)
+        with contextlib.ExitStack() as changes:
+            for name in rows:
+                changes.enter_context(change_rows(self._module, name, rows_in_fp8))
+            return self._run(formats, windows)
+
+    def _run(self, formats: Mapping[str, str], windows: int | None) -> torch.Tensor:
+        """`errors` of the model as it is now, whose layers before the first of these weights' are unchanged."""
         backbone = self._module.backbone
         first = min(map(self._layer, formats), default=len(backbone.layers))
         x = self._entering[first][:windows]
@@ -320,8 +477,7 @@ class _Probe:
         for name in {*self._present, *formats}:
             wanted = formats.get(name)
             if wanted != self._present.get(name):
-                path = name if name.startswith("lm_head.") else f"backbone.{name}"
-                self._module.get_parameter(path).data = self._read(name, wanted)
+                self._module.get_parameter(eager_path(name)).data = self._read(name, wanted)
         self._present = dict(formats)
 
     def _read(self, name: str, wanted: str | None) -> torch.Tensor:
@@ -332,6 +488,19 @@ class _Probe:
         count = int(self._weights.type_of(name).shape[0])
         parts = [_round_trip(self._weights.read(name, i, i + 1), wanted) for i in range(count)]
         return torch.cat(parts)
+
+
+def rows_in_fp8(x: torch.Tensor) -> torch.Tensor:
+    """What rows [..., K] of f32 are in FP8, each by its own scale, f32: the ops that the pass puts into graphs."""
+    rows = x.reshape(-1, 1, x.shape[-1])
+    return interpret(_rows_graph(x.shape[-1]), {"x": rows}).outputs[0].reshape(x.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows_graph(width: int) -> Graph:
+    build = Builder("rows")
+    x = build.input("x", DType.F32, (B, 1, width))
+    return build.finish([dequantized_fp8(build, *quantized_fp8(build, x))])
 
 
 def _round_trip(w: torch.Tensor, wanted: str) -> torch.Tensor:

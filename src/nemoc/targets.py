@@ -86,6 +86,11 @@ def compute_type(target: str, stored: str) -> DType:
     return DType.BF16 if gpu and stored == "bfloat16" else DType.F32
 
 
+def multiplies_fp8(target: str) -> bool:
+    """Whether a resolved target has matrix units that multiply FP8 by FP8."""
+    return target in GPUS and GPUS[target].fp8
+
+
 def target_info(name: str, threads: int) -> TargetInfo:
     """What passes may know of a resolved target."""
     if name.partition(":")[0] == "cpu":

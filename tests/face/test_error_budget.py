@@ -7,18 +7,31 @@ import pytest
 import torch
 
 from nemoc.__main__ import main
+from nemoc.codegen.triton.target import INTERPRETER
 from nemoc.compiler import compile
-from nemoc.error_budget import FP8, NVFP4, Budgeted, calibrate, within_budget
+from nemoc.error_budget import (
+    FP8,
+    NVFP4,
+    Budgeted,
+    Error,
+    calibrate,
+    rows_in_fp8,
+    within_budget,
+)
 from nemoc.evaluation import evaluate
-from nemoc.ir import NemocError, interpret
+from nemoc.ir import Builder, DType, NemocError, interpret
+from nemoc.ir.ops.fp8 import dequantized_fp8, quantized_fp8
 from nemoc.ir.params import LazyArguments
 from nemoc.ir.sample_inputs import sample_arguments
-from nemoc.models import Model, open_model
+from nemoc.models import Model, eager_reference, open_model
+from nemoc.models.eager import change_rows
+from nemoc.models.names import is_stack
 from nemoc.passes import Pass, PassContext, parse_pipeline, print_pipeline, run_pipeline
 from nemoc.passes.quantize_fp8 import QuantizeFp8
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
 from nemoc.quality import Window, model_tokenizer, own_calibration, own_text, read_windows
 from nemoc.runtime import Executable
+from nemoc.targets import multiplies_fp8
 from support.checkpoints import unusual_model
 from support.quantized import WIDE
 
@@ -41,7 +54,7 @@ def windows() -> list[Window]:
 @pytest.fixture(scope="module")
 def budgeted(model: Model, windows: list[Window]) -> Mapping[float, Budgeted]:
     """By budget, from one that allows nothing to one that allows everything."""
-    return {x: within_budget(model, x, windows) for x in (1e-9, 3e-4, 2e-3, 100.0)}
+    return {x: within_budget(model, x, windows) for x in (1e-9, 3e-4, 2e-3, 1e-2, 100.0)}
 
 
 def errors(model: Model, windows: list[Window], passes: tuple[Pass, ...]) -> torch.Tensor:
@@ -68,8 +81,8 @@ def test_the_error_of_the_choice_is_that_of_the_graph_and_within_the_budget(
         kinds = {choice.format for choice in found.choices}
         assert len(kinds) > 1  # neither nothing nor everything
         measured = errors(model, windows, found.passes)
-        assert found.kl == pytest.approx(float(measured.mean()), rel=0.02)
-        assert found.kl_error == pytest.approx(float(measured.std()) / ROWS**0.5, rel=0.02)
+        assert found.error.mean == pytest.approx(float(measured.mean()), rel=0.02)
+        assert found.error.deviation == pytest.approx(float(measured.std()) / ROWS**0.5, rel=0.02)
         assert float(measured.mean() + 1.98 * measured.std() / ROWS**0.5) <= budget
 
 
@@ -98,7 +111,7 @@ def test_everything_takes_the_cheapest_format_where_there_is_room(
 def test_nothing_is_quantized_where_there_is_none(budgeted: Mapping[float, Budgeted]) -> None:
     found = budgeted[1e-9]
     assert found.passes == ()
-    assert (found.kl, found.kl_error) == (0.0, 0.0)
+    assert found.error == Error(0.0, 0.0)
     assert sum(choice.saved for choice in found.choices) == 0
 
 
@@ -112,11 +125,120 @@ def test_the_choice_is_text(budgeted: Mapping[float, Budgeted]) -> None:
     assert parse_pipeline(print_pipeline(passes)) == passes
 
 
+@pytest.fixture(scope="module")
+def for_prompts(model: Model, windows: list[Window]) -> Mapping[float, Budgeted]:
+    """By budget, where the target multiplies FP8 by FP8."""
+    return {x: within_budget(model, x, windows, prompts=True) for x in (2e-3, 1e-2, 100.0)}
+
+
+def test_rows_of_prompts_become_fp8_where_there_is_room(
+    for_prompts: Mapping[float, Budgeted],
+) -> None:
+    found = for_prompts[100.0]
+    assert [c.prompts for c in found.choices] == [c.format == FP8 for c in found.choices]
+    (rows,) = [p for p in found.passes if isinstance(p, QuantizeFp8)]
+    assert rows.mode == "w8a8-prompts"
+    assert found.prompts is not None
+    assert found.prompts.chosen == found.prompts.all
+    assert found.prompts.all.mean != found.error.mean
+
+
+def test_as_many_rows_of_prompts_become_fp8_as_the_budget_allows(
+    model: Model, windows: list[Window], for_prompts: Mapping[float, Budgeted]
+) -> None:
+    counts = []
+    for budget in (2e-3, 1e-2):
+        found = for_prompts[budget]
+        assert found.prompts is not None
+        measured = errors(model, windows, found.passes)
+        assert found.prompts.chosen.mean == pytest.approx(float(measured.mean()), rel=0.02)
+        assert found.prompts.chosen.within(budget)
+        could = [c for c in found.choices if c.kl_prompts is not None]
+        assert {c.name for c in could} == {c.name for c in found.choices if c.format == FP8}
+        counts.append((sum(c.prompts for c in could), len(could)))
+    assert any(0 < some < every for some, every in counts)
+
+
+def test_rows_of_prompts_stay_where_there_is_no_room(model: Model, windows: list[Window]) -> None:
+    scope = r"layers\.1\.mixer\.shared_experts\.down_proj"
+    alone = within_budget(model, 100.0, windows, scope)
+    budget = alone.error.mean + 2 * alone.error.deviation
+    found = within_budget(model, budget * (1 + 1e-6), windows, scope, prompts=True)
+    (choice,) = found.choices
+    assert (choice.format, choice.prompts) == (FP8, False)
+    assert found.passes == alone.passes
+    assert found.prompts is not None
+    assert found.prompts.chosen == found.error
+    assert not found.prompts.all.within(budget)
+
+
+def test_rows_of_prompts_change_nothing_of_the_weights(
+    budgeted: Mapping[float, Budgeted], for_prompts: Mapping[float, Budgeted]
+) -> None:
+    for budget, found in for_prompts.items():
+        expected = budgeted[budget]
+        assert found.error == expected.error
+        assert [c.format for c in found.choices] == [c.format for c in expected.choices]
+        assert expected.prompts is None
+
+
+def test_the_error_of_rows_of_prompts_is_that_of_the_graph(
+    model: Model, windows: list[Window], for_prompts: Mapping[float, Budgeted]
+) -> None:
+    measured = [c for c in for_prompts[1e-2].choices if c.kl_prompts is not None]
+    stacks = [c for c in measured if is_stack(c.name)]
+    assert stacks
+    for choice in (*measured[:2], stacks[0]):
+        pass_ = QuantizeFp8(scope=f"{choice.name}$", mode="w8a8-prompts")
+        expected = errors(model, windows, (pass_,))[:4].mean()
+        assert choice.kl_prompts == pytest.approx(float(expected), rel=0.02)
+
+
+def test_the_head_keeps_its_rows(model: Model, windows: list[Window]) -> None:
+    found = within_budget(model, 1e-3, windows, scope="lm_head", prompts=True)
+    (choice,) = found.choices
+    assert (choice.format, choice.prompts, choice.kl_prompts) == (FP8, False, None)
+
+
+def test_rows_in_fp8_are_those_of_the_ops_to_the_bit() -> None:
+    random = torch.Generator().manual_seed(11)
+    x = torch.randn(2, 9, 48, generator=random) * torch.logspace(-6, 3, 9)[:, None]
+    x[0, 0] = 0.0
+    build = Builder("rows")
+    rows = build.input("x", DType.F32, (18, 1, 48))
+    decoded = dequantized_fp8(build, *quantized_fp8(build, rows))
+    expected = interpret(build.finish([decoded]), {"x": x.reshape(18, 1, 48)}).outputs[0]
+    assert torch.equal(rows_in_fp8(x), expected.reshape(2, 9, 48))
+    for found, row in zip(rows_in_fp8(x)[1], x[1], strict=True):
+        assert torch.equal(found, rows_in_fp8(row))
+
+
+def test_rows_are_changed_for_one_weight_and_until_that_is_undone(model: Model) -> None:
+    module = eager_reference(model)
+    seen: list[tuple[int, ...]] = []
+
+    def change(x: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(x.shape))
+        return x * 0.0
+
+    ids = torch.arange(10)[None]
+    before = module(ids)
+    for name, width in (
+        ("mixer.experts.down_proj", 32),
+        ("mixer.shared_experts.up_proj.weight", 48),
+    ):
+        seen.clear()
+        with change_rows(module, f"layers.1.{name}", change):
+            assert not torch.equal(module(ids), before)
+        assert {shape[-1] for shape in seen} == {width}
+        assert torch.equal(module(ids), before)
+
+
 def test_the_head_may_be_in_scope(model: Model, windows: list[Window]) -> None:
     found = within_budget(model, 100.0, windows, scope="lm_head")
     assert [choice.name for choice in found.choices] == ["lm_head.weight"]
     measured = errors(model, windows, found.passes)
-    assert found.kl == pytest.approx(float(measured.mean()), rel=0.02)
+    assert found.error.mean == pytest.approx(float(measured.mean()), rel=0.02)
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, float("inf"), float("nan")])
@@ -182,3 +304,41 @@ def test_compile_says_what_each_choice_costs(
         .startswith('prefill: quantize-nvfp4{scope="layers\\\\.8\\\\.mixer\\\\.')
     )
     assert lines[-1].startswith(f"{out}: sample for reference, ")
+    assert not [line for line in lines if "rows" in line.lower()]
+
+
+def test_compile_says_what_rows_of_prompts_cost_where_fp8_is_multiplied_by_fp8(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out, text = tmp_path / "small.nemoc", tmp_path / "text.py"
+    text.write_text(own_calibration(open_model("sample"))[0].read_text()[:3000])
+    scope = ["--error-budget", "0.0004", "--scope", r"layers\.8\.", "--calibration", str(text)]
+    assert main(["compile", "sample", "-o", str(out), "--target", INTERPRETER, *scope, "-q"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    chosen = [line for line in lines if line.startswith("layers.8.")]
+    rows, stay = (sum(form in line for line in chosen) for form in (" fp8, rows ", " fp8  "))
+    (said,) = [line for line in lines if "weights: KL" in line]
+    assert said.startswith(f"Rows of prompts in FP8 too, beside {rows} of {rows + stay} weights: ")
+    (over,) = [line for line in lines if "over the budget" in line]
+    assert over.startswith(f"Rows of prompts in FP8 too, beside all {rows + stay}: KL 0.000")
+    assert max(map(len, lines[:-1])) <= 80
+    pipelines = (out / "pipelines.txt").read_text().splitlines()
+    assert len(pipelines) == 3
+    assert all("mode=w8a8-prompts}" in line for line in pipelines)
+
+
+@pytest.mark.parametrize(
+    ("target", "does"),
+    [
+        ("reference", False),
+        ("cpu", False),
+        ("cpu:znver3", False),
+        ("cuda:sm_80", False),
+        ("hip:gfx942", False),
+        ("cuda:sm_90", True),
+        ("cuda:sm_120", True),
+        ("hip:gfx950", True),
+    ],
+)
+def test_rows_of_prompts_are_for_targets_with_matrix_units_of_fp8(target: str, does: bool) -> None:
+    assert multiplies_fp8(target) is does

@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 
 from nemoc.compiler import compile
-from nemoc.error_budget import FP8, NVFP4, Budgeted, calibrate
+from nemoc.error_budget import FP8, NVFP4, Budgeted, Error, calibrate
 from nemoc.ir import NemocError
 from nemoc.models import open_model
 from nemoc.schedules import SCHEDULES
+from nemoc.targets import multiplies_fp8, resolve_target
 from nemoc.terminal import duration, heading, print_table, progress, report, short
 
 
@@ -26,8 +27,9 @@ def run(source: str, output: Path, quiet: bool, options: dict[str, Any]) -> None
     with progress(quiet) as show:
         if budget is not None:
             _refuse_both(options["quantize"])
+            prompts = multiplies_fp8(resolve_target(options["target"]))
             chosen = calibrate(
-                model, budget, options.pop("calibration"), options.pop("scope"), show
+                model, budget, options.pop("calibration"), options.pop("scope"), show, prompts
             )
             options["quantize"] = chosen.passes
             print_choices(console, chosen)
@@ -61,7 +63,7 @@ def print_choices(console: Console, chosen: Budgeted) -> None:
         (
             choice.name.removesuffix(".weight").replace(".mixer.", "."),
             *(f"{choice.kl[f]:.1e}" if f in choice.kl else "" for f in (NVFP4, FP8)),
-            choice.format or "as it is",
+            (choice.format or "as it is") + (", rows" if choice.prompts else ""),
             short(choice.saved, "B") if choice.saved else "",
         )
         for choice in chosen.choices
@@ -70,9 +72,29 @@ def print_choices(console: Console, chosen: Budgeted) -> None:
     print_table(console, columns, rows, wrap="weight")
     saved = sum(choice.saved for choice in chosen.choices)
     console.print(
-        f"All together: KL {chosen.kl:.2g} ± {chosen.kl_error:.1g} on calibration text, "
-        f"{short(saved, 'B')} saved\n"
+        f"All together: KL {_error(chosen.error)} on calibration text, {short(saved, 'B')} saved"
     )
+    for line in _of_prompts(chosen):
+        console.print(line, soft_wrap=True)
+    console.print()
+
+
+def _of_prompts(chosen: Budgeted) -> Iterator[str]:
+    """What became of the rows of prompts, and what that costs; nothing where there was nothing to choose."""
+    could = sum(choice.kl_prompts is not None for choice in chosen.choices)
+    do = sum(choice.prompts for choice in chosen.choices)
+    if chosen.prompts is None or not could:
+        return
+    if do:
+        error = _error(chosen.prompts.chosen)
+        yield f"Rows of prompts in FP8 too, beside {do} of {could} weights: KL {error}"
+    if do < could:
+        error = _error(chosen.prompts.all)
+        yield f"Rows of prompts in FP8 too, beside all {could}: KL {error}, over the budget"
+
+
+def _error(error: Error) -> str:
+    return f"{error.mean:.2g} ± {error.deviation:.1g}"
 
 
 def _refuse_both(quantize: str | None) -> None:

@@ -1,7 +1,7 @@
 """`nemoc eval`: what quantizing does to a model, as a table over formats and scopes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +19,7 @@ from nemoc.quality import Window, model_tokenizer, own_text, read_windows
 from nemoc.quantizations import QUANTIZATIONS, quantization
 from nemoc.runtime import Executable, Tokenizer
 from nemoc.runtime.store import is_artifact
+from nemoc.targets import multiplies_fp8, resolve_target
 from nemoc.terminal import count, print_table, progress, report, short
 
 STORED = "as stored"
@@ -83,9 +84,17 @@ def run(
             asked = _asked(model, quantize, scope)
             files = text or own_text(model)
             windows = _windows(source, model_tokenizer(model), files, context, max_tokens)
-            budgets += [calibrate(model, x, calibration, progress=show) for x in error_budget]
-            asked |= {f"budget {found.budget:g}": found.passes for found in budgets}
+            prompts = multiplies_fp8(resolve_target(target))
+            budgets += [
+                calibrate(model, x, calibration, progress=show, prompts=prompts)
+                for x in error_budget
+            ]
             rows = {name: _Row.of(model, p, settings, show) for name, p in asked.items()}
+            as_measured = replace(settings, calibration=())  # no static scales
+            rows |= {
+                f"budget {found.budget:g}": _Row.of(model, found.passes, as_measured, show)
+                for found in budgets
+            }
         first = rows[STORED].executable
         compared = _compared(source, against, first, settings, show)
         found = evaluate({n: r.executable for n, r in rows.items()}, windows, compared, show)
