@@ -49,6 +49,24 @@ _Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class _Expected:
+    """What ways of running a model are held against.
+
+    Attributes:
+        prompt: tokens int64 [B, L] to the logits behind each, f32 [B, L, V], all of them a prompt.
+        steps: the same, where so many of the tokens are a prompt and the others come one by one; None where that makes
+            no difference.
+    """
+
+    prompt: Callable[[torch.Tensor], torch.Tensor]
+    steps: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+
+    def behind(self, tokens: torch.Tensor, count: int) -> torch.Tensor:
+        """The logits behind each token, of which the first `count` are a prompt."""
+        return self.prompt(tokens) if self.steps is None else self.steps(tokens, count)
+
+
+@dataclass(frozen=True)
 class VerifyRow:
     """One thing proved, or not.
 
@@ -157,14 +175,19 @@ def verify_model(
 
 def _rounds(graphs: Mapping[str, Graph]) -> bool:
     """Whether steps round activations to less than float32."""
-    ops = (
-        inner.op
-        for graph in graphs.values()
-        for node in graph.nodes
-        if not isinstance(node.op, Folded)
-        for inner in (node.op.body.nodes if isinstance(node.op, Fused) else (node,))
-    )
-    return any(map(_is_rounding, ops))
+    return any(_is_rounding(op) for graph in graphs.values() for op in _ops(graph))
+
+
+def _ops(graph: Graph) -> Iterator[Op]:
+    """What a step computes, in fused regions too; not what parameters determine."""
+    for node in graph.nodes:
+        match node.op:
+            case Folded():
+                pass
+            case Fused():
+                yield from (inner.op for inner in node.op.body.nodes)
+            case _:
+                yield node.op
 
 
 def _is_rounding(op: Op) -> bool:
@@ -243,7 +266,7 @@ def model_rows(
         logits: torch.Tensor = reference(rows)
         return logits
 
-    return _way_rows("model", executable, eager, bound)
+    return _way_rows("model", executable, _Expected(eager), bound)
 
 
 def verify_artifact(folder: Path, progress: Progress | None = None) -> VerifyReport:
@@ -273,24 +296,41 @@ def _graphs(executable: Executable) -> dict[str, Graph]:
     return {name: read_graph(executable.folder / file) for name, file in files.items()}
 
 
-def _interpreted(executable: Executable) -> Callable[[torch.Tensor], torch.Tensor]:
-    """An executable's own graphs and weights in the interpreter: int64 [B, L] to the logits f32 [B, L, V]."""
+def _interpreted(executable: Executable) -> _Expected:
+    """An executable's own graphs and weights in the interpreter.
+
+    A prompt stands for steps of one token too, which proves that both agree, unless they quantize activations
+    differently.
+    """
     folder, manifest = executable.folder, read_manifest(executable.folder)
     weights = open_weights(folder, manifest, verify="headers")
+    graphs = _graphs(executable)
     interpreted = Executable(
-        executable.program, ReferenceBackend(_graphs(executable), weights), folder, manifest
+        executable.program, ReferenceBackend(graphs, weights), folder, manifest
     )
 
-    def logits(tokens: torch.Tensor) -> torch.Tensor:
+    def prompt(tokens: torch.Tensor) -> torch.Tensor:
         return interpreted.prefill(tokens, interpreted.new_state(len(tokens)), all_logits=True)
 
-    return logits
+    def steps(tokens: torch.Tensor, count: int) -> torch.Tensor:
+        state = interpreted.new_state(len(tokens))
+        first = interpreted.prefill(tokens[:, :count], state, all_logits=True)
+        following = [interpreted.decode(ids, state) for ids in tokens[:, count:].unbind(1)]
+        return torch.cat([first, torch.stack(following, dim=1)], dim=1)
+
+    many, one = (_quantized_rows(graphs[name]) for name in ("prefill_all", "decode"))
+    return _Expected(prompt, steps if many != one else None)
+
+
+def _quantized_rows(graph: Graph) -> int:
+    """How often a step quantizes activations to FP8; weights are stored so."""
+    return sum(isinstance(op, QuantizeFp8) for op in _ops(graph))
 
 
 def _way_rows(
     kind: str,
     executable: Executable,
-    expected: Callable[[torch.Tensor], torch.Tensor],
+    expected: _Expected,
     bound: float = MODEL_BOUND,
     seed: int = 0,
 ) -> Iterator[VerifyRow]:
@@ -301,7 +341,7 @@ def _way_rows(
     Args:
         kind: of the rows.
         executable: what is checked.
-        expected: int64 [B, L] to the logits of every token, f32 [B, L, V].
+        expected: what it is held against.
         bound: of the relative error.
         seed: of the tokens.
     """
@@ -314,7 +354,7 @@ def _way_rows(
         )
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, executable.program.vocab, (batch, width), generator=generator)
-    wanted = expected(tokens)
+    wanted = expected.prompt(tokens)
 
     def prefill() -> _Pair:
         return executable.prefill(tokens, executable.new_state(batch), all_logits=True), wanted
@@ -332,15 +372,16 @@ def _way_rows(
         state = executable.new_state(batch)
         executable.prefill(tokens[:, :8], state)
         steps = [executable.decode(tokens[:, i], state) for i in range(8, width)]
-        return torch.stack(steps, dim=1), wanted[:, 8:]
+        whole = wanted if expected.steps is None else expected.steps(tokens, 8)
+        return torch.stack(steps, dim=1), whole[:, 8:]
 
     def unequal() -> _Pair:
         lengths = torch.tensor([width, 9])
         state = executable.new_state(2)
         first = executable.prefill(tokens, state, lengths=lengths)
         second = executable.decode(tokens[:, 0], state)
-        alone = expected(torch.cat([tokens[1:, :9], tokens[1:, :1]], dim=1))
-        longer = expected(torch.cat([tokens[:1], tokens[:1, :1]], dim=1))
+        alone = expected.behind(torch.cat([tokens[1:, :9], tokens[1:, :1]], dim=1), 9)
+        longer = expected.behind(torch.cat([tokens[:1], tokens[:1, :1]], dim=1), width)
         return (
             torch.stack([first, second], dim=1),
             torch.stack([longer[0, -2:], alone[0, -2:]]),

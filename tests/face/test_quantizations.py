@@ -23,6 +23,7 @@ from nemoc.passes.quantize_fp8 import QuantizeFp8 as QuantizeFp8Pass
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4 as QuantizePass
 from nemoc.passes.quantize_products import weights_in
 from nemoc.quantizations import AS_RELEASED, QUANTIZATIONS, quantization, released_passes
+from nemoc.verification import verify_artifact
 from support import releases
 from support.checkpoints import unusual_model
 from support.quantized import WIDE, Kind, edit_tensors
@@ -98,6 +99,16 @@ def test_activations_of_prompts_alone_become_fp8(small: Model, function: str, li
     (other,) = {"fp8", "fp8-w8a8"} - {like}
     assert torch.equal(found, expected)
     assert not torch.equal(found, logits(small, other, function))
+
+
+def test_an_artifact_is_verified_whose_prompts_alone_are_rounded(
+    small: Model, tmp_path: Path
+) -> None:
+    path = tmp_path / "small.nemoc"
+    compile(small, "reference", "fp8-prompts", max_batch=2, max_context=24, destination=path)
+    errors = {row.name: row.error for row in verify_artifact(path).rows}
+    assert {"prefill", "decode", "unequal rows"} < errors.keys()
+    assert max(errors.values()) < 1e-5
 
 
 @pytest.mark.parametrize("quantize", ["fp8-w8a8", "fp8-prompts"])
