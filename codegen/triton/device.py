@@ -265,7 +265,7 @@ def dot_fp8(a, b, acc, exact: tl.constexpr):
     """acc + a · b of E4M3 bits (u8), a [M, K] and b [K, N]; products are exact.
 
     Hopper's matrix units add them up with fewer bits than f32 has. `exact` sums go into f32 after 128 products, which
-    costs up to a third of the speed where there are many rows; others stay in the units.
+    costs a quarter of the speed where there are many rows; others stay in the units.
     """
     a = a.to(tl.float8e4nv, bitcast=True)
     b = b.to(tl.float8e4nv, bitcast=True)
