@@ -530,10 +530,10 @@ SMALL = {
     ),
     "nvfp4": small(
         gpu_stages.nvfp4_stage(MINI),
-        Case("in_proj", Sizes(1, 1)),
-        Case("o", Sizes(2, 1)),
+        Case("o", Sizes(1, 1)),
+        Case("k", Sizes(2, 1)),
         Case("k", Sizes(5, 1)),
-        Case("head", Sizes(1, 1), NOBODY),
+        Case("head", Sizes(3, 1), NOBODY),
     ),
     "fp8": small(
         gpu_stages.fp8_stage(MINI),
