@@ -153,8 +153,9 @@ def test_a_cpu_does_not_compute_in_bf16() -> None:
         nemoc.compile("sample", target="cpu", dtype="bf16")
 
 
-@pytest.mark.parametrize("target", [name for name in GPU_NAMES if name != "cuda:sm_90"])
-def test_a_kernel_of_each_kind_compiles_for_every_gpu(target: str) -> None:
+# One of each maker besides sm_90; `make test-targets` compiles all kernels for every GPU.
+@pytest.mark.parametrize("target", ["cuda:sm_100", "hip:gfx942"])
+def test_a_kernel_of_each_kind_compiles_for_other_gpus(target: str) -> None:
     variants = variants_of(program("sample", target).functions)
     kinds = {name.rpartition("_")[0]: variant for name, variant in variants.items()}
     assert {"rows", "product", "grouped", "sort", "attention", "conv_update"} <= kinds.keys()
