@@ -43,10 +43,9 @@ class EventClock:
     """The device's clock, with cold caches and without the time that it takes to launch.
 
     Caches are filled by reading before each run, since what was written would have to go to memory first, at the run's
-    expense; and what is put before it may bring some of its data back. Then the device
-    waits for as long as the launches take on the host, so that they are queued when the first of them starts: what is
-    measured is the device's time, for whoever replays recorded launches. Work that waits for the device in between
-    shows that it does.
+    expense; and what is put before it may bring some of its data back. Then the device waits for as long as the
+    launches take on the host, so that they are queued when the first of them starts: what is measured is the device's
+    time, for whoever replays recorded launches. Work that waits for the device in between shows that it does.
     """
 
     def __init__(self) -> None:

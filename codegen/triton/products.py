@@ -12,7 +12,6 @@ is known when the kernel runs, so each program finds its own from the groups' of
 have nothing to do.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -54,15 +53,12 @@ from nemoc.ir.ops import (
 from nemoc.ir.types import Value
 
 
-def emit_products(
-    site: Site, target: GpuTarget, few: Sequence[tuple[int, int]] | None = None
-) -> Plan:
+def emit_products(site: Site, target: GpuTarget) -> Plan:
     """The plan of a region whose anchors are dense products of one size, or one grouped product.
 
     Args:
         site: the region.
         target: the GPU.
-        few: which forms without matrix units there are; None for `skinny_forms`.
 
     Raises:
         RegionError: the region has more in it than such a kernel can do.
@@ -74,7 +70,7 @@ def emit_products(
     for store in stores:
         if store.seen.width != products[0].features and not _is_blockwise(graph, store.seen.value):
             raise RegionError(f"rows of %{store.seen.value.name} are not those of the product")
-    few = skinny_forms(graph, products, target) if few is None else few
+    few = skinny_forms(graph, products, target)
     stages, above, parts = list[Stage](), 0, 0
     for rows, most in (*few, *tile_forms(graph, products, target)):
         taken = _between(products[0].count, above, most)

@@ -285,13 +285,19 @@ def test_the_sample_model_keeps_a_budget_on_text_that_it_was_not_calibrated_with
     assert 0.6 * budget < found.kl <= budget
 
 
+def compile_last_layer(out: Path, target: str, budget: str) -> None:
+    """Compile the sample model with a budget for its last layer, by little text."""
+    text = out.with_name("text.py")
+    text.write_text(own_calibration(open_model("sample"))[0].read_text()[:3000])
+    scope = ["--error-budget", budget, "--scope", r"layers\.8\.", "--calibration", str(text)]
+    assert main(["compile", "sample", "-o", str(out), "--target", target, *scope, "-q"]) == 0
+
+
 def test_compile_says_what_each_choice_costs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    out, text = tmp_path / "small.nemoc", tmp_path / "text.py"
-    text.write_text(own_calibration(open_model("sample"))[0].read_text()[:3000])
-    scope = ["--error-budget", "0.002", "--scope", r"layers\.8\.", "--calibration", str(text)]
-    assert main(["compile", "sample", "-o", str(out), "--target", "reference", *scope, "-q"]) == 0
+    out = tmp_path / "small.nemoc"
+    compile_last_layer(out, "reference", "0.002")
     lines = capsys.readouterr().out.splitlines()
     (row,) = [line for line in lines if line.startswith("layers.8.experts.down_proj ")]
     _, alone_in_nvfp4, alone_in_fp8, chosen, *saved = row.split()
@@ -310,10 +316,8 @@ def test_compile_says_what_each_choice_costs(
 def test_compile_says_what_rows_of_prompts_cost_where_fp8_is_multiplied_by_fp8(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    out, text = tmp_path / "small.nemoc", tmp_path / "text.py"
-    text.write_text(own_calibration(open_model("sample"))[0].read_text()[:3000])
-    scope = ["--error-budget", "0.0004", "--scope", r"layers\.8\.", "--calibration", str(text)]
-    assert main(["compile", "sample", "-o", str(out), "--target", INTERPRETER, *scope, "-q"]) == 0
+    out = tmp_path / "small.nemoc"
+    compile_last_layer(out, INTERPRETER, "0.0004")
     lines = capsys.readouterr().out.splitlines()
     chosen = [line for line in lines if line.startswith("layers.8.")]
     rows, stay = (sum(form in line for line in chosen) for form in (" fp8, rows ", " fp8  "))
