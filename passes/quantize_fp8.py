@@ -4,11 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from nemoc.ir.dims import L, product, symbols_of
 from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
 from nemoc.ir.ops import GroupedLinear, Linear
-from nemoc.ir.ops.fp8 import dequantized_fp8, quantized_fp8
 from nemoc.ir.rewrite import Replacement, Rewriter
 from nemoc.ir.types import Value
 from nemoc.passes.base import Effect, Pass
@@ -18,8 +16,10 @@ from nemoc.passes.quantize_products import (
     beside,
     check_input_scale,
     check_scope,
+    fp8_round_trip,
+    has_many_rows,
     rewrite_products,
-    row_by_row,
+    rows_in_fp8,
     unrounded,
     weights_in,
 )
@@ -91,7 +91,7 @@ class QuantizeFp8(Pass):
 
         def activations(w: Value, x: Value, rewriter: Rewriter) -> Value:
             scale = self.input_scale or ctx.input_scales.get(w.name, 0.0)
-            return _rows_in_fp8(scale, x, rewriter) if in_fp8(x) else x
+            return rows_in_fp8(x, rewriter, scale) if in_fp8(x) else x
 
         def format_name(op: Linear | GroupedLinear) -> str:
             too = self.mode == PROMPTS and in_fp8(op.x)
@@ -107,51 +107,18 @@ class QuantizeFp8(Pass):
             if w not in chosen:
                 return None
             x = activations(w, op.x, rewriter)
-            decoded = _round_trip(w, w.name, "fp8", rewriter)
+            decoded = fp8_round_trip(w, w.name, "fp8", rewriter)
             return rewriter(replace(op, x=x, w=beside(x, decoded, rewriter)))
 
         return rewrite_products(graph, ctx, self.name, format_name, apply)
 
 
-def _round_trip(
-    x: Value, stem: str, last: str, rewriter: Rewriter, static_scale: float = 0.0
-) -> Value:
-    """What the numbers of matrices [..., N, K] stand for; names of values begin with a stem."""
-    encoding = iter(("scale", "codes"))
-    numbers, scale = quantized_fp8(
-        lambda op: rewriter(op, f"{stem}.{next(encoding)}"), x, static_scale
-    )
-    decoding = iter((*(("scale.view",) if scale.type.rank else ()), "wide", last))
-    return dequantized_fp8(lambda op: rewriter(op, f"{stem}.{next(decoding)}"), numbers, scale)
-
-
-def _rows_in_fp8(scale: float, x: Value, rewriter: Rewriter) -> Value:
-    """Activations [..., K] as matrices of one row each, quantized and decoded."""
-
-    return row_by_row(
-        x,
-        rewriter,
-        "fp8",
-        lambda rows, stem: _round_trip(rows, stem, "decoded", rewriter, scale),
-    )
-
-
 PROMPTS = "w8a8-prompts"
 """The mode that goes by the number of rows."""
-
-_MANY_ROWS = 64
-"""The most rows of a product, where their number is known, that count as few: those of a tile of matrix units."""
-
-
-def _are_many_rows(x: Value) -> bool:
-    """Whether activations [..., K] have a row for each token of a prompt, or as many."""
-    rows = product(x.shape[:-1])
-    return rows > _MANY_ROWS if isinstance(rows, int) else L.name in symbols_of(rows)
-
 
 MODES: Mapping[str, Callable[[Value], bool]] = {
     "w8a16": lambda x: False,
     "w8a8": lambda x: True,
-    PROMPTS: _are_many_rows,
+    PROMPTS: has_many_rows,
 }
 """By name: whether the activations x that a product reads become FP8."""

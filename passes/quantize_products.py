@@ -1,14 +1,15 @@
-"""What passes that quantize the weights of matrix products share."""
+"""What passes that quantize the operands of matrix products share."""
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from nemoc.ir.dims import product
+from nemoc.ir.dims import L, product, symbols_of
 from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph, Node
 from nemoc.ir.op import Op
 from nemoc.ir.ops import Cast, GroupedLinear, Linear, Reshape, TakeRows
+from nemoc.ir.ops.fp8 import dequantized_fp8, quantized_fp8
 from nemoc.ir.rewrite import Replacement, Rewriter, Rule, rewrite
 from nemoc.ir.scopes import read_scope
 from nemoc.ir.types import Value
@@ -118,3 +119,46 @@ def row_by_row(
         return rewriter(replace(gather, table=table), f"{x.name}.{format_name}")
     rows = rewriter(Reshape(x, (product(x.shape[:-1]), 1, x.shape[-1])), f"{x.name}.rows")
     return rewriter(Reshape(decoded(rows, x.name), x.shape), f"{x.name}.{format_name}")
+
+
+def fp8_round_trip(
+    x: Value, stem: str, last: str, rewriter: Rewriter, static_scale: float = 0.0
+) -> Value:
+    """What FP8 numbers of matrices [..., N, K] stand for; names of values begin with a stem."""
+    encoding = iter(("scale", "codes"))
+    numbers, scale = quantized_fp8(
+        lambda op: rewriter(op, f"{stem}.{next(encoding)}"), x, static_scale
+    )
+    return fp8_decoded(numbers, scale, stem, last, rewriter)
+
+
+def fp8_decoded(numbers: Value, scale: Value, stem: str, last: str, rewriter: Rewriter) -> Value:
+    """What FP8 numbers stand for; names of values begin with a stem."""
+    names = iter((*(("scale.view",) if scale.type.rank else ()), "wide", last))
+    return dequantized_fp8(lambda op: rewriter(op, f"{stem}.{next(names)}"), numbers, scale)
+
+
+def rows_in_fp8(x: Value, rewriter: Rewriter, static_scale: float = 0.0) -> Value:
+    """Activations [..., K] as matrices of one row each, quantized to FP8 and decoded.
+
+    Args:
+        x: the activations.
+        rewriter: where ops are added.
+        static_scale: of all rows; 0 gives each its own.
+    """
+    return row_by_row(
+        x,
+        rewriter,
+        "fp8",
+        lambda rows, stem: fp8_round_trip(rows, stem, "decoded", rewriter, static_scale),
+    )
+
+
+_MANY_ROWS = 64
+"""The most rows of a product, where their number is known, that count as few: those of a tile of matrix units."""
+
+
+def has_many_rows(x: Value) -> bool:
+    """Whether activations [..., K] have a row for each token of a prompt, or as many."""
+    rows = product(x.shape[:-1])
+    return rows > _MANY_ROWS if isinstance(rows, int) else L.name in symbols_of(rows)

@@ -119,11 +119,16 @@ def to_e4m3(x):
 
 
 @jit
+def signed_e4m3(x):
+    """The E4M3 bits (u8) nearest to f32 numbers, ties to even, cut at ±448."""
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 128
+    return (to_e4m3(tl.minimum(tl.abs(x), 448.0)).to(tl.int32) | sign).to(tl.uint8)
+
+
+@jit
 def e4m3_codes(x, scale):
     """The E4M3 bits (u8) nearest to x / scale, ties to even, cut at ±448; both f32, scale positive."""
-    y = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
-    sign = (y.to(tl.int32, bitcast=True) >> 24) & 128
-    return (to_e4m3(tl.minimum(tl.abs(y), 448.0)).to(tl.int32) | sign).to(tl.uint8)
+    return signed_e4m3(tl.div_rn(x, tl.broadcast_to(scale, x.shape)))
 
 
 @jit
@@ -197,9 +202,9 @@ def bf16_halves(bits):
 
 @jit
 def f16_halves(bits):
-    """The f32 numbers of the two f16 numbers in each word (i32), the low one first."""
-    low = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return low, (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    """The two f16 numbers in each word (i32), the low one first."""
+    low = bits.to(tl.int16).to(tl.float16, bitcast=True)
+    return low, (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @jit
@@ -221,8 +226,8 @@ def nvfp4_word_units(words, scales, rows: tl.constexpr, blocks: tl.constexpr):
 
 
 @jit
-def e2m1_eighths(words):
-    """Eight tiles, f32: number j of the eight codes in each word (i32), times 2⁻¹⁴.
+def e2m1_halves(words):
+    """Eight tiles, f16: number j of the eight codes in each word (i32), times 2⁻¹⁴.
 
     Codes are moved as in `nvfp4_word_units`, to where f16 has them.
     """
@@ -231,6 +236,33 @@ def e2m1_eighths(words):
     c2, c6 = f16_halves(((words << 4) & -0x7FFF8000) | ((words << 1) & 0x0E000E00))
     c3, c7 = f16_halves((words & -0x7FFF8000) | ((words >> 3) & 0x0E000E00))
     return c0, c1, c2, c3, c4, c5, c6, c7
+
+
+@jit
+def e2m1_eighths(words):
+    """The tiles of `e2m1_halves`, f32."""
+    c0, c1, c2, c3, c4, c5, c6, c7 = e2m1_halves(words)
+    low = c0.to(tl.float32), c1.to(tl.float32), c2.to(tl.float32), c3.to(tl.float32)
+    high = c4.to(tl.float32), c5.to(tl.float32), c6.to(tl.float32), c7.to(tl.float32)
+    return low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]
+
+
+@jit
+def nvfp4_word_fp8(words, scales, rows: tl.constexpr, blocks: tl.constexpr):
+    """The E4M3 numbers nearest to code · s / 8, ties to even; operands as of `nvfp4_word_units`.
+
+    All that is rounded is exact in f16, for which codes and scales are multiplied one after the other by what is left:
+    scales times 2¹¹ would be too large.
+    """
+    steps = (from_e4m3(scales) * 0.125).to(tl.float16)
+    steps = tl.reshape(tl.join(steps, steps), [rows, blocks * 2])
+    c0, c1, c2, c3, c4, c5, c6, c7 = e2m1_halves(words)
+    unit = tl.full([1, 1], 16384.0, tl.float16)
+    c0, c4, c2, c6 = c0 * unit * steps, c4 * unit * steps, c2 * unit * steps, c6 * unit * steps
+    c1, c5, c3, c7 = c1 * unit * steps, c5 * unit * steps, c3 * unit * steps, c7 * unit * steps
+    even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
+    odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
+    return tl.reshape(tl.join(even, odd), [rows, blocks * 16]).to(tl.float8e4nv)
 
 
 @jit

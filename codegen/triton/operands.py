@@ -13,7 +13,7 @@ from nemoc.codegen.triton.seen import Place, Seen
 from nemoc.ir.dtypes import DType
 from nemoc.ir.graph import Graph
 from nemoc.ir.nvfp4 import BLOCK, DIALECTS
-from nemoc.ir.ops import Cast, DequantizeNvfp4, Reshape, TakeRows
+from nemoc.ir.ops import Cast, DequantizeNvfp4, Nvfp4ToFp8, Reshape, TakeRows
 from nemoc.ir.types import Value
 
 CODES = 8
@@ -160,17 +160,18 @@ class Packed(Operand):
 
     def scaled(self, sums: str, rows: Place, left_out: float = 1.0) -> str:
         op, _, at = self._source(rows)
+        assert isinstance(op, DequantizeNvfp4)
         scale = self.body.tile(*scale_of(self.body, op, at))
         by = "/" if DIALECTS[op.dialect].divides else "*"
         wide = sums if left_out == 1.0 else f"{sums} * {left_out!r}"
         return self.body.writer.let("scaled", f"{wide} {by} {scale}")
 
-    def _source(self, place: Place) -> tuple[DequantizeNvfp4, Seen, Place]:
+    def _source(self, place: Place) -> tuple[DequantizeNvfp4 | Nvfp4ToFp8, Seen, Place]:
         """What decodes the elements at a place, and where in its result they are."""
         seen = self.seen
         while True:
             op = self.body.graph.producers[seen.value].op
-            if isinstance(op, DequantizeNvfp4):
+            if isinstance(op, DequantizeNvfp4 | Nvfp4ToFp8):
                 return op, seen, place
             ((seen, place),) = row_op(op).sources(self.body, op, seen, place)
 
@@ -208,10 +209,24 @@ class Fp8(Operand):
         return self.body.writer.let("wide", known if self.known else f"from_e4m3({bits})")
 
 
+class Recoded(Fp8):
+    """An operand in FP8 that is made of one in NVFP4 (`Nvfp4ToFp8`)."""
+
+    def native(self, place: Place) -> str:
+        codes = Packed(self.body, self.seen)
+        if not codes.has_words:
+            return self.bits(place)
+        words, scales = codes.words(place)
+        text = f"nvfp4_word_fp8({words}, {scales}, {place.rows}, {place.columns // BLOCK})"
+        return self.body.writer.let("recoded", text)
+
+
 def operand(body: Body, seen: Seen, fp8: bool) -> Operand:
     """An operand as the loop over the reduction takes it; `fp8` says whether the GPU has instructions for E4M3."""
     if is_packed(body.graph, seen.value):
         return Packed(body, seen)
+    if isinstance(_maker(body.graph, seen.value), Nvfp4ToFp8):
+        return Recoded(body, seen, fp8)
     if seen.value.dtype == DType.F8E4M3:
         return Fp8(body, seen, fp8)
     return Operand(body, seen)

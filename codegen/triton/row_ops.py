@@ -14,7 +14,7 @@ from nemoc.codegen.triton.seen import Place, Seen, wide
 from nemoc.codegen.triton.writer import TYPE_NAMES, number_text, power_of_two, size_text
 from nemoc.ir.dims import Dim, dim, product
 from nemoc.ir.dtypes import DType
-from nemoc.ir.nvfp4 import BLOCK, LARGEST_CODE, LARGEST_SCALE, LARGEST_SCALE_OF_SIX
+from nemoc.ir.nvfp4 import BLOCK, DIALECTS, LARGEST_CODE, LARGEST_SCALE, LARGEST_SCALE_OF_SIX
 from nemoc.ir.op import Op
 from nemoc.ir.ops import (
     Concat,
@@ -24,6 +24,7 @@ from nemoc.ir.ops import (
     GroupLimit,
     Nvfp4BlockScales,
     Nvfp4GlobalScale,
+    Nvfp4ToFp8,
     Permute,
     QuantizeFp8,
     QuantizeNvfp4,
@@ -430,40 +431,56 @@ class _DequantizeNvfp4(RowOp[DequantizeNvfp4]):
     """Codes by twos in a byte, a scale for each block of 16, a scale for the tensor or each of a stack."""
 
     def sources(self, body: "Body", op: DequantizeNvfp4, seen: Seen, place: Place) -> Sources:
-        _expect_width(seen, seen.value)
-        writer, width = body.writer, seen.width
-        byte = writer.let("byte", f"{place.column} // 2")
-        block = writer.let("block", f"{place.column} // {BLOCK}")
-        return [
-            (Seen(op.packed, width // 2), replace(place, column=byte)),
-            (Seen(op.scales, width // BLOCK), replace(place, column=block)),
-            scale_of(body, op, place),
-        ]
+        return [*_codes_and_scales(body, op, seen, place), scale_of(body, op, place)]
 
     def tile(self, body: "Body", op: DequantizeNvfp4, seen: Seen, place: Place) -> str:
-        writer, whole = body.writer, body.is_run(place) and place.columns % BLOCK == 0
-        sources = self._blocks if whole else self.sources
-        codes, scales, scale = (
-            body.tile(source, at) for source, at in sources(body, op, seen, place)
+        by = "/" if DIALECTS[op.dialect].divides else "*"
+        return _nvfp4_numbers(
+            body, op, seen, place, f"{by} {body.tile(*scale_of(body, op, place))}"
         )
-        divides = op.dialect == "compressed-tensors"
-        step = writer.let("step", f"from_e4m3({scales}) {'/' if divides else '*'} {scale}")
-        if whole:
-            return f"nvfp4_numbers({codes}, {step}, {place.rows}, {place.columns // BLOCK})"
-        pair = f"{codes}.to(tl.int32) >> (({place.column} % 2) * 4)"
-        value = writer.let("value", f"from_e2m1(({pair}) & 15)")
-        return f"{value} * {step}"
 
-    def _blocks(self, body: "Body", op: DequantizeNvfp4, seen: Seen, place: Place) -> Sources:
-        """Each byte and each scale once, of columns that follow one another."""
-        _expect_width(seen, seen.value)
-        halves = body.resized(place, place.columns // 2, seen.width // 2)
-        blocks = body.resized(place, place.columns // BLOCK, seen.width // BLOCK)
-        return [
-            (Seen(op.packed, seen.width // 2), halves),
-            (Seen(op.scales, seen.width // BLOCK), blocks),
-            scale_of(body, op, place),
-        ]
+
+class _Nvfp4ToFp8(RowOp[Nvfp4ToFp8]):
+    def sources(self, body: "Body", op: Nvfp4ToFp8, seen: Seen, place: Place) -> Sources:
+        return _codes_and_scales(body, op, seen, place)
+
+    def tile(self, body: "Body", op: Nvfp4ToFp8, seen: Seen, place: Place) -> str:
+        return f"signed_e4m3({_nvfp4_numbers(body, op, seen, place, f'/ {op.SHARE}')})"
+
+
+def _codes_and_scales(
+    body: "Body", op: DequantizeNvfp4 | Nvfp4ToFp8, seen: Seen, place: Place
+) -> Sources:
+    """Where the codes and the blocks' scales of elements are: each once, of columns that follow one another."""
+    _expect_width(seen, seen.value)
+    writer, width = body.writer, seen.width
+    if _is_whole_blocks(body, place):
+        codes = body.resized(place, place.columns // 2, width // 2)
+        scales = body.resized(place, place.columns // BLOCK, width // BLOCK)
+    else:
+        codes = replace(place, column=writer.let("byte", f"{place.column} // 2"))
+        scales = replace(place, column=writer.let("block", f"{place.column} // {BLOCK}"))
+    return [(Seen(op.packed, width // 2), codes), (Seen(op.scales, width // BLOCK), scales)]
+
+
+def _is_whole_blocks(body: "Body", place: Place) -> bool:
+    return body.is_run(place) and place.columns % BLOCK == 0
+
+
+def _nvfp4_numbers(
+    body: "Body", op: DequantizeNvfp4 | Nvfp4ToFp8, seen: Seen, place: Place, scaled: str
+) -> str:
+    """Codes times their blocks' scales, which something is done to, f32."""
+    writer = body.writer
+    codes, scales = (
+        body.tile(source, at) for source, at in _codes_and_scales(body, op, seen, place)
+    )
+    step = writer.let("step", f"from_e4m3({scales}) {scaled}")
+    if _is_whole_blocks(body, place):
+        return f"nvfp4_numbers({codes}, {step}, {place.rows}, {place.columns // BLOCK})"
+    pair = f"{codes}.to(tl.int32) >> (({place.column} % 2) * 4)"
+    value = writer.let("value", f"from_e2m1(({pair}) & 15)")
+    return f"{value} * {step}"
 
 
 _MatrixScale = TypeVar("_MatrixScale", Nvfp4GlobalScale, Fp8Scale)
@@ -618,6 +635,7 @@ _TABLE: dict[type[Op], RowOp] = {  # type: ignore[type-arg]
     TakeRows: _TakeRows(),
     TakeLast: _TakeLast(),
     DequantizeNvfp4: _DequantizeNvfp4(),
+    Nvfp4ToFp8: _Nvfp4ToFp8(),
     Nvfp4GlobalScale: _Nvfp4GlobalScale(),
     Nvfp4BlockScales: _Nvfp4BlockScales(),
     QuantizeNvfp4: _QuantizeNvfp4(),

@@ -32,6 +32,7 @@ from nemoc.ir.ops.nvfp4 import (
     DequantizeNvfp4,
     Nvfp4BlockScales,
     Nvfp4GlobalScale,
+    Nvfp4ToFp8,
     QuantizeNvfp4,
     SwizzleScales,
 )
@@ -83,6 +84,7 @@ OPS: tuple[type[Op], ...] = (
     Nvfp4BlockScales,
     QuantizeNvfp4,
     DequantizeNvfp4,
+    Nvfp4ToFp8,
     SwizzleScales,
     Fp8Scale,
     QuantizeFp8,
@@ -140,6 +142,7 @@ __all__ = [
     "Mul",
     "Nvfp4BlockScales",
     "Nvfp4GlobalScale",
+    "Nvfp4ToFp8",
     "Permute",
     "QuantizeFp8",
     "QuantizeNvfp4",

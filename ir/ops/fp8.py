@@ -17,8 +17,10 @@ import torch
 from nemoc.ir.dims import Dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
+from nemoc.ir.nvfp4 import DIALECTS
 from nemoc.ir.op import Env, Op, RowSlice
-from nemoc.ir.ops.elementwise import Cast, Mul
+from nemoc.ir.ops.elementwise import Cast, Div, Mul
+from nemoc.ir.ops.nvfp4 import DequantizeNvfp4, Nvfp4ToFp8
 from nemoc.ir.ops.shape import Full, Reshape
 from nemoc.ir.types import TensorType, Value
 
@@ -108,6 +110,18 @@ def dequantized_fp8(append: Callable[[Op], Value], numbers: Value, scale: Value)
     if scale.type.rank:
         scale = append(Reshape(scale, (*scale.shape, 1, 1)))
     return append(Mul(append(Cast(numbers, DType.F32)), scale))
+
+
+def nvfp4_in_fp8(append: Callable[[Op], Value], weight: DequantizeNvfp4) -> tuple[Value, Value]:
+    """Append the ops that make FP8 of a weight in NVFP4.
+
+    Returns:
+        Its numbers, f8e4m3 [..., N, K], and what 1 stands for in each matrix, f32 [...] or [].
+    """
+    numbers = append(Nvfp4ToFp8(weight.packed, weight.scales))
+    share, scale = append(Full(Nvfp4ToFp8.SHARE, DType.F32)), weight.global_scale
+    divides = DIALECTS[weight.dialect].divides
+    return numbers, append(Div(share, scale) if divides else Mul(share, scale))
 
 
 _Encoder: TypeAlias = Fp8Scale | QuantizeFp8

@@ -210,6 +210,50 @@ class DequantizeNvfp4(Op):
 
 
 @dataclass(frozen=True)
+class Nvfp4ToFp8(Op):
+    """The E4M3 number nearest to code · s_b / 8: u8 [..., N, K/2], f8e4m3 [..., N, K/16] -> f8e4m3 [..., N, K].
+
+    For matrix units that multiply FP8 and no NVFP4. Ties go to even. None is cut off, since code · s_b is at most
+    6 · 448; and a power of two leaves the codes 0.5, 1, 2 and 4 times any scale as they are. Of normally distributed
+    weights that changes what is decoded by 2.1 % of its norm, and the distance to what was quantized from 9.5 to 9.7 %.
+    Separable along the first axis.
+    """
+
+    is_unpacking: ClassVar[bool] = True
+
+    SHARE: ClassVar[float] = 8.0
+    """What the number stands for over itself, tensor scale apart."""
+
+    packed: Value
+    scales: Value
+
+    def infer(self) -> TensorType:
+        name, packed = self.mnemonic(), self.packed.type
+        expect(
+            packed.dtype is DType.U8 and packed.rank >= 2,
+            f"{name}: packed is {packed}, expected u8 of rank ≥ 2",
+        )
+        width = _check_width(name, "packed", packed, BLOCK // 2) * 2
+        lead = packed.shape[:-1]
+        expect_shapes(self, DType.F8E4M3, scales=(*lead, width // BLOCK))
+        return TensorType(DType.F8E4M3, (*lead, width))
+
+    def evaluate(self, env: Env, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        s = scales.to(torch.float32).unsqueeze(-1) / self.SHARE
+        expect(not bool(s.isnan().any()), f"{self.mnemonic()}: scales has NaN elements")
+        numbers = _blocks(decode(packed, DIALECTS["modelopt"], torch.float32)) * s
+        narrow = numbers.flatten(-2).to(torch.float8_e4m3fn)
+        return narrow.to(env.torch(DType.F8E4M3))
+
+    def slice_rows(self, start: int, stop: int) -> RowSlice:
+        rows = range(start, stop)
+        return RowSlice(self, (rows, rows))
+
+    def flops(self) -> Dim:
+        return self.infer().elements
+
+
+@dataclass(frozen=True)
 class SwizzleScales(Op):
     """Block scales in tiles of 128 × 4 as Blackwell's tensor cores read them, padded with zeros.
 

@@ -76,8 +76,8 @@ _dtype = click.option(
 )
 _QUANTIZE = (
     "Fewer bits: nvfp4 or fp8 (weights), nvfp4-w4a8, nvfp4-w4a4 or fp8-w8a8 (activations too), "
-    "fp8-prompts (activations of prompts too), as-released (like NVIDIA's release of the family), or "
-    "passes. Default: as they are stored."
+    "fp8-prompts or nvfp4-fp8-prompts (activations of prompts too), as-released (like NVIDIA's "
+    "release of the family), or passes. Default: as they are stored."
 )
 _SCOPE = (
     "What a format is for: all linear layers but the head, those of experts, or what names of "

@@ -7,10 +7,11 @@ along this order get worse and worse. Which is the last one within the budget is
 is held against the budget is the mean and twice its standard error over windows, so that other text of the kind keeps
 to it too.
 
-Where a target multiplies FP8 by FP8, the rows of prompts that weights in FP8 multiply may become FP8 too, which makes
-prompts faster and saves no byte. Weights have the budget first; what they leave of it goes to these rows, those first
-that lose least by it, and how many that are is found by measuring whole models again. Every token of the calibration
-text counts as a prompt's. A weight that a checkpoint stores in FP8 keeps its rows, as it keeps its format.
+Where a target multiplies FP8 by FP8, the rows of prompts that quantized weights multiply may become FP8 too, and beside
+them the weights that are NVFP4; that makes prompts faster and saves no byte. Weights have the budget first; what they
+leave of it goes to these rows, those first that lose least by it, and how many that are is found by measuring whole
+models again. Every token of the calibration text counts as a prompt's. A weight that a checkpoint stores quantized
+keeps its rows, as it keeps its format.
 
 Measuring runs the eager model in float32: all of it has to fit into memory.
 """
@@ -29,7 +30,7 @@ from nemoc.ir import Builder, DType, Graph, NemocError, interpret
 from nemoc.ir.dims import B
 from nemoc.ir.nvfp4 import BLOCK
 from nemoc.ir.ops import DequantizeNvfp4
-from nemoc.ir.ops.fp8 import dequantized_fp8, quantized_fp8
+from nemoc.ir.ops.fp8 import dequantized_fp8, nvfp4_in_fp8, quantized_fp8
 from nemoc.ir.ops.nvfp4 import quantized
 from nemoc.ir.scopes import scope_of
 from nemoc.models import Model, eager_reference
@@ -39,8 +40,8 @@ from nemoc.models.mixers import Call
 from nemoc.models.names import is_stack
 from nemoc.models.quantize import select
 from nemoc.models.reference import NemotronH
-from nemoc.passes import Pass
-from nemoc.passes.quantize_fp8 import PROMPTS, QuantizeFp8
+from nemoc.passes import Pass, quantize_fp8, quantize_nvfp4
+from nemoc.passes.quantize_fp8 import QuantizeFp8
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
 from nemoc.progress import Progress
 from nemoc.quality import (
@@ -53,6 +54,9 @@ from nemoc.quality import (
 
 NVFP4, FP8 = "nvfp4", "fp8"
 """The formats, the cheapest first."""
+
+_NVFP4_IN_FP8 = "nvfp4, in fp8"
+"""What rows in FP8 multiply of a weight in NVFP4."""
 
 CONTEXT, TOKENS = 256, 2048
 """Tokens of a window of calibration text, and of all of them: 8 windows."""
@@ -96,8 +100,8 @@ class Choice:
         kl: the whole model's error, in nats, if this weight alone has a format, by format.
         bytes: its size by format, and as stored under None.
         prompts: whether the rows of prompts that it multiplies become FP8 too.
-        kl_prompts: the whole model's error if this weight alone is in FP8, and those rows; None where that was not
-            measured, since they have to stay.
+        kl_prompts: the whole model's error if this weight alone has the format chosen, and those rows are FP8; None
+            where that was not measured, since they have to stay.
     """
 
     name: str
@@ -119,7 +123,7 @@ class Prompts:
 
     Attributes:
         chosen: the error of the whole model with those that were chosen.
-        all: with those that all weights in FP8 multiply.
+        all: with those that all quantized weights multiply, but the head.
     """
 
     chosen: Error
@@ -147,8 +151,9 @@ class Budgeted:
         """What quantizes a graph so."""
         kinds: tuple[tuple[QuantizeNvfp4 | QuantizeFp8, str, bool], ...] = (
             (QuantizeNvfp4(), NVFP4, False),
+            (QuantizeNvfp4(mode=quantize_nvfp4.PROMPTS), NVFP4, True),
             (QuantizeFp8(), FP8, False),
-            (QuantizeFp8(mode=PROMPTS), FP8, True),
+            (QuantizeFp8(mode=quantize_fp8.PROMPTS), FP8, True),
         )
         named = (
             (pass_, [c.name for c in self.choices if (c.format, c.prompts) == (format_, prompts)])
@@ -242,8 +247,11 @@ def within_budget(
     rows = _Rows()
     if prompts:
         # The head reads one row of a prompt, its last token's.
-        in_fp8 = {n for n, f in chosen.items() if f == FP8 and not n.startswith("lm_head.")}
-        known = {c.name: c.kl[FP8] for c in candidates if c.name in in_fp8}
+        known = {
+            c.name: c.kl[chosen[c.name]]
+            for c in candidates
+            if c.name in chosen and not c.name.startswith("lm_head.")
+        }
         rows = _rows_of_prompts(probe, chosen, known, error, budget, progress)
     choices = (
         Choice(
@@ -347,7 +355,7 @@ def _rows_of_prompts(
     Args:
         probe: measures.
         formats: of all weights that have one.
-        known: the weights whose rows may become FP8, with the error if the weight alone is that.
+        known: the weights whose rows may become FP8, with the error if the weight alone has its format.
         error: of the whole model with these formats.
         budget: of errors.
         progress: told what is being done.
@@ -356,7 +364,7 @@ def _rows_of_prompts(
     for number, name in enumerate(known):
         if progress is not None:
             progress("measure rows of prompts", number, len(known))
-        kl[name] = float(probe.errors({name: FP8}, _ALONE, [name]).mean())
+        kl[name] = float(probe.errors({name: formats[name]}, _ALONE, [name]).mean())
     order = sorted(known, key=lambda name: kl[name] - known[name])
 
     @functools.cache
@@ -443,7 +451,8 @@ class _Probe:
             windows: how many; None for all.
             rows: those of these weights of which every row that they multiply is in FP8 too.
         """
-        self._assign(formats)
+        in_fp8 = {name: _NVFP4_IN_FP8 for name in rows if formats[name] == NVFP4}
+        self._assign({**formats, **in_fp8})
         with contextlib.ExitStack() as changes:
             for name in rows:
                 changes.enter_context(change_rows(self._module, name, rows_in_fp8))
@@ -515,4 +524,7 @@ def _round_trip_graph(dtype: DType, shape: tuple[int, ...], wanted: str) -> Grap
     w = build.param("w", dtype, shape)
     if wanted == FP8:
         return build.finish([dequantized_fp8(build, *quantized_fp8(build, w))])
-    return build.finish([build(DequantizeNvfp4(*quantized(build, w)))])
+    stored = DequantizeNvfp4(*quantized(build, w))
+    if wanted == _NVFP4_IN_FP8:
+        return build.finish([dequantized_fp8(build, *nvfp4_in_fp8(build, stored))])
+    return build.finish([build(stored)])

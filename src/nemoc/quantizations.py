@@ -8,17 +8,18 @@ from nemoc.ir import NemocError
 from nemoc.ir.scopes import scope_of
 from nemoc.models import Format, Fp8, Model, ModelConfig, Nvfp4
 from nemoc.models.released_maps import released_formats
-from nemoc.passes import Pass, parse_pipeline, passes_by_name
-from nemoc.passes.quantize_fp8 import PROMPTS, QuantizeFp8
+from nemoc.passes import Pass, parse_pipeline, passes_by_name, quantize_fp8, quantize_nvfp4
+from nemoc.passes.quantize_fp8 import QuantizeFp8
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
 
 QUANTIZATIONS: Mapping[str, QuantizeNvfp4 | QuantizeFp8] = {
     "nvfp4": QuantizeNvfp4(),
     "nvfp4-w4a8": QuantizeNvfp4(mode="w4a8"),
     "nvfp4-w4a4": QuantizeNvfp4(mode="w4a4"),
+    "nvfp4-fp8-prompts": QuantizeNvfp4(mode=quantize_nvfp4.PROMPTS),
     "fp8": QuantizeFp8(),
     "fp8-w8a8": QuantizeFp8(mode="w8a8"),
-    "fp8-prompts": QuantizeFp8(mode=PROMPTS),
+    "fp8-prompts": QuantizeFp8(mode=quantize_fp8.PROMPTS),
 }
 """Formats by name, each with the pass that it stands for."""
 

@@ -61,6 +61,44 @@ def grouped(width: int, features: int, groups: int, each: int = 2, rows: str = "
     """)
 
 
+def recoded(width: int, features: int) -> Site:
+    """Rows in FP8 times a weight in NVFP4 of which FP8 is made."""
+    return region(f"""
+      input %x: f8e4m3[B, L, {width}]
+      input %q: u8[{features}, {width // 2}]
+      input %s: f8e4m3[{features}, {width // 16}]
+      input %scale: f32[]
+      %w = nvfp4_to_fp8(%q, %s) : f8e4m3[{features}, {width}]
+      %y = linear(%x, %w) : f32[B, L, {features}]
+      %z = mul(%y, %scale) : f32[B, L, {features}]
+      return %z
+    """)
+
+
+def recoded_groups(width: int, features: int, groups: int) -> Site:
+    """Products of gathered rows in FP8 with groups' weights in NVFP4 of which FP8 is made."""
+    return region(f"""
+      input %table: f8e4m3[B*L, {width}]
+      input %token: i32[2*B*L] < B*L
+      input %q: u8[{groups}, {features}, {width // 2}]
+      input %s: f8e4m3[{groups}, {features}, {width // 16}]
+      input %offsets: i32[{groups + 1}]
+      %x = take_rows(%table, %token) : f8e4m3[2*B*L, {width}]
+      %w = nvfp4_to_fp8(%q, %s) : f8e4m3[{groups}, {features}, {width}]
+      %y = grouped_linear(%x, %w, %offsets) : f32[2*B*L, {features}]
+      return %y
+    """)
+
+
+def packed(*shape: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of random matrices [..., N, K], and scales of their blocks, all that there are."""
+    generator = torch.Generator().manual_seed(seed)
+    *lead, width = shape
+    codes = torch.randint(0, 256, (*lead, width // 2), generator=generator)
+    scales = torch.randint(1, 127, (*lead, width // 16), generator=generator)
+    return codes.to(torch.uint8), scales.to(torch.uint8).view(torch.float8_e4m3fn)
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("width", [40, 16400])
 def test_rows_are_rounded_with_a_scale_each(width: int, dtype: str) -> None:
@@ -92,6 +130,36 @@ def test_products_with_weights_in_fp8(target: str, x: str, width: int, features:
     check_kernel(site, {"B": 3, "L": 5}, *operands, target=gpu_target(target), tolerance=2e-6)
 
 
+@pytest.mark.parametrize("target", ["triton-interpret", "cuda:sm_80", "cuda:sm_90"])
+@pytest.mark.parametrize("width,features", [(48, 5), (176, 40)])
+def test_products_with_fp8_made_of_nvfp4(target: str, width: int, features: int) -> None:
+    x = draw(3, 5, width, seed=10, dtype=torch.float8_e4m3fn)
+    operands = (x, *packed(features, width, seed=11), torch.tensor(0.37))
+    gpu = gpu_target(target)
+    check_kernel(recoded(width, features), {"B": 3, "L": 5}, *operands, target=gpu, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("target", ["triton-interpret", "cuda:sm_90"])
+def test_grouped_products_with_fp8_made_of_nvfp4(target: str) -> None:
+    offsets = torch.tensor([0, 7, 7, 10], dtype=torch.int32)
+    token = torch.tensor([2, 0, 1, 1, 0, 2, 3, 4, 4, 3], dtype=torch.int32)
+    table = draw(5, 176, seed=12, dtype=torch.float8_e4m3fn)
+    operands = (table, token, *packed(3, 40, 176, seed=13), offsets)
+    site = recoded_groups(176, 40, 3)
+    check_kernel(site, {"B": 1, "L": 5}, *operands, target=gpu_target(target), tolerance=2e-6)
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_80", "cuda:sm_90"])
+def test_fp8_made_of_nvfp4_has_the_bits_of_the_op(target: str) -> None:
+    site = region("""
+      input %q: u8[64, 88]
+      input %s: f8e4m3[64, 11]
+      %w = nvfp4_to_fp8(%q, %s) : f8e4m3[64, 176]
+      return %w
+    """)
+    check_kernel(site, {}, *packed(64, 176, seed=14), target=gpu_target(target), tolerance=0.0)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 4, 5])
 @pytest.mark.parametrize("target", ["cuda:sm_80", "cuda:sm_90"])
 def test_few_rows_with_weights_in_fp8(target: str, batch: int) -> None:
@@ -118,7 +186,12 @@ def test_grouped_products_in_fp8(target: str) -> None:
 
 @pytest.mark.parametrize("target", NATIVE)
 def test_matrix_units_multiply_fp8_as_it_is(target: str) -> None:
-    sites = dense(2688, 10304), grouped(2688, 1856, 128)
+    sites = (
+        dense(2688, 10304),
+        grouped(2688, 1856, 128),
+        recoded(2688, 10304),
+        recoded_groups(2688, 1856, 128),
+    )
     found = compile_variants([variant(site, target) for site in sites], gpu_target(target))
     assert len(found) == len(sites)
     for binary in found.values():

@@ -125,6 +125,10 @@ def test_the_choice_is_text(budgeted: Mapping[float, Budgeted]) -> None:
     assert parse_pipeline(print_pipeline(passes)) == passes
 
 
+PASSES: Mapping[str, type[QuantizeNvfp4 | QuantizeFp8]] = {NVFP4: QuantizeNvfp4, FP8: QuantizeFp8}
+MODES: Mapping[type[Pass], str] = {QuantizeNvfp4: "fp8-prompts", QuantizeFp8: "w8a8-prompts"}
+
+
 @pytest.fixture(scope="module")
 def for_prompts(model: Model, windows: list[Window]) -> Mapping[float, Budgeted]:
     """By budget, where the target multiplies FP8 by FP8."""
@@ -135,9 +139,8 @@ def test_rows_of_prompts_become_fp8_where_there_is_room(
     for_prompts: Mapping[float, Budgeted],
 ) -> None:
     found = for_prompts[100.0]
-    assert [c.prompts for c in found.choices] == [c.format == FP8 for c in found.choices]
-    (rows,) = [p for p in found.passes if isinstance(p, QuantizeFp8)]
-    assert rows.mode == "w8a8-prompts"
+    assert all(c.prompts for c in found.choices)
+    assert {type(p): p.mode for p in found.passes} == MODES
     assert found.prompts is not None
     assert found.prompts.chosen == found.prompts.all
     assert found.prompts.all.mean != found.error.mean
@@ -154,7 +157,7 @@ def test_as_many_rows_of_prompts_become_fp8_as_the_budget_allows(
         assert found.prompts.chosen.mean == pytest.approx(float(measured.mean()), rel=0.02)
         assert found.prompts.chosen.within(budget)
         could = [c for c in found.choices if c.kl_prompts is not None]
-        assert {c.name for c in could} == {c.name for c in found.choices if c.format == FP8}
+        assert could == [c for c in found.choices if c.format is not None]
         counts.append((sum(c.prompts for c in could), len(could)))
     assert any(0 < some < every for some, every in counts)
 
@@ -185,11 +188,13 @@ def test_rows_of_prompts_change_nothing_of_the_weights(
 def test_the_error_of_rows_of_prompts_is_that_of_the_graph(
     model: Model, windows: list[Window], for_prompts: Mapping[float, Budgeted]
 ) -> None:
-    measured = [c for c in for_prompts[1e-2].choices if c.kl_prompts is not None]
-    stacks = [c for c in measured if is_stack(c.name)]
-    assert stacks
-    for choice in (*measured[:2], stacks[0]):
-        pass_ = QuantizeFp8(scope=f"{choice.name}$", mode="w8a8-prompts")
+    choices = [c for found in for_prompts.values() for c in found.choices]
+    measured = [c for c in choices if c.format is not None and c.kl_prompts is not None]
+    by_kind = {(c.format, is_stack(c.name)): c for c in measured}
+    assert len(by_kind) == 4
+    for (format_, _), choice in by_kind.items():
+        kind = PASSES[format_]
+        pass_ = kind(scope=f"{choice.name}$", mode=MODES[kind])
         expected = errors(model, windows, (pass_,))[:4].mean()
         assert choice.kl_prompts == pytest.approx(float(expected), rel=0.02)
 
@@ -320,7 +325,8 @@ def test_compile_says_what_rows_of_prompts_cost_where_fp8_is_multiplied_by_fp8(
     compile_last_layer(out, INTERPRETER, "0.0004")
     lines = capsys.readouterr().out.splitlines()
     chosen = [line for line in lines if line.startswith("layers.8.")]
-    rows, stay = (sum(form in line for line in chosen) for form in (" fp8, rows ", " fp8  "))
+    rows = sum(", rows " in line for line in chosen)
+    stay = sum(" fp8  " in line or " nvfp4  " in line for line in chosen)
     (said,) = [line for line in lines if "weights: KL" in line]
     assert said.startswith(f"Rows of prompts in FP8 too, beside {rows} of {rows + stay} weights: ")
     (over,) = [line for line in lines if "over the budget" in line]
@@ -328,7 +334,7 @@ def test_compile_says_what_rows_of_prompts_cost_where_fp8_is_multiplied_by_fp8(
     assert max(map(len, lines[:-1])) <= 80
     pipelines = (out / "pipelines.txt").read_text().splitlines()
     assert len(pipelines) == 3
-    assert all("mode=w8a8-prompts}" in line for line in pipelines)
+    assert all("prompts}" in line for line in pipelines)
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,19 @@ def test_fp8_is_multiplied_as_it_is_stored_and_takes_no_more_launches(
         assert working(mine) == working(theirs)
 
 
+def test_fp8_for_prompts_is_made_of_the_codes_that_decode_reads() -> None:
+    found, plain = (
+        compiler.functions("sample", "cuda:sm_90", quantize=name).graphs
+        for name in ("nvfp4-fp8-prompts", "nvfp4")
+    )
+    assert found["decode"] == plain["decode"]
+    mine, theirs = ({w.name: w.type for w in bind_weights(g)[1]} for g in (found, plain))
+    assert theirs.keys() <= mine.keys()
+    scales = [type_ for name, type_ in mine.items() if name not in theirs]
+    assert {type_.dtype for type_ in scales} == {DType.F32}
+    assert max(int(type_.elements) for type_ in scales) <= 32  # one for each expert at most
+
+
 def test_rows_of_prompts_alone_become_fp8_from_the_weights_that_decode_reads_too() -> None:
     found = {
         name: compiler.functions("sample", "cuda:sm_90", quantize=name)
@@ -206,15 +219,19 @@ def test_rows_of_prompts_alone_become_fp8_from_the_weights_that_decode_reads_too
     assert sum(w.type.dtype is DType.F8E4M3 for w in weights) > 10
 
 
-def test_products_of_prompts_multiply_fp8_by_fp8_and_those_of_decode_do_not() -> None:
-    found = program("sample", "cuda:sm_90", quantize="fp8-prompts")
+@pytest.mark.parametrize("quantize", ["fp8-prompts", "nvfp4-fp8-prompts"])
+def test_products_of_prompts_multiply_fp8_by_fp8_and_those_of_decode_do_not(quantize: str) -> None:
+    found = program("sample", "cuda:sm_90", quantize=quantize)
     kernels = {
         function.name: {launch.kernel.source for launch in function.launches}
         for function in found.functions
     }
     many, one = kernels["prefill"], kernels["decode"]
-    assert sum("dot_fp8(" in source for source in many) > 5
+    many_fp8 = [source for source in many if "dot_fp8(" in source]
+    assert len(many_fp8) > 5
     assert not any("dot_fp8(" in source or "e4m3_codes(" in source for source in one)
+    made_of_codes = sum("nvfp4_word_fp8(" in source for source in many)
+    assert made_of_codes == (len(many_fp8) if quantize.startswith("nvfp4") else 0)
 
 
 def working(function: StepFunction) -> int:

@@ -26,6 +26,7 @@ from nemoc.quantizations import AS_RELEASED, QUANTIZATIONS, quantization, releas
 from nemoc.verification import verify_artifact
 from support import releases
 from support.checkpoints import unusual_model
+from support.kernels import relative_error
 from support.quantized import WIDE, Kind, edit_tensors
 from support.releases import SUPER
 
@@ -64,6 +65,7 @@ def test_super_as_released_quantizes_the_modules_of_its_release() -> None:
         ("nvfp4", None, "quantize-nvfp4"),
         ("nvfp4", "experts", "quantize-nvfp4{scope=experts}"),
         ("nvfp4-w4a4", None, "quantize-nvfp4{mode=w4a4}"),
+        ("nvfp4-fp8-prompts", None, "quantize-nvfp4{mode=fp8-prompts}"),
         ("fp8-w8a8", None, "quantize-fp8{mode=w8a8}"),
         ("fp8-prompts", None, "quantize-fp8{mode=w8a8-prompts}"),
         ("fp8-prompts", "experts", "quantize-fp8{scope=experts, mode=w8a8-prompts}"),
@@ -101,17 +103,27 @@ def test_activations_of_prompts_alone_become_fp8(small: Model, function: str, li
     assert not torch.equal(found, logits(small, other, function))
 
 
+def test_fp8_is_made_of_nvfp4_for_prompts_alone(small: Model) -> None:
+    prefill, decode = (
+        [logits(small, name, step) for name in ("nvfp4-fp8-prompts", "nvfp4")]
+        for step in ("prefill", "decode")
+    )
+    assert torch.equal(*decode)
+    assert 1e-3 < relative_error(*prefill) < 0.1
+
+
+@pytest.mark.parametrize("quantize", ["fp8-prompts", "nvfp4-fp8-prompts"])
 def test_an_artifact_is_verified_whose_prompts_alone_are_rounded(
-    small: Model, tmp_path: Path
+    small: Model, quantize: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "small.nemoc"
-    compile(small, "reference", "fp8-prompts", max_batch=2, max_context=24, destination=path)
+    compile(small, "reference", quantize, max_batch=2, max_context=24, destination=path)
     errors = {row.name: row.error for row in verify_artifact(path).rows}
     assert {"prefill", "decode", "unequal rows"} < errors.keys()
     assert max(errors.values()) < 1e-5
 
 
-@pytest.mark.parametrize("quantize", ["fp8-w8a8", "fp8-prompts"])
+@pytest.mark.parametrize("quantize", ["fp8-w8a8", "fp8-prompts", "nvfp4-fp8-prompts"])
 def test_no_cpu_kernel_quantizes_activations_to_fp8(small: Model, quantize: str) -> None:
     with pytest.raises(NemocError, match=r"^the cpu target has no kernel for fp8_scale; it has "):
         compile(small, "cpu", quantize)

@@ -13,6 +13,7 @@ from nemoc.ir import Builder, DType, Env, Graph, IRError, NemocError, TensorType
 from nemoc.ir.folding import stream
 from nemoc.ir.interpreter import interpret
 from nemoc.ir.nvfp4 import DIALECTS, decode
+from nemoc.ir.ops.fp8 import dequantized_fp8, nvfp4_in_fp8
 from nemoc.ir.ops.nvfp4 import quantized
 from nemoc.ir.params import InMemory
 from nemoc.passes import PassContext
@@ -514,6 +515,46 @@ def test_float64_evaluation_gives_the_same_codes() -> None:
     exact = native[1].double().repeat_interleave(16, 1) * native[2].double()
     codes = torch.tensor([_codes(row) for row in native[0]])
     assert torch.equal(wide[3], torch.tensor([*CODES, *(-c for c in CODES)])[codes] * exact)
+
+
+def test_fp8_numbers_are_the_nearest_to_every_code_times_every_scale() -> None:
+    every = torch.arange(1, 127, dtype=torch.uint8).view(E4M3)  # positive and finite
+    packed = torch.arange(0, 256, dtype=torch.uint8).reshape(32, 8)
+    s = every.repeat_interleave(32)[:, None]
+    q = packed.repeat(126, 1)
+    found = ops.Nvfp4ToFp8(_value(q), _value(s)).evaluate(ENV, q, s)
+    exact = decode(q, DIALECTS["modelopt"], torch.float64) * s.double() / 8
+    numbers = torch.arange(0, 256, dtype=torch.uint8).view(E4M3).double()
+    numbers = numbers[numbers.isfinite()]
+    distance = (exact.flatten()[:, None] - numbers).abs()
+    assert found.dtype is E4M3
+    assert torch.equal((exact - found.double()).abs().flatten(), distance.amin(1))
+    tied = (distance == distance.amin(1, keepdim=True)).double() @ (numbers != 0).double() > 1
+    even = found.view(torch.uint8).flatten() % 2 == 0
+    assert bool(tied.any()) and bool(even[tied].all())
+
+
+@every_dialect
+def test_fp8_of_normally_distributed_weights_adds_little_to_what_nvfp4_costs(dialect: str) -> None:
+    w = torch.randn(3, 64, 256, generator=torch.Generator().manual_seed(5))
+    b = Builder("g")
+    parts = quantized(b, b.param("w", DType.F32, tuple(w.shape)), dialect)
+    stored = ops.DequantizeNvfp4(*parts, dialect)
+    graph = b.finish([b(stored), dequantized_fp8(b, *nvfp4_in_fp8(b, stored))])
+    decoded, found = interpret(graph, {"w": w}).outputs
+
+    def error(x: torch.Tensor, expected: torch.Tensor) -> float:
+        return float((x - expected).norm() / expected.norm())
+
+    assert error(found, decoded) == pytest.approx(0.021, rel=0.03)
+    assert error(decoded, w) == pytest.approx(0.095, rel=0.02)
+    assert error(found, w) == pytest.approx(0.097, rel=0.02)
+
+
+def test_scales_that_are_no_numbers_make_no_fp8() -> None:
+    q, s = torch.zeros(2, 8, dtype=torch.uint8), torch.tensor([[1.0], [torch.nan]]).to(E4M3)
+    with pytest.raises(NemocError, match="nvfp4_to_fp8: scales has NaN elements"):
+        ops.Nvfp4ToFp8(_value(q), _value(s)).evaluate(ENV, q, s)
 
 
 def test_rounding_of_block_scales_is_exact_wherever_they_stand() -> None:

@@ -18,9 +18,11 @@ from nemoc.ir.ops import (
     Interleave,
     Linear,
     Nvfp4GlobalScale,
+    Nvfp4ToFp8,
 )
 from nemoc.ir.ops import QuantizeFp8 as EncodeFp8
 from nemoc.ir.ops import QuantizeNvfp4 as EncodeNvfp4
+from nemoc.ir.rewrite import substitute_dims
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.ir.scopes import scope_of
 from nemoc.models import ModelConfig, Nvfp4
@@ -30,6 +32,7 @@ from nemoc.passes.check import NumericCheck
 from nemoc.passes.growth import QUANTIZERS
 from nemoc.passes.quantize_fp8 import QuantizeFp8
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
+from nemoc.passes.specialize_decode import SpecializeDecode
 from support.checkpoints import BASE
 from support.kernels import relative_error
 from support.models import SMALL
@@ -242,6 +245,65 @@ def test_weights_that_are_codes_already_keep_them(dtype: DType) -> None:
     assert {op.x.dtype for op in products} == {DType.F32}
     assert QuantizeNvfp4(mode="w4a4", scope=scope).run(found, PassContext()) is found
     assert QuantizeNvfp4(scope=scope).run(graph, PassContext()) is graph
+
+
+def recoded(graph: Graph) -> list[str]:
+    """The weights of which FP8 is made in the step, by what their codes are stored as."""
+    return [n.op.packed.name for n in graph.nodes if isinstance(n.op, Nvfp4ToFp8)]
+
+
+def in_fp8_for_prompts(graph: Graph) -> tuple[Graph, Graph]:
+    """The steps over many tokens and over one, if prompts are to be multiplied in FP8."""
+    pass_ = QuantizeNvfp4(mode="fp8-prompts", scope="layers")
+    one = run_pipeline(graph, (SpecializeDecode(),), PassContext())
+    return pass_.run(graph, PassContext()), pass_.run(one, PassContext())
+
+
+def test_fp8_is_made_of_weights_for_prompts_alone_and_of_the_same_codes() -> None:
+    graph = build_step(ModelConfig.from_dict(BASE | WIDE, "here"))
+    many, one = in_fp8_for_prompts(graph)
+    assert len(recoded(many)) > 8 and recoded(one) == []
+    plain = QuantizeNvfp4(scope="layers")
+    assert one == plain.run(
+        run_pipeline(graph, (SpecializeDecode(),), PassContext()), PassContext()
+    )
+    encoded = {n.results[0].name for n in one.nodes if isinstance(n.op, EncodeNvfp4)}
+    assert set(recoded(many)) == encoded
+    ran = QuantizeNvfp4(mode="fp8-prompts", scope="layers").run(many, PassContext())
+    assert ran == many
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+def test_fp8_for_prompts_is_made_of_the_codes_of_a_checkpoint(dtype: DType) -> None:
+    formats = {
+        "layers.1.mixer.experts.up_proj": Nvfp4(),
+        "layers.1.mixer.shared_experts.up_proj.weight": Nvfp4("compressed-tensors"),
+    }
+    graph = build_step(ModelConfig.from_dict(BASE | WIDE, "here"), dtype=dtype, formats=formats)
+    pass_ = QuantizeNvfp4(mode="fp8-prompts", scope=scope_of(list(formats)))
+    found = pass_.run(graph, PassContext())
+    stored = {n.op.packed.name for n in graph.nodes if isinstance(n.op, DequantizeNvfp4)}
+    assert len(stored) == 2 and set(recoded(found)) == stored
+    assert pass_.run(found, PassContext()) == found
+
+
+def test_fp8_for_prompts_costs_as_its_rows_and_weights_do() -> None:
+    graph = substitute_dims(STEP, {"B": 65}, name="step")
+    arguments = sample_arguments(graph, {})
+    expected = interpret(graph, arguments).outputs[0]
+    weights, both = (
+        relative_error(interpret(run(graph, text)[0], arguments).outputs[0], expected)
+        for text in ("quantize-nvfp4", "quantize-nvfp4{mode=fp8-prompts}")
+    )
+    assert weights < both < 1.15 * weights
+
+
+def test_remarks_say_where_fp8_is_made() -> None:
+    ctx = PassContext()
+    graph = build_step(ModelConfig.from_dict(BASE | WIDE, "here"))
+    QuantizeNvfp4(mode="fp8-prompts").run(graph, ctx)
+    said = {r.message.partition(" in ")[2] for r in ctx.remarks if not r.refused}
+    assert said == {"NVFP4, and FP8 beside rows of prompts"}
 
 
 def test_rows_of_a_table_are_quantized_before_they_are_gathered() -> None:

@@ -401,6 +401,25 @@ OP_SAMPLES: dict[str, Samples] = {
             ),
         ),
     ),
+    "nvfp4_to_fp8": Samples(
+        (
+            "param %q: u8[5, 16] < 256\nparam %s: f8e4m3[5, 2]\n"
+            "%y = nvfp4_to_fp8(%q, %s) : f8e4m3[5, 32]",
+            "param %q: u8[2, 5, 8] < 256\nparam %s: f8e4m3[2, 5, 1]\n"
+            "%y = nvfp4_to_fp8(%q, %s) : f8e4m3[2, 5, 16]",
+        ),
+        (
+            (
+                "param %q: u8[8]\nparam %s: f8e4m3[1]\n%y = nvfp4_to_fp8(%q, %s) : f8e4m3[16]",
+                "packed is u8[8], expected u8 of rank ≥ 2",
+            ),
+            (
+                "param %q: u8[5, 8]\nparam %s: f8e4m3[5, 2]\n"
+                "%y = nvfp4_to_fp8(%q, %s) : f8e4m3[5, 16]",
+                "scales is f8e4m3[5, 2], expected f8e4m3[5, 1]",
+            ),
+        ),
+    ),
     "swizzle_scales": Samples(
         (
             "param %s: f8e4m3[130, 6]\n%y = swizzle_scales(%s) : f8e4m3[2, 2, 32, 4, 4]",
