@@ -29,8 +29,9 @@ def stream(
     Args:
         folded: a region whose operands are parameters.
         source: where the parameters are found, by the operands' names.
-        budget_bytes: what the values of one slice, those on the way included, may take together. At least one
-            row is computed at a time, and what an op needs besides its operands and result comes on top.
+        budget_bytes: what the rows of one slice, those of values on the way included, may take together. At least one
+            row is computed at a time; values that are needed whole, which no slicing makes smaller, and what an op
+            needs besides its operands and result come on top.
         output: which of the region's results.
 
     Raises:
@@ -43,7 +44,7 @@ def stream(
         return
     total = _size(value, 0)
     rows = total
-    while rows > 1 and evaluation.bytes_needed(value, 0, rows) > budget_bytes:
+    while rows > 1 and evaluation.bytes_of_rows(value, rows) > budget_bytes:
         rows = -(-rows // 2)
     for start in range(0, total, rows):
         yield evaluation.rows(value, start, min(start + rows, total))
@@ -89,26 +90,21 @@ class _Evaluation:
             self._wholes[value] = self._evaluate(value, {})
         return self._wholes[value]
 
-    def bytes_needed(self, value: Value, start: int, stop: int) -> int:
-        """What a slice and all it is computed from take together."""
-        counted: set[tuple[Value, range | None]] = set()
+    def bytes_of_rows(self, value: Value, rows: int) -> int:
+        """What the first rows of a value take, and those of others that they are computed from."""
+        counted: set[tuple[Value, range]] = set()
 
         def count(value: Value, rows: range | None) -> int:
-            if (value, rows) in counted:
+            if rows is None or (value, rows) in counted:
                 return 0
             counted.add((value, rows))
-            producer = self._body.producers.get(value)
-            how = None if rows is None or producer is None else self._how(value, rows)
-            operands = producer.op.operands() if producer is not None else ()
-            if rows is None or (producer is not None and how is None):
-                total = int(value.type.bytes)
-                return total + sum(count(v, None) for v in operands)
             size = len(rows) * _row_bytes(value)
+            how = self._how(value, rows) if value in self._body.producers else None
             if how is None:
                 return size
             return size + sum(map(count, how.op.operands(), how.operands))
 
-        return count(value, range(start, stop))
+        return count(value, range(rows))
 
     def _how(self, value: Value, rows: range) -> RowSlice | None:
         node = self._body.producers[value]

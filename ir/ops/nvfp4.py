@@ -92,6 +92,9 @@ class Nvfp4BlockScales(Op):
         return TensorType(DType.F8E4M3, (*self.w.shape[:-1], width // BLOCK))
 
     def evaluate(self, env: Env, w: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+        return _in_parts(self._scales, w, global_scale).to(env.torch(DType.F8E4M3))
+
+    def _scales(self, w: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
         dialect = _dialect(self)
         x, g = _blocks(w.to(torch.float32)), _over_blocks(global_scale.to(torch.float32))
         amax = _finite(self, x.abs().amax(-1, keepdim=True))
@@ -102,7 +105,7 @@ class Nvfp4BlockScales(Op):
             wider = dialect.rounded(ideal * 1.5).to(torch.float32)
             better = error(x, wider, g, dialect) < error(x, scales, g, dialect)
             scales = torch.where(better, wider, scales)
-        return scales.squeeze(-1).to(env.torch(DType.F8E4M3))
+        return scales.squeeze(-1)
 
     def slice_rows(self, start: int, stop: int) -> RowSlice:
         rows = range(start, stop)
@@ -132,6 +135,11 @@ class QuantizeNvfp4(Op):
 
     def evaluate(
         self, env: Env, w: torch.Tensor, scales: torch.Tensor, global_scale: torch.Tensor
+    ) -> torch.Tensor:
+        return _in_parts(self._codes, w, global_scale, scales)
+
+    def _codes(
+        self, w: torch.Tensor, global_scale: torch.Tensor, scales: torch.Tensor
     ) -> torch.Tensor:
         x = _blocks(_finite(self, w.to(torch.float32)))
         s, g = scales.to(torch.float32), _over_blocks(global_scale.to(torch.float32))
@@ -377,6 +385,38 @@ def _blocks(x: torch.Tensor) -> torch.Tensor:
 def _over_blocks(g: torch.Tensor) -> torch.Tensor:
     """Tensor scales so that they broadcast over [..., rows, blocks, 16]."""
     return g[..., None, None, None]
+
+
+_PART = 1 << 18
+"""Elements that are worked on at a time: what is computed on the way stays in caches."""
+
+
+def _in_parts(
+    compute: Callable[..., torch.Tensor],
+    w: torch.Tensor,
+    global_scale: torch.Tensor,
+    *row_wise: torch.Tensor,
+) -> torch.Tensor:
+    """What is computed of matrices [..., N, K], a part of their rows at a time.
+
+    Args:
+        compute: given some rows, the tensor scale and the same rows of others, what becomes of them.
+        w: the matrices.
+        global_scale: one for each of them, or for all.
+        row_wise: others that have the rows of w.
+    """
+    count = len(w)
+    if w.numel() <= _PART or (count == 1 and w.dim() == 2):
+        return compute(w, global_scale, *row_wise)
+    whole = global_scale.dim() == 0
+    if count == 1:
+        scale = global_scale if whole else global_scale[0]
+        return _in_parts(compute, w[0], scale, *(x[0] for x in row_wise)).unsqueeze(0)
+    each = max(1, _PART * count // w.numel())
+    rows, *others = (x.split(each) for x in (w, *row_wise))
+    scales = (global_scale,) * len(rows) if whole else global_scale.split(each)
+    parts = zip(rows, scales, *others, strict=True)
+    return torch.cat([_in_parts(compute, *part) for part in parts])
 
 
 def _stack_rows(global_scale: Value, rows: range) -> range | None:

@@ -111,6 +111,18 @@ def test_small_budget_gives_single_rows(build: str, parts: int) -> None:
     assert len(list(stream(folded, InMemory(arguments), 1 << 20))) == 1
 
 
+def test_what_is_needed_whole_makes_slices_no_smaller() -> None:
+    b = Builder("weights")
+    w = b.param("w", DType.F32, (64, 32))
+    scale = b(ops.Nvfp4GlobalScale(w))
+    graph = b.finish([b(ops.Nvfp4BlockScales(w, scale))])
+    (node,) = FoldConstants().run(graph, PassContext()).nodes
+    assert isinstance(node.op, Folded)
+    row = 32 * 4 + 2
+    parts = list(stream(node.op, InMemory(sample_arguments(graph)), 16 * row))
+    assert [len(part) for part in parts] == [16, 16, 16, 16]
+
+
 def test_slices_of_a_merge_read_each_row_of_the_parameter() -> None:
     folded, arguments = _region("merge")
     reads: list[tuple[int, int | None]] = []

@@ -551,6 +551,33 @@ def test_fp8_of_normally_distributed_weights_adds_little_to_what_nvfp4_costs(dia
     assert error(found, w) == pytest.approx(0.097, rel=0.02)
 
 
+@every_dialect
+@pytest.mark.parametrize(
+    ("shape", "scales"),
+    [
+        ((70, 64), ()),
+        ((5, 30, 64), (5,)),
+        ((5, 30, 64), ()),
+        ((1, 90, 64), (1,)),
+        ((90, 1, 64), (90,)),
+    ],
+)
+def test_matrices_in_parts_have_the_bits_of_the_whole(
+    dialect: str, shape: tuple[int, ...], scales: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = torch.Generator().manual_seed(7)
+    w = torch.randn(*shape, generator=random).bfloat16()
+    g = torch.rand(scales, generator=random) * 1e-3 + 1e-3
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        s = _scales_of(w, g, dialect, four_over_six=True)
+        return s.view(torch.uint8), _packed(w, s, g, dialect)
+
+    whole = both()
+    monkeypatch.setattr("nemoc.ir.ops.nvfp4._PART", 8 * 64)
+    assert all(map(torch.equal, both(), whole))
+
+
 def test_scales_that_are_no_numbers_make_no_fp8() -> None:
     q, s = torch.zeros(2, 8, dtype=torch.uint8), torch.tensor([[1.0], [torch.nan]]).to(E4M3)
     with pytest.raises(NemocError, match="nvfp4_to_fp8: scales has NaN elements"):
