@@ -19,6 +19,7 @@ from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import expect
 from nemoc.ir.nvfp4 import DIALECTS
 from nemoc.ir.op import Env, Op, RowSlice
+from nemoc.ir.ops.checks import expect_finite, matrix_amax
 from nemoc.ir.ops.elementwise import Cast, Div, Mul
 from nemoc.ir.ops.nvfp4 import DequantizeNvfp4, Nvfp4ToFp8
 from nemoc.ir.ops.shape import Full, Reshape
@@ -44,9 +45,7 @@ class Fp8Scale(Op):
         return TensorType(DType.F32, self.w.shape[:-2])
 
     def evaluate(self, env: Env, w: torch.Tensor) -> torch.Tensor:
-        low, high = w.flatten(-2).aminmax(dim=-1)  # of bf16 too: no copy of the weight is made
-        amax = _finite(self, torch.maximum(low.abs(), high.abs()).to(torch.float32))
-        scale = amax / LARGEST
+        scale = matrix_amax(self, w) / LARGEST
         return torch.where(scale > 0, scale, 1.0).to(env.torch(DType.F32))
 
     def slice_rows(self, start: int, stop: int) -> RowSlice:
@@ -81,7 +80,7 @@ class QuantizeFp8(Op):
             bool((g > 0).all() & g.isfinite().all()),
             f"{self.mnemonic()}: scale is NaN, infinite, zero or negative",
         )
-        numbers = _finite(self, w.to(torch.float32)) / g
+        numbers = expect_finite(self, w.to(torch.float32)) / g
         narrow = numbers.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         return narrow.to(env.torch(DType.F8E4M3))
 
@@ -133,8 +132,3 @@ def _check_weight(op: _Encoder) -> None:
         type_.dtype in _WEIGHTS and type_.rank >= 2 and 0 not in type_.shape,
         f"{op.mnemonic()}: w is {type_}, expected f32, bf16 or f16 of rank ≥ 2, not empty",
     )
-
-
-def _finite(op: _Encoder, x: torch.Tensor) -> torch.Tensor:
-    expect(bool(x.isfinite().all()), f"{op.mnemonic()}: w has NaN or infinite elements")
-    return x

@@ -34,7 +34,7 @@ from nemoc.ir.nvfp4 import (
     pack,
 )
 from nemoc.ir.op import Env, Op, RowSlice
-from nemoc.ir.ops.checks import expect_shapes
+from nemoc.ir.ops.checks import expect_finite, expect_shapes, matrix_amax
 from nemoc.ir.types import TensorType, Value
 
 _WEIGHTS = (DType.F32, DType.BF16, DType.F16)
@@ -59,8 +59,7 @@ class Nvfp4GlobalScale(Op):
         return TensorType(DType.F32, self.w.shape[:-2])
 
     def evaluate(self, env: Env, w: torch.Tensor) -> torch.Tensor:
-        low, high = w.flatten(-2).aminmax(dim=-1)  # of bf16 too: no copy of the weight is made
-        amax = _finite(self, torch.maximum(low.abs(), high.abs()).to(torch.float32))
+        amax = matrix_amax(self, w)
         largest = LARGEST_SCALE_OF_SIX if self.four_over_six else LARGEST_SCALE
         scale = _dialect(self).tensor_scale(amax, largest)
         _check_tensor_scale(self, scale, amax)
@@ -97,7 +96,7 @@ class Nvfp4BlockScales(Op):
     def _scales(self, w: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
         dialect = _dialect(self)
         x, g = _blocks(w.to(torch.float32)), _over_blocks(global_scale.to(torch.float32))
-        amax = _finite(self, x.abs().amax(-1, keepdim=True))
+        amax = expect_finite(self, x.abs().amax(-1, keepdim=True))
         _check_tensor_scale(self, g, amax)
         ideal = torch.where(amax == 0, 0.0, dialect.ideal(amax, g))
         scales = dialect.rounded(ideal).to(torch.float32)
@@ -141,7 +140,7 @@ class QuantizeNvfp4(Op):
     def _codes(
         self, w: torch.Tensor, global_scale: torch.Tensor, scales: torch.Tensor
     ) -> torch.Tensor:
-        x = _blocks(_finite(self, w.to(torch.float32)))
+        x = _blocks(expect_finite(self, w.to(torch.float32)))
         s, g = scales.to(torch.float32), _over_blocks(global_scale.to(torch.float32))
         expect(bool((s > 0).all()), f"{self.mnemonic()}: scales are NaN, zero or negative")
         _check_tensor_scale(self, g, x)
@@ -360,11 +359,6 @@ def _check_global_scale(
         type_.dtype is DType.F32 and type_.shape in ((), lead),
         f"{op.mnemonic()}: global_scale is {type_}, expected {TensorType(DType.F32, lead)}",
     )
-
-
-def _finite(op: _Encoder, x: torch.Tensor) -> torch.Tensor:
-    expect(bool(x.isfinite().all()), f"{op.mnemonic()}: w has NaN or infinite elements")
-    return x
 
 
 def _check_tensor_scale(op: _Encoder, g: torch.Tensor, x: torch.Tensor) -> None:
