@@ -5,11 +5,14 @@
 - Loops over numbers that a kernel is given or computes fail with Triton 3.6 and a current numpy.
 - Casts to bf16 cut bits off instead of rounding, and products of bf16 and FP8 are wrong. All are done by torch.
 - Products of scaled blocks are not there, or take every scale for a power of two. Those of NVFP4 are done by torch.
+- Every function of a module is parsed, changed and compiled before one runs. Modules begin with the same functions, so
+  what they become is kept.
 """
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,12 @@ import triton
 import triton.language as tl
 from triton._C.libtriton.ir import ScaleDotElemTypeTY
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import (
+    FunctionRewriter,
+    InterpretedFunction,
+    InterpreterBuilder,
+    TensorHandle,
+)
 from triton.runtime.jit import JITFunction
 
 from nemoc.codegen.guarded import Buffer, run_guarded
@@ -174,6 +182,27 @@ def _dot_scaled(
     return TensorHandle((product + wide).numpy(), d.dtype.scalar)
 
 
+def _rewrite(rewriter: Any) -> FunctionType:
+    """What the interpreter runs in a function's place, with globals and defaults of its own."""
+    fn: FunctionType = rewriter.fn
+    code = fn.__code__
+    # Lines and columns tell apart what compiles to the same and is not rewritten to the same.
+    key = (code, code.co_linetable, repr(fn.__annotations__), tuple(rewriter.kwargs.items()))
+    if key not in _rewritten:
+        made: FunctionType = _OWN_REWRITE(rewriter)
+        _rewritten[key] = made.__code__, made.__annotations__
+        return made
+    code, annotations = _rewritten[key]
+    for name, value in vars(interpreter).items():
+        fn.__globals__.setdefault(name, value)  # which the new code calls
+    made = FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__)
+    made.__annotations__ = dict(annotations)
+    return made
+
+
+_rewritten: dict[tuple[object, ...], tuple[CodeType, dict[str, Any]]] = {}
+
+_OWN_REWRITE = FunctionRewriter.rewrite_ast
 _OWN_PATCH = interpreter._patch_lang_tensor
 _OWN_CAST = InterpreterBuilder.cast_impl
 _OWN_MUL = InterpreterBuilder.create_fmul
@@ -184,6 +213,7 @@ _REPAIRED = (
     (InterpreterBuilder, "create_dot", _dot),
     (InterpreterBuilder, "create_dot_scaled", _dot_scaled),
     (interpreter, "_patch_lang_tensor", _patch_tensor),
+    (FunctionRewriter, "rewrite_ast", _rewrite),
 )
 
 _lock = threading.RLock()

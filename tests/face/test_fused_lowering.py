@@ -18,14 +18,17 @@ from nemoc.ir import Builder, Env, Graph, Op, Value, ops
 from nemoc.ir.ops.elementwise import Unary
 from nemoc.ir.region import Fused
 from nemoc.ir.rewrite import Replacement, Rewriter, Rule, rewrite
+from nemoc.models import Model
 from nemoc.passes import Effect, Pass, PassContext, preset
+from support.models import shortened
 
 TARGET = cpu_target("cpu:x86-64-v3")
 FUNCTIONS = ("prefill", "decode")
+PUBLISHED = ("nano", "super", "nemotron-h-8b")
 
 
 def lowered(
-    name: str, quantize: str | None = None
+    name: str | Model, quantize: str | None = None
 ) -> tuple[dict[str, Graph], dict[str, StepFunction], list[str]]:
     """A model's graphs and step functions by name, and the regions that no kernel takes as a whole."""
     refused: list[str] = []
@@ -46,9 +49,17 @@ def lowered(
     return dict(graphs), {f.name: f for f in program.functions}, refused
 
 
-@pytest.mark.parametrize("name", ["sample", "nano", "super", "nemotron-h-8b"])
-def test_no_region_of_a_model_falls_back_to_its_ops(name: str) -> None:
-    _, _, refused = lowered(name)
+@pytest.mark.parametrize(
+    "source",
+    [
+        "sample",
+        *(shortened(name) for name in PUBLISHED),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED),
+    ],
+    ids=["sample", *(f"{name}, shortened" for name in PUBLISHED), *PUBLISHED],
+)
+def test_no_region_of_a_model_falls_back_to_its_ops(source: str | Model) -> None:
+    _, _, refused = lowered(source)
     assert not refused
 
 

@@ -44,12 +44,13 @@ from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.codegen.triton.writer import GpuKernel, pointer_types
 from nemoc.ir import NemocError
 from nemoc.ir.dims import evaluate_dim
-from nemoc.models import Model, RandomSource, open_model, preset
+from nemoc.models import Model, RandomSource, preset
 from nemoc.models.source import Generation
 from nemoc.passes.check import relative_error
 from nemoc.runtime.launches import LAUNCHES, Binary, LaunchRecord
 from support.fake_cuda import FakeDevice, FakeKernel, FakeLaunch, FakeLibrary, tensor_at
 from support.mamba_ssm import kernels_in_torch
+from support.models import shortened
 
 TARGET = "cuda:sm_90"
 CUBIN = b"\x7fELF a kernel"
@@ -91,7 +92,8 @@ def mini() -> Parts:
 
 @pytest.fixture(scope="module")
 def nano() -> Parts:
-    return Parts(open_model("random:nano"), TARGET)
+    """Nano's regions, each the first of its kind."""
+    return Parts(shortened("random:nano"), TARGET)
 
 
 def interpreted(functions: Iterable[StepFunction]) -> tuple[LaunchRecord, FakeLibrary]:

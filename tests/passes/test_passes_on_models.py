@@ -135,9 +135,17 @@ def test_folded_weights_stream_to_the_bits_of_the_interpreter() -> None:
         assert same_bits(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("name", ["nano", "ultra"])
-def test_published_models_run_through_the_presets(name: str) -> None:
-    graph = _step(model_preset(name), DType.BF16)
+@pytest.mark.parametrize(
+    "config",
+    [
+        model_preset("nano"),
+        support.models.shortened("ultra").config,
+        pytest.param(model_preset("ultra"), marks=pytest.mark.slow),
+    ],
+    ids=["nano", "ultra, shortened", "ultra"],
+)
+def test_published_models_run_through_the_presets(config: ModelConfig) -> None:
+    graph = _step(config, DType.BF16)
     ctx = PassContext(TargetInfo("cpu", linear_interleave=16))
     runs: list[PassRun] = []
     for passes in (preset("cpu", "prefill"), preset("cpu", "decode")):

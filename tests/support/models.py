@@ -1,6 +1,9 @@
 """Configurations of models that are small in every way."""
 
-from nemoc.models import ModelConfig
+import dataclasses
+from itertools import pairwise
+
+from nemoc.models import Model, ModelConfig, open_model
 
 SMALL = ModelConfig(
     vocab_size=61,
@@ -25,3 +28,15 @@ SMALL = ModelConfig(
     moe_shared_expert_intermediate_size=13,
 )
 """Two of each mixer, sizes that no vector or block divides."""
+
+
+def shortened(source: str) -> Model:
+    """A published model without most of its layers: every two kinds that follow each other in it still do.
+
+    What passes make of a layer depends on it and on its neighbours, so that layers further on show nothing new.
+    """
+    model = open_model(source)
+    layers = model.config.layers
+    count = next(n for n in range(len(layers)) if {*pairwise(layers[:n])} == {*pairwise(layers)})
+    config = dataclasses.replace(model.config, layers=(*layers[:count], *layers[-2:]))
+    return dataclasses.replace(model, config=config)
