@@ -1,6 +1,8 @@
 """A model's regions as parts that are measured by themselves."""
 
 import functools
+from collections.abc import Iterable
+from dataclasses import replace
 
 from benchmarks.gpu_values import Values
 from nemoc import compiler
@@ -19,16 +21,33 @@ class Parts:
     Args:
         model: the model, with parameters.
         target: the GPU that its passes look at.
+        quantize: a format of weights, as `nemoc.compile` takes it; none for them as they are.
     """
 
-    def __init__(self, model: Model, target: str) -> None:
+    def __init__(self, model: Model, target: str, quantize: str | None = None) -> None:
         self.config = model.config
-        self._model, self._target = model, target
+        self._model, self._target, self._quantize = model, target, quantize
+        self._quantized: dict[str, Parts] = {}
+
+    def quantized(self, quantize: str) -> "Parts":
+        """Parts of the same model quantized; each time the same ones.
+
+        Of its first layers alone, up to one of each kind: passes of a whole model take their time in each format.
+        """
+        if quantize not in self._quantized:
+            layers = self.config.layers
+            count = 1 + max(map(layers.index, layers))
+            config = replace(self.config, layers=layers[:count])
+            model = replace(self._model, config=config)
+            self._quantized[quantize] = Parts(model, self._target, quantize)
+        return self._quantized[quantize]
 
     @functools.cached_property
     def _bound(self) -> tuple[dict[str, Graph], tuple[Weight, ...]]:
         names = ("prefill", "decode")
-        found = compiler.functions(self._model, self._target, dtype="bf16", which=names)
+        found = compiler.functions(
+            self._model, self._target, dtype="bf16", quantize=self._quantize, which=names
+        )
         return bind_weights(found.graphs)
 
     @functools.cached_property
@@ -40,7 +59,7 @@ class Parts:
         """The first region with an op of that class in it, and the views that it reads."""
         graph = self._bound[0][function]
         region = next(node for node in graph.nodes if _holds(node, op))
-        return cut(graph, _with_views(graph, region), name)
+        return cut(graph, _with_views(graph, [region]), name)
 
     def layer(self, function: str, op: type[Op], name: str) -> Graph:
         """All of the first layer that has an op of that class."""
@@ -48,7 +67,8 @@ class Parts:
         region = next(node for node in graph.nodes if _holds(node, op))
         weights = (v.name for v in region.op.operands() if v in graph.params)
         prefix = ".".join(next(weights).split(".")[:2]) + "."
-        return cut(graph, [n for n in graph.nodes if _is_of(graph, n, prefix)], name)
+        mine = [n for n in graph.nodes if _is_of(graph, n, prefix)]
+        return cut(graph, _with_views(graph, mine), name)
 
 
 def _holds(node: Node, op: type[Op]) -> bool:
@@ -56,10 +76,10 @@ def _holds(node: Node, op: type[Op]) -> bool:
     return any(isinstance(n.op, op) for n in inside)
 
 
-def _with_views(graph: Graph, region: Node) -> list[Node]:
-    """A node, and the views behind it."""
-    wanted = {region}
-    waiting = [region]
+def _with_views(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
+    """Some nodes, and the views behind them."""
+    wanted = set(nodes)
+    waiting = list(wanted)
     while waiting:
         for value in waiting.pop().op.operands():
             maker = graph.producers.get(value)

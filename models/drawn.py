@@ -22,7 +22,7 @@ def draw(out: torch.Tensor, scale: float, seed: str) -> None:
         part.copy_(drawn.mul_(scale))
 
 
-def draw_bytes(out: torch.Tensor, seed: str) -> None:
-    """Fill a tensor [n] of codes by twos, uint8, with any bytes; equal seeds as in `draw`."""
+def draw_bytes(out: torch.Tensor, seed: str, least: int = 0, most: int = 255) -> None:
+    """Fill a tensor [n], uint8, with bytes from `least` to `most`, by default any; equal seeds as in `draw`."""
     generator = torch.Generator(out.device).manual_seed(zlib.crc32(seed.encode()))
-    out.random_(0, 256, generator=generator)
+    out.random_(least, most + 1, generator=generator)
