@@ -29,6 +29,7 @@ from benchmarks.gpu_stages import (
     matmul_stage,
     moe_stage,
     nvfp4_stage,
+    quantized_moe_stage,
     scan_stage,
     update_stage,
 )
@@ -57,6 +58,7 @@ def stages() -> tuple[Stage, ...]:
         scan_stage(),
         update_stage(),
         moe_stage(),
+        quantized_moe_stage(),
         attention_stage(),
         WholeStage(),
     )

@@ -21,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu_region import DeviceRegion
 from nemoc.ir import NemocError
 from nemoc.ir.nvfp4 import BLOCK, DIALECTS, decode
+from nemoc.ir.ops import Nvfp4ToFp8
+from nemoc.ir.region import Fused
 from nemoc.models import ModelConfig
 from nemoc.models.mixers import chunked_scan
 
@@ -329,7 +331,10 @@ class _Precision(AbstractContextManager[None]):
 
 
 def transformers_moe(region: DeviceRegion, config: ModelConfig, compiled: bool) -> Peer:
-    """transformers' module with its grouped products, norm and residual around it; or torch.compile of that."""
+    """transformers' module with its grouped products, norm and residual around it; or torch.compile of that.
+
+    Quantized weights are what they decode to, in bf16.
+    """
     _installed("transformers")
     library = importlib.import_module("transformers")
     models = importlib.import_module("transformers.models.nemotron_h.modeling_nemotron_h")
@@ -339,7 +344,7 @@ def transformers_moe(region: DeviceRegion, config: ModelConfig, compiled: bool) 
     with torch.device("meta"):
         moe = models.NemotronHMoE(settings).eval()
         norm = models.NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon).eval()
-    weights = {name: region.operands[_mixer_weight(region, name)] for name in moe.state_dict()}
+    weights = {name: _mixer_weight(region, name) for name in moe.state_dict()}
     moe.load_state_dict(weights, assign=True)
     norm.load_state_dict({"weight": _operand(region, ".norm.weight")}, assign=True)
     name = _output(region)
@@ -352,16 +357,45 @@ def transformers_moe(region: DeviceRegion, config: ModelConfig, compiled: bool) 
     return _inference(lambda: {name: made(residual)})
 
 
-def _mixer_weight(region: DeviceRegion, name: str) -> str:
-    """The part's name of a parameter of a mixer.
+def _mixer_weight(region: DeviceRegion, name: str) -> torch.Tensor:
+    """A parameter of a mixer; what it decodes to in bf16 if it is quantized.
 
     Raises:
-        AbsentError: it has none.
+        AbsentError: the part has none.
     """
-    found = [key for key in region.operands if key.endswith(f".mixer.{name}")]
-    if len(found) != 1:
+    whole = [x for key, x in region.operands.items() if key.endswith(f".mixer.{name}")]
+    folded = [x for key, x in region.operands.items() if f".mixer.{name}-" in key]
+    stored = {x.dtype: x for x in folded}
+    codes, narrow, scale = map(stored.get, (torch.uint8, torch.float8_e4m3fn, torch.float32))
+    if len(whole) == 1:
+        return whole[0]
+    if narrow is None or scale is None or len(stored) != len(folded):
         raise AbsentError(f"the part has no weight {name!r}")
-    return found[0]
+    decode_one = partial(_decoded_nvfp4, _makes_fp8(region)) if codes is not None else _decoded_fp8
+    operands = [x for x in (codes, narrow, scale) if x is not None]
+    if scale.dim() == 0:
+        return decode_one(*operands)
+    # One expert at a time: all of them are large in float32.
+    return torch.stack([decode_one(*one) for one in zip(*operands, strict=True)])
+
+
+def _decoded_fp8(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (codes.float() * scale).bfloat16()
+
+
+def _decoded_nvfp4(
+    fp8: bool, codes: torch.Tensor, scales: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """What codes [N, K/2] stand for in bf16; or the numbers in FP8 that are made of them and their block scales."""
+    numbers = decode(codes, DIALECTS["modelopt"], torch.float32).unflatten(-1, (-1, BLOCK))
+    numbers = (numbers * scales.float().unsqueeze(-1)).flatten(-2)
+    return _decoded_fp8((numbers / Nvfp4ToFp8.SHARE).to(scales.dtype) if fp8 else numbers, scale)
+
+
+def _makes_fp8(region: DeviceRegion) -> bool:
+    """Whether a part multiplies numbers in FP8 made of NVFP4."""
+    bodies = [node.op.body for node in region.part.graph.nodes if isinstance(node.op, Fused)]
+    return any(isinstance(inner.op, Nvfp4ToFp8) for body in bodies for inner in body.nodes)
 
 
 def torch_attention(region: DeviceRegion, config: ModelConfig) -> Peer:

@@ -173,6 +173,7 @@ class PartStage:
         rows: check single tokens of single sequences instead of whole results (`DeviceRegion.expected_rows`).
         in_a_row: the part of a step of one token that is timed as one of many in a row, each with weights of its own,
             recorded and replayed at once: as layers follow each other in a model. Its seconds are one's share.
+        quantize: the format of weights of parts, by name; of others they stay as they are.
     """
 
     name: str
@@ -184,6 +185,7 @@ class PartStage:
     peer_bound: float = PEER_BOUND
     rows: bool = False
     in_a_row: bool = False
+    quantize: Mapping[str, str] = field(default_factory=dict)
 
     def case_names(self) -> tuple[str, ...]:
         """In the order in which they are timed."""
@@ -194,7 +196,7 @@ class PartStage:
         found = {}
         for name, make in self.parts.items():
             corners = [case.sizes for case in self.cases if case.part == name]
-            graph = make(parts, name)
+            graph = make(self._origin(parts, name), name)
             found[name] = lower_part(Part(name, graph), corners, target)
             for form, planned in self.forms.items():
                 part = Part(f"{name}, {form}", graph, _planned(planned, target))
@@ -223,7 +225,8 @@ class PartStage:
                 own: Sequence[LoweredPart] = tuple(own),
                 in_a_row: bool = in_a_row,
             ) -> list[Outcome]:
-                regions = [DeviceRegion(one, case.sizes, kernels(), parts.values) for one in own]
+                values = self._origin(parts, case.part).values
+                regions = [DeviceRegion(one, case.sizes, kernels(), values) for one in own]
                 more = []
                 if in_a_row:
                     (one,) = own
@@ -241,6 +244,10 @@ class PartStage:
         """All parts and forms, together."""
         lowered = self.lowered(Parts(model, target), target)
         compile_parts(list(lowered.values()), target, store, progress)
+
+    def _origin(self, parts: Parts, part: str) -> Parts:
+        """What a part is cut from: the model as it is, or quantized."""
+        return parts.quantized(self.quantize[part]) if part in self.quantize else parts
 
     def _forms_of(self, part: str) -> list[str]:
         return [f"{part}, {form}" for form in self.forms]
@@ -405,6 +412,9 @@ _EACH_FEW = (1, 2, 4, 8, 16, 32, 64)
 _ROWS = (512, 2048, 8192, 32768)
 """Rows of the products of a prefill."""
 
+_LENGTHS = (512, 2048, 8192)
+"""Tokens of the one sequence of a prefill where there are many parts."""
+
 _PROMPTS = (
     *((1, n) for n in (512, 1024, 2048, 4096, 8192, 16384, 32768)),
     *((4, n) for n in (512, 2048, 8192)),
@@ -562,12 +572,46 @@ def moe_stage() -> PartStage:
         "norm, router, experts, shared expert and residual against transformers with grouped products",
         (*few, *_prompts("moe", list(peers), "torch.compile")),
         {
-            "moe, decode": lambda parts, name: parts.layer("decode", GroupedLinear, name),
-            "moe": lambda parts, name: parts.layer("prefill", GroupedLinear, name),
+            "moe, decode": functools.partial(_experts, "decode"),
+            "moe": functools.partial(_experts, "prefill"),
         },
         peers,
         peer_bound=ROUTED_BOUND,
     )
+
+
+_FORMATS = {"nvfp4": True, "nvfp4-fp8-prompts": False, "fp8": True, "fp8-prompts": False}
+"""Formats of experts, and whether a decode is another than that of the formats before."""
+
+
+def quantized_moe_stage() -> PartStage:
+    """A whole layer of experts with weights in NVFP4 and FP8."""
+    cases: list[Case] = []
+    parts: dict[str, Callable[[Parts, str], Graph]] = {}
+    quantize: dict[str, str] = {}
+    for name, decodes in _FORMATS.items():
+        functions = ("decode", "prefill") if decodes else ("prefill",)
+        for function in functions:
+            few = function == "decode"
+            part = f"moe, {name}, decode" if few else f"moe, {name}"
+            quantize[part] = name
+            parts[part] = functools.partial(_experts, function)
+            sizes = (Sizes(n, 1) for n in _FEW) if few else (Sizes(1, n) for n in _LENGTHS)
+            cases += (Case(part, size) for size in sizes)
+    return PartStage(
+        "moe-quantized",
+        "a layer of experts in NVFP4 and FP8 against transformers with grouped products of bf16, "
+        "whose weights are what those decode to",
+        tuple(cases),
+        parts,
+        {"transformers, bf16": functools.partial(transformers_moe, compiled=False)},
+        peer_bound=ROUTED_BOUND,
+        quantize=quantize,
+    )
+
+
+def _experts(function: str, parts: Parts, name: str) -> Graph:
+    return parts.layer(function, GroupedLinear, name)
 
 
 def attention_stage() -> PartStage:

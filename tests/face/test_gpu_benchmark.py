@@ -77,6 +77,9 @@ MINI = replace(
 )
 """Nano made small; the states of a group fit on-chip memory, so that its norm is in the recurrence's region."""
 
+QUANTIZED = replace(MINI, moe_intermediate_size=32, moe_shared_expert_intermediate_size=48)
+"""The same with experts that fit blocks of NVFP4."""
+
 WIDE = replace(MINI, mamba_head_dim=32, n_groups=1, ssm_state_size=512)
 """The same with states that do not fit, as Nano's."""
 
@@ -179,14 +182,26 @@ def invoke(*arguments: str) -> Result:
 def test_list_prints_stages_and_cases() -> None:
     result = invoke("--list")
     assert result.exit_code == 0
-    names = ["parity", "matmul", "nvfp4", "fp8", "scan", "update", "moe", "attention", "whole"]
     lines = result.stdout.splitlines()
-    assert [line.partition(":")[0] for line in lines if not line.startswith(" ")] == names
+    assert [line.partition(":")[0] for line in lines if not line.startswith(" ")] == [
+        "parity",
+        "matmul",
+        "nvfp4",
+        "fp8",
+        "scan",
+        "update",
+        "moe",
+        "moe-quantized",
+        "attention",
+        "whole",
+    ]
     for case in (
         "sample, bf16",
         "in_proj 1 x 8192",
         "expert up 2 x 1",
         "scan 1 x 32768",
+        "moe, nvfp4, decode 64 x 1",
+        "moe, nvfp4-fp8-prompts 1 x 2048",
         "decode 64 x 1 behind 1024",
     ):
         assert f"  {case}" in lines
@@ -581,6 +596,57 @@ def test_regions_on_a_device_are_right_and_so_are_peers(
     assert [line.case for line in journal.lines if line.contender == "nemoc"] == list(
         stage.case_names()
     )
+
+
+@pytest.fixture(scope="module")
+def mini_quantized() -> Parts:
+    return Parts(model_of(QUANTIZED), TARGET)
+
+
+LAYERS_OF_EXPERTS = {
+    name: (Sizes(3, 1) if name.endswith("decode") else Sizes(1, 9))
+    for name in gpu_stages.quantized_moe_stage().parts
+}
+
+
+@pytest.mark.parametrize("name", LAYERS_OF_EXPERTS)
+def test_quantized_experts_on_a_device_are_right_and_so_is_the_peer(
+    name: str, mini_quantized: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.gpu_values._LARGE", 500)
+    stage = small(gpu_stages.quantized_moe_stage(), Case(name, LAYERS_OF_EXPERTS[name]))
+    code, library = code_of(stage.lowered(mini_quantized, TARGET).values())
+    monkeypatch.setattr(gpu_stages, "compile_parts", lambda *_: code)
+    journal = Journal(tmp_path / "gpu.jsonl")
+    assert session_on(library, journal, model_of(QUANTIZED)).run(stage, quiet)
+    ours, peer = journal.lines
+    assert (ours.status, peer.status) == ("measured", "measured"), (ours.note, peer.note)
+    assert peer.contender == "transformers, bf16"
+    assert ours.error is not None and peer.error is not None
+    # The graph rounds what NVFP4 decodes to, and our kernels do not; the peer does not round activations to FP8.
+    to_bf16 = name.removesuffix(", decode") == "moe, nvfp4"
+    assert ours.error <= (1e-2 if to_bf16 else 2e-3)
+    assert peer.error <= (0.05 if name.endswith("fp8-prompts") else 1e-2)
+
+
+@pytest.mark.parametrize("name", LAYERS_OF_EXPERTS)
+def test_what_is_drawn_of_quantized_experts_decodes_to_weights_of_usual_size(
+    name: str, mini_quantized: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.gpu_values._LARGE", 500)
+    stage = small(gpu_stages.quantized_moe_stage(), Case(name, LAYERS_OF_EXPERTS[name]))
+    (lowered,) = stage.lowered(mini_quantized, TARGET).values()
+    values = mini_quantized.quantized(stage.quantize[name]).values
+    region = region_of(lowered, LAYERS_OF_EXPERTS[name], values)
+    stored = region.operands.values()
+    narrow = [x.float() for x in stored if x.dtype == torch.float8_e4m3fn]
+    assert len(narrow) == 4
+    assert all(x.isfinite().all() for x in narrow)
+    if any(x.dtype == torch.uint8 for x in stored):  # they are block scales
+        assert all((x > 0).all() for x in narrow)
+    for matrix in ("experts.up_proj", "experts.down_proj", "shared_experts.up_proj.weight"):
+        found = gpu_peers._mixer_weight(region, matrix).float()
+        assert found.std().item() == pytest.approx(found.shape[-1] ** -0.5, rel=0.2)
 
 
 def test_work_that_cannot_be_recorded_in_a_row_is_told_and_not_timed(
