@@ -146,6 +146,11 @@ class Records:
             if held is None or held.when <= record.when:
                 self._records[record.key] = record
 
+    def remove(self, records: Iterable[Record]) -> None:
+        """Take out what has the keys of some records."""
+        for record in records:
+            self._records.pop(record.key, None)
+
     def find(
         self,
         kernel: str,

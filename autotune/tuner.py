@@ -230,6 +230,17 @@ class Tuner:
         """What was found, as records."""
         return Records(self._record(report) for report in self.reports if report.gain is not None)
 
+    def withdraw(self, function: str) -> None:
+        """Take back what was found of a function's kernels, since the whole model does not bear it out.
+
+        Should more of them be tried, it may be found again.
+        """
+        for report in self.reports:
+            if report.kernel.function == function and report.best:
+                trials = report.study.trials()
+                report.study.note("concluded", _NO_GAIN | {"trials": len(trials)})
+                report.best, report.equal, report.gain = {}, True, Interval(1.0, 1.0, 1.0)
+
     def gains(self) -> dict[str, float]:
         """The part of each function's tuned kernels' time that the best candidates save."""
         saved: dict[str, float] = {}
@@ -392,7 +403,6 @@ class Tuner:
 
         None if that could not be measured.
         """
-        nothing = {"schedule": {}, "equal": True, "ratio": 1.0, "low": 1.0, "high": 1.0}
         faster = sorted(
             (
                 t
@@ -404,11 +414,11 @@ class Tuner:
         plans = [(t, report.space.plan(t.schedule)) for t in faster[:_FINALISTS]]
         finalists = [(t, plan) for t, plan in plans if plan is not None]
         if not finalists:
-            return nothing
+            return _NO_GAIN
         bench = report.kernel.bench()
         together = [report.kernel.default, *(plan for _, plan in finalists)]
         if bench.compile(together):
-            return nothing
+            return _NO_GAIN
         rounds = _rounds(report.seconds, len(together), _FINAL_ROUNDS, _FINAL_SECONDS)
         times = bench.time(together, rounds, seed=len(trials))
         if isinstance(times, Finding):
@@ -419,7 +429,7 @@ class Tuner:
         ]
         interval, trial = min(compared, key=lambda c: c[0].ratio)
         if not interval.is_gain or interval.ratio > self._least_claim:
-            return nothing
+            return _NO_GAIN
         return {
             "schedule": report.space.essential(schedule_changes(report.space, trial.schedule)),
             "equal": trial.equal,
@@ -461,6 +471,10 @@ class Tuner:
             defaults=defaults,
             tried=compact((_changes(t, defaults), t.ratio) for t in trials if t.ratio is not None),
         )
+
+
+_NO_GAIN: dict[str, Any] = {"schedule": {}, "equal": True, "ratio": 1.0, "low": 1.0, "high": 1.0}
+"""What is noted of a kernel whose default stays."""
 
 
 def _changes(trial: Trial, defaults: Schedule) -> Schedule:

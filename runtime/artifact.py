@@ -84,6 +84,7 @@ class Contents:
         kernels: JSON data for the target's backend.
         files: further files by name: `tokenizer/...`, `kernels/...`, reports.
         tools: versions of nemoc and of what it compiled with.
+        packed: an executable whose artifact has these weights already: its file is taken, and no data are read.
     """
 
     target: str
@@ -97,6 +98,7 @@ class Contents:
     kernels: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path | bytes | str] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=dict)
+    packed: Executable | None = None
 
 
 def build(
@@ -257,12 +259,7 @@ def _write(contents: Contents, folder: Path, progress: Progress) -> None:
         files[GRAPHS[name]] = write_content(folder, GRAPHS[name], print_graph(graph))
     for name, content in contents.files.items():
         files[name] = write_content(folder, name, content)
-    total = int(weight_layout(contents.weights).bytes)
-    with new_file(folder, WEIGHTS) as file:
-        write_weights(
-            file, contents.weights, contents.pieces, lambda n: progress("pack weights", n, total)
-        )
-    files[WEIGHTS] = file.record
+    files[WEIGHTS] = _write_weights(contents, folder, progress)
     manifest = Manifest(
         target=contents.target,
         machine=contents.machine,
@@ -275,3 +272,15 @@ def _write(contents: Contents, folder: Path, progress: Progress) -> None:
         files=files,
     )
     write_content(folder, MANIFEST, manifest.to_text())
+
+
+def _write_weights(contents: Contents, folder: Path, progress: Progress) -> FileRecord:
+    """Pack the weights, or take those of another artifact."""
+    if contents.packed is not None:
+        return contents.packed.share_weights(header_digest(contents.weights), folder)
+    total = int(weight_layout(contents.weights).bytes)
+    with new_file(folder, WEIGHTS) as file:
+        write_weights(
+            file, contents.weights, contents.pieces, lambda n: progress("pack weights", n, total)
+        )
+    return file.record

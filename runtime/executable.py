@@ -13,12 +13,12 @@ from nemoc.runtime import inputs
 from nemoc.runtime.backend import Backend
 from nemoc.runtime.files import as_path
 from nemoc.runtime.generation import Endings, generate_tokens
-from nemoc.runtime.manifest import Manifest
+from nemoc.runtime.manifest import FileRecord, Manifest
 from nemoc.runtime.program import DECODE, PREFILL, PREFILL_ALL, Program
 from nemoc.runtime.sampling import Sampler
 from nemoc.runtime.scalars import as_integer, check_count, check_integer
 from nemoc.runtime.state import State
-from nemoc.runtime.store import check_unreplaced, copy_artifact
+from nemoc.runtime.store import check_unreplaced, copy_artifact, share_weights
 from nemoc.runtime.tokenizer import Tokenizer
 
 Stop = int | str | Sequence[int | str] | None
@@ -205,6 +205,10 @@ class Executable:
             NemocError: it cannot be written, or another artifact has replaced this one.
         """
         copy_artifact(self.folder, self._manifest, as_path(path))
+
+    def share_weights(self, header: str, folder: Path) -> FileRecord:
+        """Put the artifact's weights into another artifact's folder (`nemoc.runtime.store.share_weights`)."""
+        return share_weights(self.folder, self._manifest, header, folder)
 
     def _endings(self, rows: int, stop: Stop) -> Endings:
         texts, ids = _stops(stop)

@@ -109,6 +109,31 @@ def copy_artifact(folder: Path, manifest: Manifest, destination: Path) -> None:
         write_content(target, MANIFEST, manifest.to_text())
 
 
+def share_weights(folder: Path, manifest: Manifest, header: str, target: Path) -> FileRecord:
+    """Put an artifact's weights into the folder of another: the same file, or a copy where there can be no link.
+
+    Args:
+        folder, manifest: of the artifact.
+        header: the digest of the header that the weights must have.
+        target: the other folder.
+
+    Raises:
+        NemocError: the artifact was replaced, or its weights are other ones.
+        OSError: it cannot be written.
+    """
+    check_unreplaced(folder, manifest)
+    record = manifest.files[WEIGHTS]
+    path = checked_path(folder, WEIGHTS, record)
+    if manifest.weights_header != header:
+        raise NemocError(f"{path}: holds other weights than the executable needs")
+    try:
+        os.link(path, target / WEIGHTS)
+    except OSError:
+        if write_content(target, WEIGHTS, path) != record:
+            raise NemocError(f"{path}: was altered") from None
+    return record
+
+
 def checked_path(folder: Path, name: str, record: FileRecord) -> Path:
     """The path of a file of an artifact: a regular file within it, of the recorded size.
 

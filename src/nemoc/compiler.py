@@ -110,6 +110,7 @@ def compile(
     predicted: bool = False,
     threads: int | None = None,
     destination: str | Path | None = None,
+    weights_of: Executable | None = None,
     verify_each: bool = False,
     progress: Progress | None = None,
 ) -> Executable:
@@ -147,6 +148,8 @@ def compile(
             (`nemoc.autotune.predict`); the artifact says which schedules are predicted.
         threads: threads that the executable runs on; None for `NEMOC_THREADS`, else all cores.
         destination: where to write the artifact; None for a temporary place that goes with the executable.
+        weights_of: an executable of the same model, quantized in the same way, whose weights are taken as they were
+            packed; where the file system can, both artifacts have one file of them.
         verify_each: hold every pass to what it declares, by running the graphs before and after it on small inputs.
         progress: told what is being done.
 
@@ -205,6 +208,7 @@ def compile(
             ),
         },
         tools=_tools(found.target),
+        packed=weights_of,
     )
     return build(
         contents, destination, threads=threads, progress=progress or _quiet, backends=BACKENDS

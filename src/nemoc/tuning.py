@@ -22,7 +22,7 @@ from nemoc import compiler
 from nemoc.autotune.gpu_model import RATES
 from nemoc.autotune.journal import Journal
 from nemoc.autotune.measure import Roofs, interleaved, measured_roofs
-from nemoc.autotune.records import Device, Records, read_records
+from nemoc.autotune.records import Device, Record, Records, read_records
 from nemoc.autotune.statistics import Interval, ratio_of_times
 from nemoc.autotune.tuner import Kernel, KernelReport, Told, Tuner
 from nemoc.codegen.plan import Plan, Site
@@ -87,7 +87,8 @@ class TuneReport:
         records: what was found now.
         gains: expected parts of each function's kernel time that are saved.
         whole: the time of each function of the whole model relative to the defaults, measured; empty where nothing
-            changed or the budget did not allow it.
+            changed or the budget did not allow it. Where it is longer, what was found of the function's kernels was
+            taken back.
         spent: seconds of this run.
         earlier: seconds that runs before it had spent.
         finished: whether nothing more is expected of any kernel.
@@ -181,7 +182,8 @@ def tune(
         _say(progress, "try schedules")
         tuner.run(clock.deadline(1.0 - _RESERVED * compare), spent.update)
         results = tuner.results()
-    add_records(results, as_path(records) if records is not None else own_records())
+    place = as_path(records) if records is not None else own_records()
+    add_records(results, place)
     whole: dict[str, Interval] = {}
     if goes_on and compare and any(r.best for r in tuner.reports):
         _say(progress, "compare the whole model")
@@ -189,6 +191,12 @@ def tune(
             whole = _compare(model, options | {"threads": threads}, results, numerics, work, clock)
         except NemocError as error:  # as where a GPU has no room for two
             _say(progress, f"the whole model is not compared: {error}")
+        lost = [step for step, interval in whole.items() if interval.is_loss]
+        for step in lost:
+            tuner.withdraw(step)
+        if lost:
+            claimed, results = results, tuner.results()
+            add_records(results, place, instead_of=claimed)
         spent.update()
     return TuneReport(
         tuple(sorted(tuner.reports, key=lambda r: -r.share)),
@@ -202,13 +210,14 @@ def tune(
     )
 
 
-def add_records(found: Records, path: Path) -> None:
-    """Add records to a file, which is replaced as a whole.
+def add_records(found: Records, path: Path, instead_of: Iterable[Record] = ()) -> None:
+    """Add records to a file, which is replaced as a whole; others of it go.
 
     Raises:
         NemocError: the file holds something else, or cannot be written.
     """
     held = read_records(path) if path.exists() else Records()
+    held.remove(instead_of)
     held.add(found)
     write_records(held, path)
 
@@ -376,11 +385,16 @@ def _compare(
     work: Workload,
     clock: _Budget,
 ) -> dict[str, Interval]:
-    """The whole model's time relative to that with all defaults, by function, in one interleaved run."""
+    """The whole model's time relative to that with all defaults, by function, in one interleaved run.
+
+    Both executables map one file of weights: of two copies of it, one may lie better in memory than the other, which
+    steps of one token, bound by reading, show as a gain or a loss that no kernel has.
+    """
     known = known_records()
     known.add(results)
     both = {"default": Records(), "tuned": known}
     runs: dict[str, Callable[[], object]] = {}
+    executable: Executable | None = None
     for name, records in both.items():
         executable = compiler.compile(
             model,
@@ -388,6 +402,7 @@ def _compare(
             numerics=numerics,
             max_batch=work.batch,
             max_context=max(_CONTEXT, work.context + _DECODED),
+            weights_of=executable,
             **options,
         )
         runs |= {

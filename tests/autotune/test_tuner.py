@@ -54,6 +54,22 @@ def test_best_schedule_is_found_and_recorded(tmp_path: Path) -> None:
     assert made.gains()["decode"] == pytest.approx(1 - record.ratio, rel=0.01)
 
 
+def test_what_the_whole_model_does_not_bear_out_is_taken_back_for_good(tmp_path: Path) -> None:
+    made = tuner(tmp_path, PaperBench())
+    made.run(EVER)
+    made.withdraw("prefill")  # another function
+    (claimed,) = made.results()
+    assert claimed.schedule
+    made.withdraw("decode")
+    again = tuner(tmp_path, PaperBench())
+    again.run(EVER)
+    for run in (made, again):
+        (record,) = run.results()
+        assert (record.schedule, record.numerics) == ({}, "same")
+        assert (record.ratio, record.low, record.high) == (1.0, 1.0, 1.0)
+        assert record.trials == claimed.trials
+
+
 def test_tuning_that_keeps_bits_tries_nothing_else(tmp_path: Path) -> None:
     bench = PaperBench()
     made = tuner(tmp_path, bench, keep_bits=True)

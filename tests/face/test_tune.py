@@ -3,16 +3,23 @@
 import dataclasses
 import functools
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import nemoc
+import nemoc.tuning
 from nemoc.__main__ import main
+from nemoc.autotune.journal import Trial
 from nemoc.autotune.records import Record, Records, read_records
+from nemoc.autotune.statistics import Interval
+from nemoc.autotune.tuner import KernelReport, Tuner
 from nemoc.codegen import sites
 from nemoc.codegen.lower import corner_sizes, lower_program
 from nemoc.codegen.plan import Plan, Site
@@ -92,6 +99,33 @@ def test_budget_that_is_spent_is_not_spent_again(
     assert report.earlier >= 3
     again = {r.kernel: r.schedule for r in read_records(tuned / "again.json")}
     assert again == {r.kernel: r.schedule for r in before}
+
+
+def test_kernels_of_a_step_that_became_slower_keep_their_defaults(
+    checkpoint: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def claim(self: Tuner, report: KernelReport, trials: Sequence[Trial]) -> dict[str, Any]:
+        schedule = next((t.schedule for t in trials if t.schedule), {})
+        return {"schedule": schedule, "equal": False, "ratio": 0.9, "low": 0.89, "high": 0.91}
+
+    def compare(*_: object) -> dict[str, Interval]:
+        claimed.update({r.kernel: r.schedule for r in read_records(found)})
+        return {"prefill": Interval(0.9, 0.8, 1.0), "decode": Interval(1.1, 1.05, 1.2)}
+
+    monkeypatch.setattr(Tuner, "_last_measurement", claim)
+    monkeypatch.setattr(nemoc.tuning, "_compare", compare)
+    monkeypatch.setattr(nemoc.tuning._Budget, "deadline", lambda *_: 0.0)  # nothing more is tried
+    log = shutil.copy(tuned / "journal.log", tmp_path)
+    found, claimed = tmp_path / "records.json", dict[str, Any]()
+    report = tune(
+        str(checkpoint), budget=1000, workload=WORK, journal=log, records=found, numerics="any"
+    )
+    assert report.whole["decode"].is_loss
+    steps = {k.name: k.kernel.function for k in report.kernels}
+    assert {steps[name] for name, schedule in claimed.items() if schedule} == {"prefill", "decode"}
+    for record in read_records(found):
+        stays = steps[record.kernel] == "prefill"
+        assert record.schedule == (claimed[record.kernel] if stays else {})
 
 
 def test_command_prints_what_was_found(

@@ -1,5 +1,7 @@
 """Artifacts: what is loaded is what was saved, and anything else is refused in one line."""
 
+import dataclasses
+import errno
 import gc
 import hashlib
 import json
@@ -8,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,45 @@ def refused(folder: Path, message: str, **options: Any) -> None:
     with pytest.raises(NemocError, match=re.escape(message)) as caught:
         load(folder, **options)
     assert "\n" not in str(caught.value)
+
+
+def never(weight: object) -> Iterator[torch.Tensor]:
+    raise AssertionError("weights are read again")
+
+
+def test_weights_of_another_artifact_are_the_same_file(
+    exe: Executable, artifact: Path, contents: Callable[..., Contents], tmp_path: Path
+) -> None:
+    first = load(artifact)
+    second = build(contents(packed=first, pieces=never), tmp_path / "second.nemoc")
+    assert (second.folder / "weights.safetensors").samefile(artifact / "weights.safetensors")
+    assert torch.equal(logits(load(second.folder)), logits(exe))
+
+
+def test_weights_that_cannot_be_shared_are_copied(
+    exe: Executable,
+    artifact: Path,
+    contents: Callable[..., Contents],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another device")
+
+    monkeypatch.setattr(os, "link", fail)
+    second = build(contents(packed=load(artifact), pieces=never), tmp_path / "second.nemoc")
+    assert not (second.folder / "weights.safetensors").samefile(artifact / "weights.safetensors")
+    assert torch.equal(logits(load(second.folder)), logits(exe))
+
+
+def test_weights_of_another_layout_are_not_taken(
+    artifact: Path, contents: Callable[..., Contents], tmp_path: Path
+) -> None:
+    fewer = contents(packed=load(artifact))
+    fewer = dataclasses.replace(fewer, weights=(*fewer.weights[1:], fewer.weights[0]))
+    with pytest.raises(NemocError, match="holds other weights than the executable needs"):
+        build(fewer, tmp_path / "second.nemoc")
+    assert not (tmp_path / "second.nemoc").exists()
 
 
 def test_loading_gives_the_same_bits(artifact: Path, exe: Executable, tmp_path: Path) -> None:

@@ -140,7 +140,9 @@ def _gain(kernel: KernelReport, predicted: bool) -> str:
 def _verdict(interval: Interval) -> str:
     if interval.is_gain:
         return f"{interval}, faster"
-    return f"{interval}, slower" if interval.is_loss else f"{interval}, no difference beyond doubt"
+    if interval.is_loss:
+        return f"{interval}, slower: its kernels keep their defaults"
+    return f"{interval}, no difference beyond doubt"
 
 
 @contextmanager
