@@ -29,6 +29,7 @@ from nemoc.autotune.measure import interleaved
 from nemoc.autotune.records import Records, read_records
 from nemoc.autotune.statistics import Interval, ratio_of_times
 from nemoc.models import open_model
+from nemoc.runtime import Executable
 from nemoc.runtime.machine import processor_model
 from nemoc.tuning import steps, tune
 from nemoc.workload import Workload
@@ -85,8 +86,11 @@ def repeat(
             )
             click.echo(f"{name}: {json.dumps(tunings[-1])}")
         runs: dict[str, Callable[[], object]] = {}
+        made: Executable | None = None
         for name, records in found.items():
-            made = compiler.compile(model, "cpu", records=records, numerics=numerics)
+            made = compiler.compile(
+                model, "cpu", records=records, numerics=numerics, weights_of=made
+            )
             runs |= {f"{step} {name}": run for step, run in steps(made, work)}
         timings = interleaved(runs, rounds)
     ratios: dict[str, dict[str, Interval]] = {}
