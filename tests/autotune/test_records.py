@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from nemoc.autotune.records import MOST_TRIED, Record, Records, read_records, records_text
+from nemoc.autotune.records import (
+    MOST_TRIED,
+    SHIPPED,
+    Record,
+    Records,
+    read_records,
+    records_text,
+)
 from nemoc.codegen.tunables import Tunable
 from nemoc.ir.errors import NemocError
 from support.made_up_records import DEVICE, TOOLS, record
@@ -41,6 +48,15 @@ def test_records_from_before_there_were_trials_are_read(tmp_path: Path) -> None:
     path = tmp_path / "records.json"
     path.write_text(json.dumps({"format": 1, "records": [entry]}))
     assert list(read_records(path)) == [dataclasses.replace(one(), tried=(), defaults={})]
+
+
+def test_records_that_come_along_were_measured_and_claim_no_gain_that_is_in_doubt() -> None:
+    found = read_records(SHIPPED)
+    assert SHIPPED.stat().st_size < 1 << 20
+    assert {r.device for r in found} == {"cpu:znver3, 2 threads", "cuda:sm_90"}
+    for r in found:
+        assert r.origin == "measured" and r.machine and r.trials > 0
+        assert (r.high < 1.0) if r.schedule else (r.ratio, r.low, r.high) == (1.0, 1.0, 1.0)
 
 
 def test_later_record_of_a_kernel_replaces_the_earlier_one() -> None:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("autotune", "codegen", "ir", "models", "passes", "runtime")
 DATA = (
     "nemoc/py.typed",
+    "nemoc/autotune/shipped.json",
     "nemoc/models/sample/checkpoint/config.json",
     "nemoc/models/sample/checkpoint/generation_config.json",
     "nemoc/models/sample/checkpoint/model.safetensors",

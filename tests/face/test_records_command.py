@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemoc.__main__ import main
-from nemoc.autotune.records import Record, Records, read_records, records_text
+from nemoc.autotune.records import SHIPPED, Record, Records, read_records, records_text
 from nemoc.codegen.tunables import Tunable
 from nemoc.runtime.machine import processor_model
 from nemoc.schedules import own_records
@@ -68,12 +68,22 @@ def test_list_fits_a_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert " ".join(row.split()[1:]) == "1, 256, 257 0.90 (0.89 to 0.91) same measured 2026-11-01"
 
 
-def test_list_shows_the_users_own_records_by_default(
+def test_list_shows_the_records_that_come_along_and_the_users_own_by_default(
     capsys: pytest.CaptureFixture[str], own: Path
 ) -> None:
-    assert run(capsys, "list")[1] == f"{own}: no records\n"
+    before = run(capsys, "list")[1]
+    for device in {r.device for r in read_records(SHIPPED)}:
+        assert f"{device}; time relative to the default" in before
     write(own, one(64))
-    assert "product_64x32" in run(capsys, "list")[1].replace("\n", "")
+    after = run(capsys, "list")[1].replace("\n", "")
+    assert "product_64x32" in after and "product_64x32" not in before.replace("\n", "")
+
+
+def test_a_file_without_records_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = write(tmp_path / "r.json")
+    assert run(capsys, "list", file)[1] == f"{file}: no records\n"
 
 
 def test_exported_records_are_imported_elsewhere(
