@@ -65,6 +65,10 @@ _ROUND_SECONDS = 0.012
 """What a round of one candidate takes besides the kernel: caches are emptied first."""
 
 
+_NO_GAIN: dict[str, Any] = {"schedule": {}, "equal": True, "ratio": 1.0, "low": 1.0, "high": 1.0}
+"""What is noted as concluded of a kernel whose default stays."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel that a model launches.
@@ -129,6 +133,11 @@ class KernelReport:
     def name(self) -> str:
         """The name of its default plan."""
         return self.kernel.default.name
+
+    def take(self, concluded: Mapping[str, Any]) -> None:
+        """Take over what its study has noted as concluded."""
+        self.best, self.equal = concluded["schedule"], concluded["equal"]
+        self.gain = Interval(concluded["ratio"], concluded["low"], concluded["high"])
 
 
 @dataclass(frozen=True)
@@ -237,9 +246,9 @@ class Tuner:
         """
         for report in self.reports:
             if report.kernel.function == function and report.best:
-                trials = report.study.trials()
-                report.study.note("concluded", _NO_GAIN | {"trials": len(trials)})
-                report.best, report.equal, report.gain = {}, True, Interval(1.0, 1.0, 1.0)
+                done = _NO_GAIN | {"trials": len(report.study.trials())}
+                report.study.note("concluded", done)
+                report.take(done)
 
     def gains(self) -> dict[str, float]:
         """The part of each function's tuned kernels' time that the best candidates save."""
@@ -392,9 +401,7 @@ class Tuner:
             done = last | {"trials": len(trials)}
             report.study.note("concluded", done)
         report.order = _order(report, trials)
-        report.best = done["schedule"]
-        report.equal = done["equal"]
-        report.gain = Interval(done["ratio"], done["low"], done["high"])
+        report.take(done)
 
     def _last_measurement(
         self, report: KernelReport, trials: Sequence[Trial]
@@ -471,10 +478,6 @@ class Tuner:
             defaults=defaults,
             tried=compact((_changes(t, defaults), t.ratio) for t in trials if t.ratio is not None),
         )
-
-
-_NO_GAIN: dict[str, Any] = {"schedule": {}, "equal": True, "ratio": 1.0, "low": 1.0, "high": 1.0}
-"""What is noted of a kernel whose default stays."""
 
 
 def _changes(trial: Trial, defaults: Schedule) -> Schedule:

@@ -73,14 +73,9 @@ def torch_product(region: DeviceRegion, config: ModelConfig) -> Peer:
 
 
 def product_with_decoded(region: DeviceRegion, config: ModelConfig) -> Peer:
-    """`torch.mm` with what a weight in NVFP4 decodes to, in the type of x, which takes 3.6 times the bytes."""
-    x = region.operands["x"]
+    """`torch.mm` with what a weight in NVFP4 decodes to in bf16, which takes 3.6 times the bytes."""
     parts = (region.operands[f"w.{part}"] for part in ("codes", "scales", "scale"))
-    codes, scales, scale = parts
-    numbers = decode(codes, DIALECTS["modelopt"], x.dtype)
-    steps = (scales.float() * scale).to(x.dtype)
-    blocks = numbers.unflatten(-1, (-1, BLOCK)) * steps.unsqueeze(-1)
-    return _multiplied(region, x, blocks.flatten(-2))
+    return _multiplied(region, region.operands["x"], _decoded_nvfp4(False, *parts))
 
 
 def scaled_product(region: DeviceRegion, config: ModelConfig) -> Peer:
@@ -97,10 +92,8 @@ def scaled_product(region: DeviceRegion, config: ModelConfig) -> Peer:
 
 def product_with_widened(region: DeviceRegion, config: ModelConfig) -> Peer:
     """`torch.mm` with what both operands stand for in bf16, which takes twice the bytes."""
-    x, w = (
-        (region.operands[name].float() * region.operands[f"{name}.scale"]).bfloat16()
-        for name in ("x", "w")
-    )
+    stored = region.operands
+    x, w = (_decoded_fp8(stored[name], stored[f"{name}.scale"]) for name in ("x", "w"))
     return _multiplied(region, x, w)
 
 

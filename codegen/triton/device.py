@@ -242,9 +242,9 @@ def e2m1_halves(words):
 def e2m1_eighths(words):
     """The tiles of `e2m1_halves`, f32."""
     c0, c1, c2, c3, c4, c5, c6, c7 = e2m1_halves(words)
-    low = c0.to(tl.float32), c1.to(tl.float32), c2.to(tl.float32), c3.to(tl.float32)
-    high = c4.to(tl.float32), c5.to(tl.float32), c6.to(tl.float32), c7.to(tl.float32)
-    return low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]
+    c0, c1, c2, c3 = c0.to(tl.float32), c1.to(tl.float32), c2.to(tl.float32), c3.to(tl.float32)
+    c4, c5, c6, c7 = c4.to(tl.float32), c5.to(tl.float32), c6.to(tl.float32), c7.to(tl.float32)
+    return c0, c1, c2, c3, c4, c5, c6, c7
 
 
 @jit

@@ -1,6 +1,7 @@
 """Kernels of a GPU at hand, tried one by one: on a device that interprets them, since tests have none."""
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from nemoc import NemocError, compiler, gpu_trial_worker, gpu_tuning
+from nemoc.autotune.journal import Journal
 from nemoc.autotune.measure import Roofs
 from nemoc.autotune.search import Space
-from nemoc.autotune.tuner import Kernel
+from nemoc.autotune.tuner import Kernel, Tuner
 from nemoc.codegen.bench import Finding
 from nemoc.codegen.triton.emit import emit
 from nemoc.codegen.triton.target import gpu_target
@@ -20,6 +22,7 @@ from nemoc.gpu_laboratory import WORKERS, Given, GpuLaboratory, MeasuredBench
 from nemoc.ir.dims import estimate
 from nemoc.models import open_model
 from nemoc.runtime.cuda_driver import DriverError
+from nemoc.schedules import gpu_device
 from nemoc.workload import Workload
 from support.checkpoints import write_checkpoint
 from support.fake_cuda import FakeLaunch, tensor_at
@@ -101,6 +104,33 @@ def test_other_schedules_are_compared_with_the_default(known: list[Kernel]) -> N
     assert {bench.check(plan).outcome for plan in plans} == {"ok"}
     times = bench.time([kernel.default, *plans], rounds=3, seed=0)
     assert times == [[1e-6] * 3] * (1 + len(plans))
+
+
+def test_a_run_on_a_device_goes_on_where_the_one_before_ended(
+    known: list[Kernel], tmp_path: Path
+) -> None:
+    kernel = next(k for k in known if k.default.name.startswith("product"))
+    target = functools.partial(emit, target=gpu_target(TARGET))
+
+    def stage(deadline: float) -> list[str]:
+        """What was tried of the kernel when a run is over that looks at its clock so often."""
+        made = Tuner(
+            [kernel],
+            target,
+            gpu_device(TARGET, machine="Fake GPU"),
+            Journal(tmp_path / "journal.log"),
+            keep_bits=False,
+            clock=functools.partial(next, itertools.count()),
+        )
+        made.run(deadline)
+        trials = made.reports[0].study.trials()
+        assert {trial.outcome for trial in trials} == {"ok"}
+        return [trial.kernels for trial in trials]
+
+    first, second, third = (stage(deadline) for deadline in (0, 1, 1))
+    assert first == [kernel.default.name]
+    assert first == second[:1] and second == third[: len(second)]
+    assert len(first) < len(second) < len(third) == len(set(third))
 
 
 def test_a_site_whose_operands_cannot_be_made_is_tried_again(
