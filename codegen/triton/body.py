@@ -258,19 +258,19 @@ class Body:
         self.writer.line(f"prefetch({at})")
 
     def has_words(self, value: Value) -> bool:
-        """Whether `words` can read a value: an operand of bytes, its rows whole words one behind the other."""
-        if value not in self._args or value.dtype.bytes != 1 or value.type.rank < 2:
+        """Whether `words` can read a value: an operand of elements of one or two bytes, rows of whole words."""
+        if value not in self._args or value.dtype.bytes > 2 or value.type.rank < 2:
             return False
-        view = self.view(value)
+        view, each = self.view(value), 4 // value.dtype.bytes
         sizes = (view.shape[-1], *view.strides[:-1])
         behind = view.strides[-2:] == (view.shape[-1], 1)
-        return behind and all(quotient(size, 4) is not None for size in sizes)
+        return behind and all(quotient(size, each) is not None for size in sizes)
 
     def words(self, seen: Seen, place: Place) -> str:
         """Words of four bytes (i32) of a value that `has_words`; rows and columns are counted in words."""
-        view = self.view(seen.value)
-        shape = (*view.shape[:-1], _quarter(view.shape[-1]))
-        strides = (*map(_quarter, view.strides[:-1]), 1)
+        view, each = self.view(seen.value), 4 // seen.value.dtype.bytes
+        shape = (*view.shape[:-1], _part(view.shape[-1], each))
+        strides = (*(_part(stride, each) for stride in view.strides[:-1]), 1)
         return self._load(seen.value, View(DType.I32, shape, strides), seen.width, place)
 
     def fp8(self, seen: Seen, place: Place) -> str:
@@ -348,10 +348,10 @@ def _widens(narrow: DType, wide: DType) -> bool:
     return narrow in (DType.BF16, DType.F16) and wide == DType.F32
 
 
-def _quarter(size: Dim) -> Dim:
-    quarter = quotient(size, 4)
-    assert quarter is not None  # of what `has_words`
-    return quarter
+def _part(size: Dim, parts: int) -> Dim:
+    part = quotient(size, parts)
+    assert part is not None  # of what `has_words`
+    return part
 
 
 def _zero(dtype: DType) -> str:

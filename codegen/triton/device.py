@@ -1,7 +1,9 @@
 """Functions that generated kernels call. The text below the imports goes into every module of kernels.
 
-`jit`, `F32_PRODUCTS` and `WAITS` are bound by the module's head: whether functions are compiled or interpreted, how the
-target multiplies matrices of f32, and whether kernels wait for former ones themselves.
+Names in capitals are bound by the module's head: `F32_PRODUCTS` is how the target multiplies matrices of f32, `WAITS`
+whether kernels wait for former ones themselves, `FP8` whether E4M3 is a type of the target, and `PTX` whether it takes
+NVIDIA's assembly; `jit` says whether functions are compiled or interpreted. What is written in assembly, for fewer
+instructions, stands beside the same in Triton, for other GPUs and the interpreter.
 """
 
 import triton
@@ -11,6 +13,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 jit = triton.jit
 F32_PRODUCTS = tl.constexpr("ieee")
 WAITS = tl.constexpr(False)
+FP8 = tl.constexpr(False)
+PTX = tl.constexpr(False)
 
 # --- text of every module ---
 
@@ -103,10 +107,13 @@ def from_e4m3(bits):
 
     Their bits are those of an f16 that is 2⁻⁸ times as large, once they stand where f16 has them.
     """
-    code = bits.to(tl.int32)
-    tiny = ((code & 128) << 8) | ((code & 127) << 7)
-    number = tiny.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where((code & 127) == 127, float("nan"), number)
+    if FP8:
+        return bits.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        code = bits.to(tl.int32)
+        tiny = ((code & 128) << 8) | ((code & 127) << 7)
+        number = tiny.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        return tl.where((code & 127) == 127, float("nan"), number)
 
 
 @jit
@@ -208,61 +215,167 @@ def f16_halves(bits):
 
 
 @jit
-def nvfp4_word_units(words, scales, rows: tl.constexpr, blocks: tl.constexpr):
-    """code · s · 2⁻⁷ in bf16, exact: eight codes in each word, i32 [rows, 2 blocks], and E4M3 bits [rows, blocks].
+def bf16_numbers(words, columns: tl.constexpr):
+    """The two bf16 numbers in each word (i32) as f32, the low one first: [1, columns] of half as many words."""
+    low = (words << 16).to(tl.float32, bitcast=True)
+    high = (words & -0x10000).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(low, high), [1, columns])
 
-    Codes are moved two at a time, number j and number j + 4 of a word, to where the sign (0x8000) and the rest
-    (0x01C0) of two bf16 numbers are, which are 2⁻¹²⁶ times as large. 2⁻⁷ keeps scales times 2¹¹⁹ finite.
-    """
-    steps = (from_e4m3(scales) * 6.646139978924579e35).to(tl.bfloat16)
-    steps = tl.reshape(tl.join(steps, steps), [rows, blocks * 2])
-    c0, c4 = bf16_halves(((words << 12) & -0x7FFF8000) | ((words << 6) & 0x01C001C0))
-    c1, c5 = bf16_halves(((words << 8) & -0x7FFF8000) | ((words << 2) & 0x01C001C0))
-    c2, c6 = bf16_halves(((words << 4) & -0x7FFF8000) | ((words >> 2) & 0x01C001C0))
-    c3, c7 = bf16_halves((words & -0x7FFF8000) | ((words >> 6) & 0x01C001C0))
-    even = tl.join(tl.join(c0 * steps, c4 * steps), tl.join(c2 * steps, c6 * steps))
-    odd = tl.join(tl.join(c1 * steps, c5 * steps), tl.join(c3 * steps, c7 * steps))
-    return tl.reshape(tl.join(even, odd), [rows, blocks * 16])
+
+E5M2_NUMBERS = tl.constexpr("""{
+    .reg .b32 low, high; .reg .b16 n<4>;
+    prmt.b32 low, $4, 0, 0x1404; mov.b32 {n0, n1}, low;
+    prmt.b32 high, $4, 0, 0x3424; mov.b32 {n2, n3}, high;
+    cvt.f32.f16 $0, n0; cvt.f32.f16 $1, n1; cvt.f32.f16 $2, n2; cvt.f32.f16 $3, n3;
+}""")
+"""f32 of the four E5M2 numbers in a word, the lowest first: they are the upper halves of f16 numbers."""
+
+UNITS_OF_CODES = tl.constexpr("""{
+    .reg .b32 low, zero, step, n<4>, m<4>;
+    mov.b32 step, {$9, $9}; mov.b32 zero, 0x80008000; shl.b32 low, $8, 4;
+    prmt.b32 n0, low, $8, 0x4000; shr.u32 m0, n0, 6;
+    prmt.b32 n1, low, $8, 0x5010; shr.u32 m1, n1, 6;
+    prmt.b32 n2, low, $8, 0x6020; shr.u32 m2, n2, 6;
+    prmt.b32 n3, low, $8, 0x7030; shr.u32 m3, n3, 6;
+    and.b32 n0, n0, 0x80008000; and.b32 m0, m0, 0x01C001C0; or.b32 n0, n0, m0;
+    and.b32 n1, n1, 0x80008000; and.b32 m1, m1, 0x01C001C0; or.b32 n1, n1, m1;
+    and.b32 n2, n2, 0x80008000; and.b32 m2, m2, 0x01C001C0; or.b32 n2, n2, m2;
+    and.b32 n3, n3, 0x80008000; and.b32 m3, m3, 0x01C001C0; or.b32 n3, n3, m3;
+    fma.rn.bf16x2 n0, n0, step, zero; mov.b32 {$0, $1}, n0;
+    fma.rn.bf16x2 n1, n1, step, zero; mov.b32 {$2, $3}, n1;
+    fma.rn.bf16x2 n2, n2, step, zero; mov.b32 {$4, $5}, n2;
+    fma.rn.bf16x2 n3, n3, step, zero; mov.b32 {$6, $7}, n3;
+}""")
+"""bf16 numbers of the eight codes in a word, times a step: codes number 2i and 2i + 1 are moved to the upper ends of a
+word's halves, where their signs are right, and the rest from there."""
+
+FP8_OF_BLOCK = tl.constexpr("""{
+    .reg .b32 step, near, far, size, more, low, s, n<4>; .reg .b16 e<4>;
+    mov.b32 step, {$6, $6};
+    mov.b32 n0, 0x38000000; mul.f16x2 n0, n0, step; cvt.rn.satfinite.e4m3x2.f16x2 e0, n0;
+    mov.b32 n1, 0x3E003C00; mul.f16x2 n1, n1, step; cvt.rn.satfinite.e4m3x2.f16x2 e1, n1;
+    mov.b32 n2, 0x42004000; mul.f16x2 n2, n2, step; cvt.rn.satfinite.e4m3x2.f16x2 e2, n2;
+    mov.b32 n3, 0x46004400; mul.f16x2 n3, n3, step; cvt.rn.satfinite.e4m3x2.f16x2 e3, n3;
+    mov.b32 near, {e0, e1}; mov.b32 far, {e2, e3};
+    and.b32 size, $4, 0x77777777; shr.u32 more, size, 16; shl.b32 low, $4, 4;
+    prmt.b32 n0, near, far, size; prmt.b32 s, low, $4, 0x5140; and.b32 s, s, 0x80808080; xor.b32 $0, n0, s;
+    prmt.b32 n1, near, far, more; prmt.b32 s, low, $4, 0x7362; and.b32 s, s, 0x80808080; xor.b32 $1, n1, s;
+    and.b32 size, $5, 0x77777777; shr.u32 more, size, 16; shl.b32 low, $5, 4;
+    prmt.b32 n2, near, far, size; prmt.b32 s, low, $5, 0x5140; and.b32 s, s, 0x80808080; xor.b32 $2, n2, s;
+    prmt.b32 n3, near, far, more; prmt.b32 s, low, $5, 0x7362; and.b32 s, s, 0x80808080; xor.b32 $3, n3, s;
+}""")
+"""E4M3 numbers of the sixteen codes in two words, times a step, four in each word: the eight that there are but for
+their signs are computed once, and looked up byte by byte."""
 
 
 @jit
-def e2m1_halves(words):
-    """Eight tiles, f16: number j of the eight codes in each word (i32), times 2⁻¹⁴.
-
-    Codes are moved as in `nvfp4_word_units`, to where f16 has them.
-    """
-    c0, c4 = f16_halves(((words << 12) & -0x7FFF8000) | ((words << 9) & 0x0E000E00))
-    c1, c5 = f16_halves(((words << 8) & -0x7FFF8000) | ((words << 5) & 0x0E000E00))
-    c2, c6 = f16_halves(((words << 4) & -0x7FFF8000) | ((words << 1) & 0x0E000E00))
-    c3, c7 = f16_halves((words & -0x7FFF8000) | ((words >> 3) & 0x0E000E00))
-    return c0, c1, c2, c3, c4, c5, c6, c7
+def e5m2_numbers(bits):
+    """Four tiles, f32, of the four E5M2 numbers in each word (i32), the lowest first."""
+    if PTX:
+        kinds: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
+        return tl.inline_asm_elementwise(
+            E5M2_NUMBERS, "=f,=f,=f,=f,r", [bits], dtype=kinds, is_pure=True, pack=1
+        )
+    else:
+        n0, n2 = f16_halves((bits << 8) & -0x00FF0100)
+        n1, n3 = f16_halves(bits & -0x00FF0100)
+        return n0.to(tl.float32), n1.to(tl.float32), n2.to(tl.float32), n3.to(tl.float32)
 
 
 @jit
 def e2m1_eighths(words):
-    """The tiles of `e2m1_halves`, f32."""
-    c0, c1, c2, c3, c4, c5, c6, c7 = e2m1_halves(words)
-    c0, c1, c2, c3 = c0.to(tl.float32), c1.to(tl.float32), c2.to(tl.float32), c3.to(tl.float32)
-    c4, c5, c6, c7 = c4.to(tl.float32), c5.to(tl.float32), c6.to(tl.float32), c7.to(tl.float32)
+    """Eight tiles, f32: number j of the eight codes in each word (i32), times 2⁻¹⁴.
+
+    Codes are E5M2 numbers 2¹⁴ times as small once their signs stand where those have them. Even codes are moved
+    together, and odd ones.
+    """
+    even = ((words << 1) & 0x0E0E0E0E) | ((words << 4) & -0x7F7F7F80)
+    odd = ((words >> 3) & 0x0E0E0E0E) | (words & -0x7F7F7F80)
+    c0, c2, c4, c6 = e5m2_numbers(even)
+    c1, c3, c5, c7 = e5m2_numbers(odd)
     return c0, c1, c2, c3, c4, c5, c6, c7
+
+
+@jit
+def in_order(c0, c1, c2, c3, c4, c5, c6, c7, rows: tl.constexpr, columns: tl.constexpr):
+    """The tile [rows, columns] of which eight have every eighth element."""
+    even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
+    odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
+    return tl.reshape(tl.join(even, odd), [rows, columns])
+
+
+@jit
+def nvfp4_word_units(words, scales, rows: tl.constexpr, blocks: tl.constexpr):
+    """code · s · 2⁻⁷ in bf16, exact: eight codes in each word, i32 [rows, 2 blocks], and E4M3 bits [rows, blocks].
+
+    Codes are moved two at a time to where the sign (0x8000) and the rest (0x01C0) of two bf16 numbers are, which are
+    2⁻¹²⁶ times as large. 2⁻⁷ keeps scales times 2¹¹⁹ finite.
+    """
+    steps = (from_e4m3(scales) * 6.646139978924579e35).to(tl.bfloat16)
+    steps = tl.reshape(tl.join(steps, steps), [rows, blocks * 2])
+    if PTX:
+        pair: tl.constexpr = (tl.bfloat16, tl.bfloat16)
+        kinds: tl.constexpr = pair + pair + pair + pair
+        c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
+            UNITS_OF_CODES,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,h",
+            [words, steps],
+            dtype=kinds,
+            is_pure=True,
+            pack=1,
+        )
+        return in_order(c0, c1, c2, c3, c4, c5, c6, c7, rows, blocks * 16)
+    else:
+        c0, c4 = bf16_halves(((words << 12) & -0x7FFF8000) | ((words << 6) & 0x01C001C0))
+        c1, c5 = bf16_halves(((words << 8) & -0x7FFF8000) | ((words << 2) & 0x01C001C0))
+        c2, c6 = bf16_halves(((words << 4) & -0x7FFF8000) | ((words >> 2) & 0x01C001C0))
+        c3, c7 = bf16_halves((words & -0x7FFF8000) | ((words >> 6) & 0x01C001C0))
+        c0, c1, c2, c3 = c0 * steps, c1 * steps, c2 * steps, c3 * steps
+        c4, c5, c6, c7 = c4 * steps, c5 * steps, c6 * steps, c7 * steps
+        return in_order(c0, c1, c2, c3, c4, c5, c6, c7, rows, blocks * 16)
 
 
 @jit
 def nvfp4_word_fp8(words, scales, rows: tl.constexpr, blocks: tl.constexpr):
     """The E4M3 numbers nearest to code · s / 8, ties to even; operands as of `nvfp4_word_units`.
 
-    All that is rounded is exact in f16, for which codes and scales are multiplied one after the other by what is left:
-    scales times 2¹¹ would be too large.
+    All that is rounded is exact in f16.
     """
     steps = (from_e4m3(scales) * 0.125).to(tl.float16)
-    steps = tl.reshape(tl.join(steps, steps), [rows, blocks * 2])
-    c0, c1, c2, c3, c4, c5, c6, c7 = e2m1_halves(words)
-    unit = tl.full([1, 1], 16384.0, tl.float16)
-    c0, c4, c2, c6 = c0 * unit * steps, c4 * unit * steps, c2 * unit * steps, c6 * unit * steps
-    c1, c5, c3, c7 = c1 * unit * steps, c5 * unit * steps, c3 * unit * steps, c7 * unit * steps
-    even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
-    odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
-    return tl.reshape(tl.join(even, odd), [rows, blocks * 16]).to(tl.float8e4nv)
+    if PTX:
+        first, second = tl.split(tl.reshape(words, [rows, blocks, 2]))
+        kinds: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            FP8_OF_BLOCK,
+            "=&r,=&r,=&r,=&r,r,r,h",
+            [first, second, steps],
+            dtype=kinds,
+            is_pure=True,
+            pack=1,
+        )
+        bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [rows, blocks * 4])
+        return bytes_of(bits, rows, blocks * 16).to(tl.float8e4nv, bitcast=True)
+    else:
+        steps = tl.reshape(tl.join(steps, steps), [rows, blocks * 2])
+        unit = tl.full([1, 1], 16384.0, tl.float16)
+        c0, c1, c2, c3, c4, c5, c6, c7 = e2m1_eighths(words)
+        c0, c1 = c0.to(tl.float16) * unit * steps, c1.to(tl.float16) * unit * steps
+        c2, c3 = c2.to(tl.float16) * unit * steps, c3.to(tl.float16) * unit * steps
+        c4, c5 = c4.to(tl.float16) * unit * steps, c5.to(tl.float16) * unit * steps
+        c6, c7 = c6.to(tl.float16) * unit * steps, c7.to(tl.float16) * unit * steps
+        return in_order(c0, c1, c2, c3, c4, c5, c6, c7, rows, blocks * 16).to(tl.float8e4nv)
+
+
+@jit
+def bytes_of(words, rows: tl.constexpr, columns: tl.constexpr):
+    """The four bytes in each word (i32), the lowest first: i8 [rows, columns] of a quarter as many words."""
+    b0, b1, b2, b3 = (
+        words.to(tl.int8),
+        (words >> 8).to(tl.int8),
+        (words >> 16).to(tl.int8),
+        (words >> 24).to(tl.int8),
+    )
+    return tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), [rows, columns])
 
 
 @jit

@@ -22,6 +22,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 jit = triton.jit
 F32_PRODUCTS = tl.constexpr("{products}")
 WAITS = tl.constexpr({waits})
+FP8 = tl.constexpr({fp8})
+PTX = tl.constexpr({ptx})
 """
 
 _INTERPRETED = """\
@@ -31,6 +33,8 @@ from triton.runtime.interpreter import InterpretedFunction
 jit = InterpretedFunction
 F32_PRODUCTS = "{products}"
 WAITS = {waits}
+FP8 = False
+PTX = False
 """
 
 
@@ -43,7 +47,12 @@ def module_source(kernels: Iterable[Kernel], target: GpuTarget) -> str:
     """
     device = Path(__file__).with_name("device.py").read_text()
     head = _INTERPRETED if target.is_interpreter else _COMPILED
-    head = head.format(products=target.products, waits=target.waits)
+    head = head.format(
+        products=target.products,
+        waits=target.waits,
+        fp8=target.fp8,
+        ptx=target.backend == "cuda",
+    )
     sources = {kernel.name: kernel.source for kernel in kernels}
     return "\n\n".join([head + device[device.index(_MARK) + len(_MARK) :], *sources.values()])
 

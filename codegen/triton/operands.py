@@ -82,6 +82,18 @@ class Operand:
         """The same in f32."""
         return self.body.writer.let("wide", f"{self.tile(place)}.to(tl.float32)")
 
+    def by_words(self, place: Place) -> str:
+        """The same of a single row, bf16 by twos where they can be read so: that takes fewer instructions.
+
+        Of weights in bf16 it takes more registers, so that some do not fit.
+        """
+        value, width = self.seen.value, self.seen.width
+        if value.dtype != DType.BF16 or width % 2 or not self.body.has_words(value):
+            return self.numbers(place)
+        at = self.body.resized(place, place.columns // 2, width // 2)
+        words = self.body.words(Seen(value, width // 2), at)
+        return self.body.writer.let("wide", f"bf16_numbers({words}, {place.columns})")
+
     @property
     def left_out(self) -> float:
         """What elements of tiles have to be multiplied by, besides the scale of their rows."""
@@ -176,15 +188,8 @@ class Packed(Operand):
             ((seen, place),) = row_op(op).sources(self.body, op, seen, place)
 
 
-@dataclass(frozen=True)
 class Fp8(Operand):
-    """An operand of E4M3, whose tiles are bf16: it holds all its bits.
-
-    Attributes:
-        known: whether the GPU has instructions for the type.
-    """
-
-    known: bool = False
+    """An operand of E4M3, whose tiles are bf16: it holds all its bits."""
 
     @property
     def dtype(self) -> DType:
@@ -204,9 +209,7 @@ class Fp8(Operand):
         return self.body.writer.let("narrow", f"{self.numbers(place)}.to(tl.bfloat16)")
 
     def numbers(self, place: Place) -> str:
-        bits = self.bits(place)
-        known = f"{bits}.to(tl.float8e4nv, bitcast=True).to(tl.float32)"
-        return self.body.writer.let("wide", known if self.known else f"from_e4m3({bits})")
+        return self.body.writer.let("wide", f"from_e4m3({self.bits(place)})")
 
 
 class Recoded(Fp8):
@@ -221,12 +224,12 @@ class Recoded(Fp8):
         return self.body.writer.let("recoded", text)
 
 
-def operand(body: Body, seen: Seen, fp8: bool) -> Operand:
-    """An operand as the loop over the reduction takes it; `fp8` says whether the GPU has instructions for E4M3."""
+def operand(body: Body, seen: Seen) -> Operand:
+    """An operand as the loop over the reduction takes it."""
     if is_packed(body.graph, seen.value):
         return Packed(body, seen)
     if isinstance(_maker(body.graph, seen.value), Nvfp4ToFp8):
-        return Recoded(body, seen, fp8)
+        return Recoded(body, seen)
     if seen.value.dtype == DType.F8E4M3:
-        return Fp8(body, seen, fp8)
+        return Fp8(body, seen)
     return Operand(body, seen)

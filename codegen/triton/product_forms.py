@@ -154,9 +154,9 @@ def skinny_forms(
     """The forms without matrix units that are worth having: rows of a program, and of a launch at most.
 
     Reading a weight takes as long as `target.instructions_per_byte` times its bytes instructions, with all
-    multiprocessors at work. Until then it can be decoded, which takes about 5 instructions of NVFP4, 2 of FP8 (8 where
+    multiprocessors at work. Until then it can be decoded, which takes about 4 instructions of NVFP4, 2 of FP8 (8 where
     there are none for it), 1 of bf16 and none of f32, and be multiplied with each row, which takes 1. The tiles of
-    matrix units take about 7, 3 (9), 0.5 and, as f32 is cut into narrower numbers, 4; but they have at least 16
+    matrix units take about 6, 3 (9), 0.5 and, as f32 is cut into narrower numbers, 4; but they have at least 16
     columns, for which a program goes through the whole reduction, so that there are fewer of them with fewer bytes
     under way. So a form is worth having as long as reading or the tile takes longer. Of those there are the one of a
     single row, and that of the most rows; but only the former of bf16 and FP8, of which an H100 took up to 1.6 times as
@@ -184,7 +184,7 @@ def skinny_forms(
 def _is_worth(made: Product, rows: int, target: GpuTarget) -> bool:
     """Whether so many rows take no longer without matrix units than reading the weights or the tile of matrix units."""
     if made.packed[1]:
-        decode, tile, size = 5.0, 7.0, _BITS_OF_NVFP4 / 8
+        decode, tile, size = 4.0, 6.0, _BITS_OF_NVFP4 / 8
     elif made.w.dtype == DType.F8E4M3:
         decode, tile, size = (2.0, 3.0, 1.0) if target.fp8 else (8.0, 9.0, 1.0)
     elif made.w.dtype == DType.F32:

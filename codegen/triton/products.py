@@ -85,10 +85,10 @@ def emit_products(site: Site, target: GpuTarget) -> Plan:
             prefix = f"tile{rows}_" if most else ""
             schedule = product_schedule(site.choices, default, products, target, prefix)
         if schedule.parts > 1:
-            stages += _stages_of_parts(site, products[0], stores, schedule, taken, target.fp8)
+            stages += _stages_of_parts(site, products[0], stores, schedule, taken)
             parts = max(parts, schedule.parts)
         else:
-            stages.append(_stage(site, products, stores, schedule, taken, target.fp8))
+            stages.append(_stage(site, products, stores, schedule, taken))
     scratch = (_sums_of_parts(products[0], parts),) if parts else ()
     return Plan(tuple(stages), scratch, updates=cache_updates(site, stores))
 
@@ -111,9 +111,8 @@ def _stage(
     stores: list[Store],
     schedule: Schedule,
     taken: Dim,
-    fp8: bool,
 ) -> Stage:
-    """The launch that follows a schedule; `taken` is 1 if it has programs, else 0; `fp8` as in `operand`."""
+    """The launch that follows a schedule; `taken` is 1 if it has programs, else 0."""
     first = products[0]
     writer = KernelWriter("product" if first.offsets is None else "grouped")
     body = Body(writer, site)
@@ -128,7 +127,7 @@ def _stage(
         tile = _dense_tile(body, first, schedule, pid)
         tasks = ceil_div(first.count, schedule.rows)
     for made in products:
-        sums = _write_product(body, made, schedule, tile, fp8)
+        sums = _write_product(body, made, schedule, tile)
         body.bind(Seen(made.result, made.features), tile.place, sums)
     _write_results(body, first, stores, tile.place)
     blocks = -(-first.features // schedule.columns)
@@ -186,7 +185,6 @@ def _stages_of_parts(
     stores: list[Store],
     schedule: Schedule,
     taken: Dim,
-    fp8: bool,
 ) -> list[Stage]:
     """As `_stage`, for a dense product whose reduction several programs share: their launch, and that which adds."""
     writer = KernelWriter("product_part")
@@ -194,7 +192,7 @@ def _stages_of_parts(
     pid = writer.let("pid", "tl.program_id(0)")
     part = writer.let("part", f"{pid} % {schedule.parts}")
     tile = _dense_tile(body, made, schedule, f"{pid} // {schedule.parts}")
-    sums = _write_product(body, made, schedule, tile, fp8, part)
+    sums = _write_product(body, made, schedule, tile, part)
     at, masks = _place_of_part(writer, made, part, tile.place)
     writer.line(f"tl.store({at}, {sums}{masks})")
     blocks = -(-made.features // schedule.columns)
@@ -341,11 +339,11 @@ def _most_tiles(made: Product, rows: int) -> Dim:
 
 
 def _write_product(
-    body: Body, made: Product, schedule: Schedule, tile: _Tile, fp8: bool, part: str = ""
+    body: Body, made: Product, schedule: Schedule, tile: _Tile, part: str = ""
 ) -> str:
     """The loop over the reduction, or over a part of it; returns the tile of sums."""
     writer, place, group = body.writer, tile.place, tile.group
-    x, w = (operand(body, Seen(value, made.width), fp8) for value in (made.x, made.w))
+    x, w = (operand(body, Seen(value, made.width)) for value in (made.x, made.w))
     rows = replace(place, column="0", columns=1, mask="")
     feature = writer.let("weight", f"tl.trans({place.column})")
     if place.mask:  # rows beyond the last would be another group's, or nobody's

@@ -44,7 +44,7 @@ def skinny_sums(
         term = _block_terms(w, across) if isinstance(w, Packed) and by_words else _terms(w, across)
         for total, row in zip(sums, rows, strict=True):
             at = replace(row, column=across.column, columns=across.columns, mask=across.mask)
-            writer.line(f"{total} += {term.format(_row(x, at))}")
+            writer.line(f"{total} += {term.format(_row(x, at, by_words))}")
     return _joined(body, sums)
 
 
@@ -62,9 +62,9 @@ def _block_terms(w: Packed, across: Place) -> str:
     return f"sums_of_blocks({{}}, {codes}, {across.rows}, {blocks}) * {steps}"
 
 
-def _row(x: Operand, at: Place) -> str:
+def _row(x: Operand, at: Place, by_words: bool) -> str:
     """A part of a row of x in f32; 0 beyond its end, whatever became of zeros there."""
-    tile = x.numbers(at)
+    tile = x.by_words(at) if by_words else x.numbers(at)
     if at.mask and not x.body.is_operand(x.seen.value):
         tile = x.body.writer.let("row", f"tl.where({at.mask}, {tile}, 0.0)")
     return tile

@@ -12,7 +12,7 @@ from nemoc.codegen.triton.target import GPUS, gpu_target
 from nemoc.codegen.triton.writer import GpuKernel
 from nemoc.ir import parse
 from nemoc.ir.ops import Fused
-from support.gpu_kernels import assembly, check_kernel, variant
+from support.gpu_kernels import assembly, check_kernel, loop_instructions, variant
 
 NATIVE = {
     "cuda:sm_90": "wgmma.mma_async.e4m3",
@@ -197,6 +197,13 @@ def test_matrix_units_multiply_fp8_as_it_is(target: str) -> None:
     for binary in found.values():
         assert [kind for kind, _ in binary.report.matrix] == [NATIVE[target]]
         assert (binary.report.spilled, binary.report.plain) == (0, ())
+
+
+def test_fp8_is_made_of_nvfp4_in_few_instructions_a_weight() -> None:
+    sm_90 = gpu_target("cuda:sm_90")
+    (binary,) = compile_variants([variant(recoded(2688, 10304), "cuda:sm_90")], sm_90).values()
+    weights_of_a_thread = 128 * 128 / 256
+    assert len(loop_instructions(binary.code)) <= 3.4 * weights_of_a_thread
 
 
 def test_matrix_units_take_fp8_from_where_it_arrives(tmp_path: Path) -> None:

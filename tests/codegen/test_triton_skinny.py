@@ -15,7 +15,7 @@ from nemoc.ir import parse
 from nemoc.ir.dims import evaluate_dim
 from nemoc.ir.nvfp4 import DIALECTS, decode
 from nemoc.ir.ops import Fused
-from support.gpu_kernels import assembly, check_kernel
+from support.gpu_kernels import assembly, check_kernel, loop_instructions
 from support.watched import run_watched
 
 SM_90 = gpu_target("cuda:sm_90")
@@ -333,3 +333,14 @@ def test_a_single_row_asks_for_weights_in_nvfp4_before_it_waits(tmp_path: Path) 
     )
     assert packed_row[0].count("prefetch.global.L2") >= 2  # codes and scales
     assert all(text and "prefetch" not in text for text in (packed_row[2], *plain_row[::2]))
+
+
+@pytest.mark.parametrize("width,columns", [(2688, 16), (4096, 8)])
+def test_a_single_row_decodes_and_multiplies_nvfp4_in_five_instructions_a_weight(
+    width: int, columns: int
+) -> None:
+    site = dense(width, 10304 if columns == 16 else 2688)
+    made = Variant(kernels(site)[0], (True,) * 6)
+    (binary,) = compile_variants([made], SM_90).values()
+    weights_of_a_thread = columns * 1024 / 128
+    assert len(loop_instructions(binary.code)) <= 5.1 * weights_of_a_thread

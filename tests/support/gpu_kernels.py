@@ -1,10 +1,14 @@
 """GPU kernels against their ops in tests: through Triton's interpreter, on guarded and poisoned memory."""
 
 import dataclasses
+import re
+import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import triton
 
 from nemoc.codegen.children import answers
 from nemoc.codegen.plan import Plan, Site
@@ -87,3 +91,24 @@ def assembly(kernel: GpuKernel, target: GpuTarget, folder: Path) -> str:
     ((_, answer),) = answers([request], setup, children, folder)
     text: str = answer["assembly"]
     return text
+
+
+def loop_instructions(code: bytes) -> list[str]:
+    """The names of the machine instructions in the longest loop of a kernel for an NVIDIA GPU."""
+    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        command = [str(disassembler), "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    longest: list[str] = []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(names)
+        if instruction := re.search(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line):
+            names.append(instruction[1])
+        if (back := re.search(r"BRA `\((\.L_x_\d+)\)", line)) and back[1] in labels:
+            longest = max(longest, names[labels[back[1]] :], key=len)
+    return longest
