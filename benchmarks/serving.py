@@ -7,6 +7,7 @@ may live in another environment than nemoc's.
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,9 @@ def serve(engine: Callable[[], object]) -> None:
 class Served:
     """An engine in a process of its own, as the process that asks sees it; ends with a `with` block.
 
+    Once it has answered it is stopped until it is asked again: threads that go on spinning for a while, as those of
+    several engines do, would take processors from whoever is measured next.
+
     Args:
         module: of this package; it is run.
         python: the interpreter that runs it.
@@ -73,6 +77,11 @@ class Served:
             text=True,
         )
 
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid
+
     def call(self, name: str, **arguments: Any) -> Any:
         """What the engine's method returns.
 
@@ -82,11 +91,13 @@ class Served:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         line = ""
+        self._process.send_signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps([name, arguments]), file=self._process.stdin, flush=True)
             line = self._process.stdout.readline()
         if not line:
             raise EngineError(self._last_words())
+        self._process.send_signal(signal.SIGSTOP)
         answer = json.loads(line)
         if "error" in answer:
             raise EngineError(answer["error"])
@@ -101,6 +112,7 @@ class Served:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._process.send_signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):
             self._process.communicate()  # closes stdin, which ends it
         self._errors.close()

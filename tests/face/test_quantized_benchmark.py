@@ -1,6 +1,7 @@
 """The benchmark against llama.cpp without llama.cpp: processes that answer, files, figures, and what is left out."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,12 @@ class TestServed:
             pytest.raises(EngineError, match="ended with code 3: a last word"),
         ):
             engine.call("leave")
+
+
+def test_an_engine_that_is_not_asked_is_stopped(llama: str) -> None:
+    with Served("serve_llama", llama) as engine:
+        for _ in range(2):
+            assert engine.call("about")
+            ended, status = os.waitpid(engine.pid, os.WUNTRACED)
+            assert ended == engine.pid
+            assert os.WIFSTOPPED(status)
