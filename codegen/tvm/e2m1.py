@@ -5,6 +5,7 @@ that it has as bf16; interleaving those makes words of two features each, of whi
 vectors hold features in an order of their own, which only what leaves a product's loop has to undo.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
@@ -33,12 +34,14 @@ class Decoder:
         part: features of a vector: 8, or 4.
         shuffle: LLVM's intrinsic that looks up as many bytes as there are features; empty where the CPU has none.
         multiply: the one that multiplies unsigned bytes by signed ones and adds neighbours, in 16 bits; likewise.
+        nothing: a vector of zeros that LLVM does not know to be zeros; see `local_to`.
     """
 
     writer: KernelWriter
     part: int
     shuffle: str = ""
     multiply: str = ""
+    nothing: str = ""
 
     @classmethod
     def of(cls, writer: KernelWriter, target: CpuTarget, b: int) -> Self:
@@ -50,6 +53,16 @@ class Decoder:
         if target.architecture in ("aarch64", "arm64"):
             return cls(writer, 4, "llvm.aarch64.neon.tbl1.v16i8")
         return cls(writer, 4)
+
+    def local_to(self, count: str) -> Self:
+        """The same decoder, whose tables LLVM takes to depend on a number that is never negative.
+
+        It moves constants out of all loops, and then has registers for them in every other loop of the kernel, even in
+        one that needs these for its sums. So they must not be constants.
+        """
+        n = self.width
+        bits = f'T.Broadcast(T.Cast("uint8", T.min({count}, 0)), {n})'
+        return dataclasses.replace(self, nothing=self.writer.value("nothing", bits, n, "uint8"))
 
     @property
     def width(self) -> int:
@@ -65,7 +78,8 @@ class Decoder:
     def nibbles(self, codes: str) -> tuple[str, str]:
         """The codes of even k and of odd k, a byte each."""
         writer, n = self.writer, self.width
-        low = f"T.bitwise_and({codes}, T.Broadcast(T.uint8(15), {n}))"
+        mask = self._table(f"T.Broadcast(T.uint8(15), {n})")
+        low = f"T.bitwise_and({codes}, {mask})"
         high = f"T.shift_right({codes}, T.Broadcast(T.uint8(4), {n}))"
         return (
             writer.value("low", low, n, "uint8"),
@@ -79,7 +93,7 @@ class Decoder:
             for words in self._bf16(nibbles)
             for bits in (
                 f"T.shift_left({words}, T.uint32(16))",
-                f"T.bitwise_and({words}, T.uint32({0xFFFF0000}))",
+                f"T.bitwise_and({words}, {self._word(0xFFFF0000)})",
             )
         ]
 
@@ -123,13 +137,13 @@ class Decoder:
         right for denormals too.
         """
         zeros = f"T.Broadcast(T.uint8(0), {self.width})"
-        bias = f"T.float32({2.0**120!r})"
+        bias = self._float(self._word(0x7B800000))  # 2¹²⁰
         return [
             self._float(bits, f" * {bias}")
             for words in self._words(codes, zeros)
             for bits in (
                 f"T.shift_left({words}, T.uint32(20))",
-                f"T.shift_left(T.bitwise_and({words}, T.uint32({0xFFFF0000})), T.uint32(4))",
+                f"T.shift_left(T.bitwise_and({words}, {self._word(0xFFFF0000)}), T.uint32(4))",
             )
         ]
 
@@ -155,8 +169,20 @@ class Decoder:
         numbers = [int.from_bytes(table[i : i + 4], "little") for i in (0, 4, 8, 12)] * (n // 16)
         parts = ", ".join(f"T.uint32({number})" for number in numbers)
         constant = f'T.reinterpret("uint8x{n}", T.Shuffle([{parts}], {list(range(n // 4))}))'
-        call = f'T.call_llvm_pure_intrin("uint8x{n}", "{self.shuffle}", {constant}, {nibbles})'
+        words = self._table(constant)
+        call = f'T.call_llvm_pure_intrin("uint8x{n}", "{self.shuffle}", {words}, {nibbles})'
         return self.writer.value("found", call, n, "uint8")
+
+    def _table(self, constant: str) -> str:
+        return f"T.bitwise_or({constant}, {self.nothing})" if self.nothing else constant
+
+    def _word(self, bits: int) -> str:
+        """The same 32 bits for each feature of a vector."""
+        kind = lanes_of("uint32", self.part)
+        constant = f"T.Broadcast(T.uint32({bits}), {self.part})"
+        if not self.nothing:
+            return constant
+        return f'T.bitwise_or({constant}, T.reinterpret("{kind}", {self.nothing}))'
 
     def _computed(self, words: str) -> str:
         """Two codes, one in each half of a word, as two bf16: of a magnitude above 1 its exponent and mantissa are

@@ -208,20 +208,23 @@ class FloatProduct(PackedProduct):
             decoded.write_strip(block, Strip(panel, "", "0", self.b // self.lanes))
 
     def _row_by_row(self, block: RowBlock, panel: str, at: str) -> None:
+        decoder = self.decoder.local_to(f"{panel} + {block.count}")
+        local = dataclasses.replace(self, decoder=decoder)
         with self.writer.loop("t", block.count) as t, self.strips(panel, at) as strip:
-            self._row(block, f"{block.first} + {t}", strip)
+            local._row(block, f"{block.first} + {t}", strip)
 
     def _row(self, block: RowBlock, row: str, strip: Strip) -> None:
         """One row by the columns that are decoded at once."""
         writer, decoder, part = self.writer, self.decoder, self.decoder.part
         first = writer.let("row", row)
         element = block.tile(first, 1)
-        acc, sums = writer.local("acc", 4, part), writer.local("sums", 8, part)
+        # More sums, such as one for even and one for odd k, would have constants and `acc` leave the registers.
+        acc, sums = writer.local("acc", 4, part), writer.local("sums", 4, part)
         zero = f"T.Broadcast(T.float32(0), {part})"
         with writer.loop("v", 4, "T.unroll") as v:
             writer.line(f"{acc}[{v}] = {zero}")
         with writer.loop("k", self.k // BLOCK) as k:
-            with writer.loop("v", 8, "T.unroll") as v:
+            with writer.loop("v", 4, "T.unroll") as v:
                 writer.line(f"{sums}[{v}] = {zero}")
             with writer.loop("j", BLOCK // 2) as j:
                 pair = writer.let("pair", f"{k} * {BLOCK // 2} + {j}")
@@ -230,11 +233,10 @@ class FloatProduct(PackedProduct):
                     x = element("0", f"{k} * {BLOCK} + {j} * 2 + {half}")
                     xs = writer.value("xs", f"T.Broadcast({x}, {part})", part)
                     for i, numbers in enumerate(decoder.numbers(nibbles)):
-                        at = f"{sums}[{half * 4 + i}]"
+                        at = f"{sums}[{i}]"
                         writer.line(f"{at} = {at} + {numbers} * {xs}")
             for i, scales in enumerate(self.scales(strip, k)):
-                both = f"({sums}[{i}] + {sums}[{4 + i}])"
-                writer.line(f"{acc}[{i}] = {acc}[{i}] + {both} * {scales}")
+                writer.line(f"{acc}[{i}] = {acc}[{i}] + {sums}[{i}] * {scales}")
         self.store_ordered(acc, 1, first, strip)
 
     def _unpacked(self, at: str) -> str:

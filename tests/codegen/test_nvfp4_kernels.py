@@ -180,8 +180,8 @@ def test_panels_of_other_heights_have_no_kernel_and_fall_back() -> None:
         emit_linear_region(Site.dense(op), SUITE.target)
 
 
-def _assembly(target: CpuTarget) -> str:
-    plan: Plan = emit(Site.dense(region(BODIES["dense"])), target)
+def _assembly(target: CpuTarget, body: str = BODIES["dense"]) -> str:
+    plan: Plan = emit(Site.dense(region(body)), target)
     (stage,) = plan.stages
     pointers = ", ".join("a" for _ in stage.args)
     step = (
@@ -204,3 +204,30 @@ def _assembly(target: CpuTarget) -> str:
 )
 def test_codes_are_looked_up_by_byte_shuffles(cpu: str, lookup: str) -> None:
     assert len(re.findall(lookup, _assembly(cpu_target(f"cpu:{cpu}")))) >= 8
+
+
+def test_loops_over_k_spill_nothing_though_one_kernel_has_those_of_one_row_and_of_many() -> None:
+    normed = """
+        input %x: f32[B, L, 1024]
+        input %n: f32[1024]
+        input %c: u8[193, 512, 32]
+        input %s: f8e4m3[193, 64, 32]
+        input %g: f32[]
+        %h = rms_norm(%x, %n) {eps=1e-05} : f32[B, L, 1024]
+        %w = dequantize_nvfp4(%c, %s, %g) {interleave=32} : f32[193, 1024, 32]
+        %y = linear(%h, %w) {interleave=32, features=6176} : f32[B, L, 6176]
+        return %y"""
+    lines = _assembly(cpu_target("cpu:x86-64-v3"), normed).splitlines()
+    labels: dict[str, int] = {}
+    found: dict[bool, list[str]] = {False: [], True: []}
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = number
+        elif (back := re.match(r"\s+j\w+\s+(\.LBB\w+)$", line)) and back[1] in labels:
+            loop = lines[labels[back[1]] : number]
+            inner = not any(re.match(r"\.LBB", one) for one in loop[1:])
+            if inner and sum("vfmadd" in one for one in loop) >= 8:
+                found[any("vpshufb" in one for one in loop)] += loop
+    assert found[False]
+    assert found[True]
+    assert not re.findall(r"\(%r[sb]p\)", "\n".join(found[False] + found[True]))
