@@ -43,7 +43,10 @@ COMPILED: dict[str, tuple[GgufType, str | None, str | None]] = {
     BASE: ("f32", None, None),
     "nemoc bf16": ("bf16", None, None),
     **{f"nemoc {mode}": ("bf16", mode, None) for mode in ("fp8", "nvfp4", "nvfp4-w4a8")},
-    "nemoc nvfp4-w4a8, head too": ("bf16", "nvfp4-w4a8", r"(?!.*\.gate\.)"),
+    **{
+        f"nemoc {mode}, head too": ("bf16", mode, r"(?!.*\.gate\.)")
+        for mode in ("nvfp4", "nvfp4-w4a8")
+    },
 }
 """nemoc's executables: the file of weights, how it is quantized, and its scope. llama.cpp's files have the head
 quantized too, to 6.6 bits in Q4_0's."""
