@@ -1,9 +1,9 @@
 """Functions that generated kernels call. The text below the imports goes into every module of kernels.
 
-Names in capitals are bound by the module's head: `F32_PRODUCTS` is how the target multiplies matrices of f32, `WAITS`
-whether kernels wait for former ones themselves, `FP8` whether E4M3 is a type of the target, and `PTX` whether it takes
-NVIDIA's assembly; `jit` says whether functions are compiled or interpreted. What is written in assembly, for fewer
-instructions, stands beside the same in Triton, for other GPUs and the interpreter.
+The module's head binds `jit`, whether functions are compiled or interpreted; `F32_PRODUCTS`, how the target multiplies
+matrices of f32; `WAITS`, whether kernels wait for former ones themselves; `FP8`, whether E4M3 is a type of the target;
+and `PTX`, whether it takes NVIDIA's assembly. What is written in that, for fewer instructions, stands beside the same
+in Triton, for other GPUs and the interpreter.
 """
 
 import triton

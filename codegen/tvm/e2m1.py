@@ -169,8 +169,8 @@ class Decoder:
         numbers = [int.from_bytes(table[i : i + 4], "little") for i in (0, 4, 8, 12)] * (n // 16)
         parts = ", ".join(f"T.uint32({number})" for number in numbers)
         constant = f'T.reinterpret("uint8x{n}", T.Shuffle([{parts}], {list(range(n // 4))}))'
-        words = self._table(constant)
-        call = f'T.call_llvm_pure_intrin("uint8x{n}", "{self.shuffle}", {words}, {nibbles})'
+        operands = f"{self._table(constant)}, {nibbles}"
+        call = f'T.call_llvm_pure_intrin("uint8x{n}", "{self.shuffle}", {operands})'
         return self.writer.value("found", call, n, "uint8")
 
     def _table(self, constant: str) -> str:

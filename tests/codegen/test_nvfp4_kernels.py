@@ -219,7 +219,7 @@ def test_loops_over_k_spill_nothing_though_one_kernel_has_those_of_one_row_and_o
         return %y"""
     lines = _assembly(cpu_target("cpu:x86-64-v3"), normed).splitlines()
     labels: dict[str, int] = {}
-    found: dict[bool, list[str]] = {False: [], True: []}
+    of_one_row, of_many = list[str](), list[str]()
     for number, line in enumerate(lines):
         if label := re.match(r"(\.LBB\w+):", line):
             labels[label[1]] = number
@@ -227,7 +227,8 @@ def test_loops_over_k_spill_nothing_though_one_kernel_has_those_of_one_row_and_o
             loop = lines[labels[back[1]] : number]
             inner = not any(re.match(r"\.LBB", one) for one in loop[1:])
             if inner and sum("vfmadd" in one for one in loop) >= 8:
-                found[any("vpshufb" in one for one in loop)] += loop
-    assert found[False]
-    assert found[True]
-    assert not re.findall(r"\(%r[sb]p\)", "\n".join(found[False] + found[True]))
+                decodes = any("vpshufb" in one for one in loop)
+                (of_one_row if decodes else of_many).extend(loop)
+    assert of_one_row
+    assert of_many
+    assert not re.findall(r"\(%r[sb]p\)", "\n".join(of_one_row + of_many))

@@ -36,9 +36,9 @@ def run_ptx(text: str, outputs: int, *inputs: np.ndarray) -> list[np.ndarray]:
     """
     registers: Registers = {f"${outputs + i}": array for i, array in enumerate(inputs)}
     body = text.strip().removeprefix("{").removesuffix("}")
-    for line in filter(None, (part.strip() for part in body.replace("\n", " ").split(";"))):
-        if not line.startswith(".reg"):
-            name, _, operands = line.partition(" ")
+    for statement in filter(None, map(str.strip, body.split(";"))):
+        if not statement.startswith(".reg"):
+            name, _, operands = statement.partition(" ")
             _run(name, re.findall(r"\{[^}]*\}|[^,\s]+", operands), registers)
     return [registers[f"${i}"] for i in range(outputs)]
 
