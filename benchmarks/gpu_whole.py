@@ -52,50 +52,64 @@ that is rounded the other way."""
 class ParityStage:
     """Small models on the device, in all ways of running them.
 
-    Against eager PyTorch in float32; but where random models are rounded to bf16, against their own graphs: rounding
-    itself moves their logits by more than kernels may.
+    Against eager PyTorch in float32; but where random models are rounded to bf16, or weights quantized, against their
+    own graphs: rounding itself moves their logits by more than kernels may.
 
     Attributes:
         models: names of the sample and of the configurations that tests use.
+        formats: those of the sample's weights that are checked in bf16 too.
     """
 
     models: tuple[str, ...]
+    formats: tuple[str, ...] = ("nvfp4",)
     name: str = "parity"
     about: str = "logits in all ways of running models against eager PyTorch, or their own graphs"
 
     def case_names(self) -> tuple[str, ...]:
-        """Each model in both types."""
-        return tuple(f"{model}, {dtype}" for model in self.models for dtype in _BOUNDS)
+        """Each model in both types, and the sample quantized."""
+        return tuple(self._ways())
 
     def tasks(self, session: Session) -> Iterator[Task]:
         """Each compiles its model when it runs."""
-        for model in self.models:
-            for dtype in _BOUNDS:
-                measure = functools.partial(parity, model, dtype, session)
-                yield Task(f"{model}, {dtype}", session.digest(source_digest()), measure)
+        for case, way in self._ways().items():
+            measure = functools.partial(parity, *way, session)
+            yield Task(case, session.digest(source_digest()), measure)
 
     def compile_ahead(
         self, model: Model, target: str, store: KernelStore, progress: Progress | None
     ) -> None:
-        """Each model in both types; the store has to be the one of the options' cache."""
-        for name, dtype in itertools.product(self.models, _BOUNDS):
-            _compile_small(small_model(name), target, dtype, progress)
+        """Each of these; the store has to be the one of the options' cache."""
+        for name, dtype, quantize in self._ways().values():
+            _compile_small(small_model(name), target, dtype, quantize, progress)
+
+    def _ways(self) -> dict[str, tuple[str, str, str | None]]:
+        """Model, type and format by the case's name."""
+        plain = {f"{m}, {t}": (m, t, None) for m in self.models for t in _BOUNDS}
+        return plain | {f"sample, bf16, {f}": ("sample", "bf16", f) for f in self.formats}
 
 
-def parity(model: str, dtype: str, session: Session) -> list[Outcome]:
+def parity(model: str, dtype: str, quantize: str | None, session: Session) -> list[Outcome]:
     """A model's ways of running, each with its error."""
     opened = small_model(model)
-    executable = _compile_small(opened, session.target, dtype, session.progress)
-    if dtype == "bf16" and model != "sample":
+    executable = _compile_small(opened, session.target, dtype, quantize, session.progress)
+    if quantize or (dtype == "bf16" and model != "sample"):
         rows = verify_artifact(executable.folder).rows
         return [_outcome(row, ROUNDED_BOUND) for row in rows if row.name != "files"]
     return [_outcome(row, row.bound) for row in model_rows(executable, opened, _BOUNDS[dtype])]
 
 
-def _compile_small(model: Model, target: str, dtype: str, progress: Progress | None) -> Executable:
+def _compile_small(
+    model: Model, target: str, dtype: str, quantize: str | None, progress: Progress | None
+) -> Executable:
     """As large as checks need it; its kernels go into the store of the options' cache."""
     return compiler.compile(
-        model, target, dtype=dtype, max_batch=2, max_context=64, progress=progress
+        model,
+        target,
+        dtype=dtype,
+        quantize=quantize,
+        max_batch=2,
+        max_context=64,
+        progress=progress,
     )
 
 

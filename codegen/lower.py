@@ -325,7 +325,10 @@ class _Lowering:
         operands = given
         while True:
             try:
-                plan = self._emit(Site(node.op, tuple(p.view for p in operands), results))
+                views = tuple(p.view for p in operands)
+                stored = (i for i, p in enumerate(operands) if p.memory.arena == WEIGHTS)
+                site = Site(node.op, views, results, weights=frozenset(stored))
+                plan = self._emit(site)
                 copied = {i for _, i in plan.updates if not self._may_update(operands, i, index)}
                 if not copied:
                     break

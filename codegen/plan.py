@@ -171,12 +171,14 @@ class Site:
         operands: views in the order of `op.operands()`, absent optional operands left out.
         results: views in the order of the op's results.
         choices: where emitters ask for the settings of their tunables; no part of what the site is.
+        weights: numbers of operands that are weights, which no kernel writes.
     """
 
     op: Op
     operands: tuple[View, ...]
     results: tuple[View, ...]
     choices: Choices = field(default_factory=Choices, repr=False, compare=False)
+    weights: frozenset[int] = frozenset()
     _index: dict[str, int | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -1,5 +1,7 @@
 """Single ops and regions alike: what kernels carry out is the body of a region."""
 
+from dataclasses import replace
+
 from nemoc.codegen.plan import Site
 from nemoc.ir.builder import Builder
 from nemoc.ir.graph import Graph
@@ -18,7 +20,7 @@ def alone(site: Site) -> Site:
     values = site.op.operands()
     inputs = iter([builder.input(f"x{i}", v.dtype, v.shape, v.bound) for i, v in enumerate(values)])
     results = builder.all(site.op.map_operands(lambda _: next(inputs)))
-    return Site(Fused(values, builder.finish(results)), site.operands, site.results, site.choices)
+    return replace(site, op=Fused(values, builder.finish(results)))
 
 
 def as_region(site: Site) -> Site:

@@ -69,6 +69,10 @@ class Body:
         """Which operand of the region a value is."""
         return self._args[value]
 
+    def is_weight(self, value: Value) -> bool:
+        """Whether a value is a weight, which no kernel writes."""
+        return value in self._args and self._args[value].index in self.site.weights
+
     def view(self, value: Value) -> View:
         """How an operand of the region lies in memory."""
         return self.site.operands[self._args[value].index]

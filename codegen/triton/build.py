@@ -216,6 +216,7 @@ class _Job:
             "aligned": [i for i, known in enumerate(self.variant.aligned) if known],
             "warps": kernel.warps,
             "stages": kernel.stages,
+            "early": list(kernel.early),
         }
 
     @functools.cached_property
@@ -247,7 +248,8 @@ def _outcome(variant: Variant, answer: dict[str, Any], target: GpuTarget) -> Bin
     if "error" in answer:
         return _failure(variant, target, answer["error"])
     try:
-        return inspect_output(answer, len(variant.kernel.pointers), target)
+        kernel = variant.kernel
+        return inspect_output(answer, len(kernel.pointers), target, kernel.early)
     except NemocError as error:
         return _failure(variant, target, str(error))
 

@@ -23,10 +23,10 @@ PTX = tl.constexpr(False)
 def wait_turn():
     """Wait until former kernels have ended, then let the next one be launched: in every kernel, whatever else it does.
 
-    Every program waits, and touches no memory before but to prefetch it. So a kernel ends only after all before it, and
-    the next one, which waits for this one alone, may read and overwrite what any of them has worked on. That one may be
-    launched once all programs have come here, with all that they need: none still waits for tensor memory that the next
-    kernel holds.
+    Every program waits, and touches no memory before but to prefetch it, or to load weights, which no kernel writes. So
+    a kernel ends only after all before it, and the next one, which waits for this one alone, may read and overwrite
+    what any of them has worked on. That one may be launched once all programs have come here, with all that they need:
+    none still waits for tensor memory that the next kernel holds.
     """
     if WAITS:
         gdc_wait()
@@ -249,6 +249,18 @@ UNITS_OF_CODES = tl.constexpr("""{
 """bf16 numbers of the eight codes in a word, times a step: codes number 2i and 2i + 1 are moved to the upper ends of a
 word's halves, where their signs are right, and the rest from there."""
 
+PRODUCT_OF_EIGHTS = tl.constexpr("""{
+    .reg .b32 a<8>, b<4>;
+    mov.b32 a0, {$4, $5}; mov.b32 a1, {$12, $13}; mov.b32 a2, {$6, $7}; mov.b32 a3, {$14, $15};
+    mov.b32 a4, {$8, $9}; mov.b32 a5, {$16, $17}; mov.b32 a6, {$10, $11}; mov.b32 a7, {$18, $19};
+    mov.b32 b0, {$20, $21}; mov.b32 b1, {$22, $23}; mov.b32 b2, {$24, $25}; mov.b32 b3, {$26, $27};
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {$0, $1, $2, $3}, {a0, a1, a2, a3}, {b0, b1}, {$28, $29, $30, $31};
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {$0, $1, $2, $3}, {a4, a5, a6, a7}, {b2, b3}, {$0, $1, $2, $3};
+}""")
+"""Sums of a warp's lanes, f32, to which products of eight bf16 numbers of each lane are added: see `fragment_dot`."""
+
 FP8_OF_BLOCK = tl.constexpr("""{
     .reg .b32 step, near, far, size, more, low, s, n<4>; .reg .b16 e<4>;
     mov.b32 step, {$6, $6};
@@ -305,18 +317,22 @@ def in_order(c0, c1, c2, c3, c4, c5, c6, c7, rows: tl.constexpr, columns: tl.con
 
 
 @jit
-def nvfp4_word_units(words, scales, rows: tl.constexpr, blocks: tl.constexpr):
-    """code · s · 2⁻⁷ in bf16, exact: eight codes in each word, i32 [rows, 2 blocks], and E4M3 bits [rows, blocks].
+def unit_steps(scales):
+    """What `word_units` takes for E4M3 bits of scales: bf16."""
+    return (from_e4m3(scales) * 6.646139978924579e35).to(tl.bfloat16)
+
+
+@jit
+def word_units(words, steps):
+    """Eight tiles, bf16: number j of the eight codes in each word (i32) times the scale · 2⁻⁷ behind its step, exact.
 
     Codes are moved two at a time to where the sign (0x8000) and the rest (0x01C0) of two bf16 numbers are, which are
     2⁻¹²⁶ times as large. 2⁻⁷ keeps scales times 2¹¹⁹ finite.
     """
-    steps = (from_e4m3(scales) * 6.646139978924579e35).to(tl.bfloat16)
-    steps = tl.reshape(tl.join(steps, steps), [rows, blocks * 2])
     if PTX:
         pair: tl.constexpr = (tl.bfloat16, tl.bfloat16)
         kinds: tl.constexpr = pair + pair + pair + pair
-        c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
+        return tl.inline_asm_elementwise(
             UNITS_OF_CODES,
             "=h,=h,=h,=h,=h,=h,=h,=h,r,h",
             [words, steps],
@@ -324,7 +340,6 @@ def nvfp4_word_units(words, scales, rows: tl.constexpr, blocks: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-        return in_order(c0, c1, c2, c3, c4, c5, c6, c7, rows, blocks * 16)
     else:
         c0, c4 = bf16_halves(((words << 12) & -0x7FFF8000) | ((words << 6) & 0x01C001C0))
         c1, c5 = bf16_halves(((words << 8) & -0x7FFF8000) | ((words << 2) & 0x01C001C0))
@@ -332,7 +347,16 @@ def nvfp4_word_units(words, scales, rows: tl.constexpr, blocks: tl.constexpr):
         c3, c7 = bf16_halves((words & -0x7FFF8000) | ((words >> 6) & 0x01C001C0))
         c0, c1, c2, c3 = c0 * steps, c1 * steps, c2 * steps, c3 * steps
         c4, c5, c6, c7 = c4 * steps, c5 * steps, c6 * steps, c7 * steps
-        return in_order(c0, c1, c2, c3, c4, c5, c6, c7, rows, blocks * 16)
+        return c0, c1, c2, c3, c4, c5, c6, c7
+
+
+@jit
+def nvfp4_word_units(words, scales, rows: tl.constexpr, blocks: tl.constexpr):
+    """code · s · 2⁻⁷ in bf16, exact: eight codes in each word, i32 [rows, 2 blocks], and E4M3 bits [rows, blocks]."""
+    steps = unit_steps(scales)
+    steps = tl.reshape(tl.join(steps, steps), [rows, blocks * 2])
+    c0, c1, c2, c3, c4, c5, c6, c7 = word_units(words, steps)
+    return in_order(c0, c1, c2, c3, c4, c5, c6, c7, rows, blocks * 16)
 
 
 @jit
@@ -466,3 +490,130 @@ def dot_near_right(a, b, acc):
     rest = b - (high << 16).to(tl.float32, bitcast=True)
     acc = tl.dot(a, rest.to(tl.bfloat16), acc)
     return tl.dot(a, high.to(tl.uint16).to(tl.bfloat16, bitcast=True), acc)
+
+
+@jit
+def quarters(tile, rows: tl.constexpr):
+    """Four tiles [rows, lanes] of one [rows, 4 lanes]: element 4t + j of a row is element t of tile j."""
+    lanes: tl.constexpr = tile.shape[1] // 4
+    even, odd = tl.split(tl.reshape(tile, [rows, lanes, 2, 2]))
+    q0, q2 = tl.split(even)
+    q1, q3 = tl.split(odd)
+    return q0, q1, q2, q3
+
+
+@jit
+def halves(tile, rows: tl.constexpr):
+    """Two tiles [rows, lanes] of one [rows, 2 lanes]: element 2t + j of a row is element t of tile j."""
+    lanes: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.reshape(tile, [rows, lanes, 2]))
+
+
+@jit
+def eighths(tile, rows: tl.constexpr):
+    """Eight tiles [rows, lanes] of one [rows, 8 lanes]: element 8t + j of a row is element t of tile j."""
+    lanes: tl.constexpr = tile.shape[1] // 8
+    even, odd = tl.split(tl.reshape(tile, [rows, lanes, 2, 2, 2]))
+    x04, x26 = tl.split(even)
+    x15, x37 = tl.split(odd)
+    x0, x4 = tl.split(x04)
+    x1, x5 = tl.split(x15)
+    x2, x6 = tl.split(x26)
+    x3, x7 = tl.split(x37)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@jit
+def fragment_dot(low, high, x, sums):
+    """`sums` plus products of two rows of weights in each lane with a row of x.
+
+    All are tuples of tiles [8 · parts, 4], whose element (8p + r, t) is lane 4r + t's of warp p, as matrix units have
+    their operands: `low` and `high` eight bf16 numbers of rows r and r + 8 of the weights, and `x` eight of row r of x,
+    all at the same eight places of the reduction, which are other ones in each t and p. The four sums, f32, are those
+    of the weights' row r with rows 2t and 2t + 1 of x, and of row r + 8 with the same. (PTX ISA, "Matrix Fragments for
+    mma.m16n8k16 with floating point type"; which place of the reduction is where does not matter to a sum.)
+    """
+    if PTX:
+        kinds: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
+        return tl.inline_asm_elementwise(
+            PRODUCT_OF_EIGHTS,
+            "=&f,=&f,=&f,=&f,h,h,h,h,h,h,h,h,h,h,h,h,h,h,h,h,h,h,h,h,h,h,h,h,f,f,f,f",
+            low + high + x + sums,
+            dtype=kinds,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        a0, a1, a2, a3, a4, a5, a6, a7 = low
+        b0, b1, b2, b3, b4, b5, b6, b7 = high
+        x0, x1, x2, x3, x4, x5, x6, x7 = x
+        s0, s1, s2, s3 = sums
+        near = fragment_terms(a0, x0) + fragment_terms(a1, x1) + fragment_terms(a2, x2)
+        near += fragment_terms(a3, x3) + fragment_terms(a4, x4) + fragment_terms(a5, x5)
+        near += fragment_terms(a6, x6) + fragment_terms(a7, x7)
+        far = fragment_terms(b0, x0) + fragment_terms(b1, x1) + fragment_terms(b2, x2)
+        far += fragment_terms(b3, x3) + fragment_terms(b4, x4) + fragment_terms(b5, x5)
+        far += fragment_terms(b6, x6) + fragment_terms(b7, x7)
+        d0, d1 = fragment_columns(near)
+        d2, d3 = fragment_columns(far)
+        return s0 + d0, s1 + d1, s2 + d2, s3 + d3
+
+
+@jit
+def fragment_terms(a, x):
+    """What eight lanes' numbers of four t make with those of eight others: f32 [parts, 8 of a, 8 of x, 4]."""
+    parts: tl.constexpr = a.shape[0] // 8
+    wide = tl.reshape(a.to(tl.float32), [parts, 8, 1, 4])
+    return wide * tl.reshape(x.to(tl.float32), [parts, 1, 8, 4])
+
+
+@jit
+def fragment_columns(terms):
+    """Sums over t of what `fragment_terms` makes, where lanes have them: those of even rows of x, and of odd ones."""
+    parts: tl.constexpr = terms.shape[0]
+    sums = tl.reshape(tl.sum(terms, axis=3), [parts, 8, 4, 2])
+    even, odd = tl.split(sums)
+    return tl.reshape(even, [parts * 8, 4]), tl.reshape(odd, [parts * 8, 4])
+
+
+@jit
+def fragment_sums(sums):
+    """The tile f32 [8 rows of x, 16 of the weights] of four sums of each lane (`fragment_dot`), over all warps."""
+    s0, s1, s2, s3 = sums
+    parts: tl.constexpr = s0.shape[0] // 8
+    near = tl.join(tl.reshape(s0, [parts, 8, 4]), tl.reshape(s1, [parts, 8, 4]))
+    far = tl.join(tl.reshape(s2, [parts, 8, 4]), tl.reshape(s3, [parts, 8, 4]))
+    whole = tl.sum(tl.join(near, far), axis=0)
+    return tl.reshape(tl.permute(whole, [1, 2, 3, 0]), [8, 16])
+
+
+@jit
+def beside(left, right):
+    """Two tiles of one size as one that is twice as wide."""
+    rows: tl.constexpr = left.shape[0]
+    columns: tl.constexpr = left.shape[1]
+    return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [rows, 2 * columns])
+
+
+@jit
+def above(upper, lower):
+    """Two tiles of one size as one that is twice as high."""
+    rows: tl.constexpr = upper.shape[0]
+    columns: tl.constexpr = upper.shape[1]
+    return tl.reshape(tl.permute(tl.join(upper, lower), [2, 0, 1]), [2 * rows, columns])
+
+
+@jit
+def sum_of_eight(x, codes):
+    """Σ x · code of eight tiles each, f32."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = x
+    c0, c1, c2, c3, c4, c5, c6, c7 = codes
+    near = x0 * c0 + x1 * c1 + x2 * c2 + x3 * c3
+    return near + x4 * c4 + x5 * c5 + x6 * c6 + x7 * c7
+
+
+@jit
+def one_behind_the_other(first, second):
+    """Two vectors of one size as one that is twice as long."""
+    count: tl.constexpr = first.shape[0]
+    return tl.reshape(tl.permute(tl.join(first, second), [1, 0]), [2 * count])

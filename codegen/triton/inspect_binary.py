@@ -8,7 +8,7 @@ where the kernel declares its parameters.
 import base64
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nemoc.codegen.triton.binary import Binary, Occupancy, Parameter, Report, Scratch
@@ -28,17 +28,22 @@ _SHARED_RESERVED = 1024
 """Bytes of shared memory that NVIDIA's driver takes for each program."""
 
 
-def inspect_output(output: Mapping[str, Any], pointers: int, target: GpuTarget) -> Binary:
+def inspect_output(
+    output: Mapping[str, Any], pointers: int, target: GpuTarget, early: Collection[int] = ()
+) -> Binary:
     """The binary that a worker made (`nemoc.codegen.triton.worker`).
 
     Args:
         output: the answer to a request.
         pointers: how many tensors the kernel has.
         target: the GPU that it was compiled for.
+        early: numbers of pointers to what no kernel writes.
 
     Raises:
-        NemocError: the compiler's text or log is not in the known form; the message lacks the kernel's name.
+        NemocError: the compiler's text or log is not in the known form, or it lays tiles out as they must not lie; the
+            message lacks the kernel's name.
     """
+    check_fragments(output["ttgir"])
     metadata, assembly = output["metadata"], output["assembly"]
     nvidia = target.backend == "cuda"
     sizes = _ptx_parameters(assembly) if nvidia else _amd_parameters(assembly)
@@ -55,7 +60,7 @@ def inspect_output(output: Mapping[str, Any], pointers: int, target: GpuTarget) 
         tensor_memory=tensor_memory,
         global_scratch=_scratch(metadata, "global"),
         profile_scratch=_scratch(metadata, "profile"),
-        waits=nvidia and _waits_first(assembly),
+        waits=nvidia and _waits_first(assembly, early),
         report=Report(
             registers=registers,
             spilled=spilled,
@@ -168,13 +173,33 @@ _NOT_BEFORE = re.compile(
 """Instructions that touch memory which others see, or after which others may be left out."""
 
 
-def _waits_first(ptx: str) -> bool:
+def _waits_first(ptx: str, early: Collection[int]) -> bool:
     """Whether every thread of a kernel waits for former kernels, and does so before it touches their memory.
 
-    Programs allocate tensor memory before that, by way of shared memory: both are their own.
+    Programs allocate tensor memory before that, by way of shared memory: both are their own. They may load what no
+    kernel writes, at addresses that are computed from the pointers of the numbers `early` and no others.
     """
     before, wait, _ = ptx.partition(".entry")[2].partition("griddepcontrol.wait")
-    return bool(wait) and _NOT_BEFORE.search(before) is None
+    pointers: dict[str, frozenset[int]] = {}  # those that the number in a register is computed from
+    for line in before.splitlines():
+        if parameter := _PARAMETER.search(line):
+            pointers[parameter[1]] = frozenset({int(parameter[2])})
+        elif load := _LOAD.search(line):
+            known = pointers.get(load[1], frozenset())
+            if not known or not known <= frozenset(early):
+                return False
+        elif _NOT_BEFORE.search(line):
+            return False
+        elif registers := re.findall(r"%rd\d+", line):
+            result, *operands = registers
+            pointers[result] = frozenset[int]().union(*(pointers.get(r, ()) for r in operands))
+    return bool(wait)
+
+
+_PARAMETER = re.compile(r"^\s*ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\];")
+_LOAD = re.compile(
+    r"^\s*(?:@\S+\s+)?ld\.global\.[\w.]+\s+(?:\{[^}]*\}|%\w+), \[\s*(%rd\d+)[^\]]*\];"
+)
 
 
 def _amd_use(text: str) -> tuple[int, int]:
@@ -207,6 +232,33 @@ def _plain_products(ttgir: str) -> tuple[str, ...]:
     tensor = r"tensor<(\w+), #.*?>"
     found = re.findall(rf"= tt\.dot .* : {tensor} \* {tensor} -> tensor<\w+, #blocked\d*>", ttgir)
     return tuple(f"{left} * {right}" for left, right in found)
+
+
+def check_fragments(ttgir: str) -> None:
+    """Refuse a kernel whose tiles do not lie where `fragment_dot` of `nemoc.codegen.triton.device` has them.
+
+    Triton chooses where elements lie, and may do so otherwise in another version. Then results would be wrong.
+
+    Args:
+        ttgir: the kernel in Triton's representation with layouts.
+
+    Raises:
+        NemocError: the layout that was found; the message lacks the kernel's name.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.M))
+    lines = [line for line in ttgir.splitlines() if "mma.sync" in line]
+    for name in sorted({n for line in lines for n in re.findall(r"tensor<\w+, (#\w+)>", line)}):
+        layout = layouts.get(name, name)
+        if not re.fullmatch(_FRAGMENTS, layout):
+            raise NemocError(
+                f"matrix fragments lie as {layout}, expected rows of 4 in 8 by 4 lanes"
+            )
+
+
+_FRAGMENTS = (
+    r"#ttg\.blocked<\{sizePerThread = \[1, 1\], threadsPerWarp = \[8, 4\], "
+    r"warpsPerCTA = \[\d+, 1\], order = \[1, 0\]\}>"
+)
 
 
 def _warnings(log: str) -> tuple[str, ...]:

@@ -157,6 +157,36 @@ class Packed(Operand):
         bits = self.body.tile(*scales)
         return self.body.words(*words), bits
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether rows are those that codes and scales have in memory, one for one."""
+        op = self.body.graph.producers[self.seen.value].op
+        return isinstance(op, DequantizeNvfp4) and all(
+            self.body.is_operand(value) for value in (op.packed, op.scales)
+        )
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether codes and scales are weights, which no kernel writes."""
+        op, _, _ = self._source(Place("0", "0", 1, 1))
+        return self.body.is_weight(op.packed) and self.body.is_weight(op.scales)
+
+    def load_early(self) -> None:
+        """Let codes and scales, which are weights, be loaded before former kernels have ended."""
+        op, _, _ = self._source(Place("0", "0", 1, 1))
+        for value in (op.packed, op.scales):
+            self.body.writer.load_early(self.body.arg(value))
+
+    def words_at(self, place: Place) -> str:
+        """Words of eight codes, whichever columns of such words a place has."""
+        op, seen, _ = self._source(Place("0", "0", 1, 1))
+        return self.body.words(Seen(op.packed, seen.width // CODES), place)
+
+    def scales_at(self, place: Place) -> str:
+        """E4M3 bits of scales, whichever columns of blocks a place has."""
+        op, seen, _ = self._source(Place("0", "0", 1, 1))
+        return self.body.tile(Seen(op.scales, seen.width // BLOCK), place)
+
     def tile(self, place: Place) -> str:
         if self.has_words:
             codes, scales = self.words(place)

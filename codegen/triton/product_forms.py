@@ -15,6 +15,7 @@ from nemoc.ir.dtypes import DType
 from nemoc.ir.graph import Graph
 from nemoc.ir.nvfp4 import BLOCK
 from nemoc.ir.ops import (
+    DequantizeNvfp4,
     GroupedLinear,
     Linear,
     Nvfp4BlockScales,
@@ -34,6 +35,7 @@ class Schedule:
         neighbours: row blocks whose programs run side by side, so that they share weights in the cache.
         native: whether NVFP4 or FP8 is multiplied as it is, which needs both operands in it.
         skinny: whether rows are multiplied one by one, without matrix units.
+        fragments: whether weights are decoded where matrix units have their operands; warps share the reduction.
         turned: whether weights are the left operand of matrix units, so that sums are made columns by rows.
         parts: how many programs share the reduction of a tile; another launch adds their sums.
         exact: whether sums of FP8 are as exact as f32's, see `dot_fp8` of `nemoc.codegen.triton.device`.
@@ -47,6 +49,7 @@ class Schedule:
     neighbours: int = 8
     native: bool = False
     skinny: bool = False
+    fragments: bool = False
     turned: bool = False
     parts: int = 1
     exact: bool = True
@@ -168,7 +171,8 @@ def skinny_forms(
     first = products[0]
     if not first.is_few or any(all(p.packed) and target.nvfp4_rows == 16 for p in products):
         return ()
-    rows = [n for n in _SKINNY_ROWS if all(_is_worth(p, n, target) for p in products)]
+    most = 1 if fragment_forms(graph, products, target) else max(_SKINNY_ROWS)
+    rows = [n for n in _SKINNY_ROWS if n <= most and all(_is_worth(p, n, target) for p in products)]
     if not rows:
         return ()
     single, most = rows[0], rows[-1]
@@ -194,6 +198,32 @@ def _is_worth(made: Product, rows: int, target: GpuTarget) -> bool:
     if rows > 1 and not made.is_wide and not made.packed[1]:
         return False
     return decode + rows <= max(tile, size * target.instructions_per_byte)
+
+
+def fragment_forms(
+    graph: Graph, products: list[Product], target: GpuTarget
+) -> tuple[tuple[int, int], ...]:
+    """The forms whose weights are decoded in fragments of matrix units: rows of a program, and of a launch at most.
+
+    For weights in NVFP4, on NVIDIA's GPUs from Ampere on, whose instructions for a warp's own matrix units take eight
+    rows at a time. Such a program has no shared memory and no barrier in its loop, and asks for weights before former
+    kernels have ended: on an H200 it took half to two thirds of the time of a tile of sixteen rows, which is decoded
+    into shared memory, for up to eight rows, and 0.75 to 0.9 of it for sixteen. With more rows each warp reads too
+    much of x.
+    """
+    first = products[0]
+    dense = len(products) == 1 and first.is_few and first.offsets is None
+    if target.backend != "cuda" or not dense or first.packed != (False, True):
+        return ()
+    op = graph.producers[first.w].op
+    own = isinstance(op, DequantizeNvfp4) and {op.packed, op.scales} <= set(graph.inputs)
+    if not own or first.x.dtype != DType.BF16 or first.width % _LANE or first.features < 16:
+        return ()
+    return ((8, 8), (16, 16))
+
+
+_LANE = 32
+"""Elements of a row of weights that a lane loads at a time: sixteen bytes of codes, two scales."""
 
 
 def tile_forms(
@@ -262,6 +292,29 @@ def _with_stages_for(schedule: Schedule, target: GpuTarget) -> Schedule:
     """A schedule with no more stages than AMD's GPUs have shared memory for."""
     most = 2 if target.backend == "hip" else schedule.stages
     return replace(schedule, stages=min(schedule.stages, most))
+
+
+_MOST_STEPS = 12
+"""Steps of a program of fragments, of sixteen columns, whose weights have room in registers all at once."""
+
+
+def fragment_schedule(products: list[Product], rows: int) -> Schedule:
+    """The schedule of one of `fragment_forms` that is taken where nothing was tuned.
+
+    Four warps share the reduction of sixteen columns; of wide results, which have programs enough, two, so that what a
+    program does besides is less of its work. Sixteen rows read twice as much of x, which then serves 32 columns.
+
+    Args:
+        products: the region's.
+        rows: of a program.
+    """
+    first = products[0]
+    broad = first.features >= _BROAD
+    columns = 32 if broad and rows > 8 else 16
+    warps = 2 if broad else 4
+    while warps < 8 and first.width > _MOST_STEPS * 4 * _LANE * warps:
+        warps *= 2
+    return Schedule(rows, columns, 4 * _LANE * warps, warps, 1, 1, fragments=True)
 
 
 def _skinny_schedule(

@@ -19,10 +19,13 @@ import sympy
 from nemoc.codegen.plan import Arg, Plan, RegionError, Site, Stage, View, dense_strides
 from nemoc.codegen.regions import as_region, body_of
 from nemoc.codegen.triton.body import Body
+from nemoc.codegen.triton.fragments import LEFT_OUT, Fragments
 from nemoc.codegen.triton.operands import Fp8, Operand, Packed, operand
 from nemoc.codegen.triton.product_forms import (
     Product,
     Schedule,
+    fragment_forms,
+    fragment_schedule,
     products_of,
     skinny_forms,
     skinny_schedule,
@@ -37,8 +40,13 @@ from nemoc.codegen.triton.rows import (
     write_stores,
 )
 from nemoc.codegen.triton.seen import Place, Seen
-from nemoc.codegen.triton.skinny import left_out, skinny_sums
-from nemoc.codegen.triton.spaces import element_bytes, few_rows_schedule, product_schedule
+from nemoc.codegen.triton.skinny import can_hold, held_sums, left_out, skinny_sums
+from nemoc.codegen.triton.spaces import (
+    element_bytes,
+    few_rows_schedule,
+    fragments_schedule,
+    product_schedule,
+)
 from nemoc.codegen.triton.target import GpuTarget
 from nemoc.codegen.triton.work import Work
 from nemoc.codegen.triton.writer import KernelWriter, power_of_two, size_text
@@ -70,27 +78,34 @@ def emit_products(site: Site, target: GpuTarget) -> Plan:
     for store in stores:
         if store.seen.width != products[0].features and not _is_blockwise(graph, store.seen.value):
             raise RegionError(f"rows of %{store.seen.value.name} are not those of the product")
-    few = skinny_forms(graph, products, target)
+    first, few = products[0], skinny_forms(graph, products, target)
+    fragments = fragment_forms(graph, products, target)
+    scratch = _rows_apart(graph, first) if fragments else []
+    apart, added = Arg("scratch", 0) if scratch else None, Arg("scratch", len(scratch))
     stages, above, parts = list[Stage](), 0, 0
-    for rows, most in (*few, *tile_forms(graph, products, target)):
-        taken = _between(products[0].count, above, most)
+    for rows, most in (*few, *fragments, *tile_forms(graph, products, target)):
+        taken = _between(first.count, above, most)
+        if apart and (rows, most) == fragments[0]:
+            of_all = _between(first.count, above, fragments[-1][1])
+            stages.append(_stage_of_rows(site, first, apart, of_all))
         above = most
         if taken == 0:
             continue
         if (rows, most) in few:
             default = skinny_schedule(graph, products, target, rows)
             schedule = few_rows_schedule(site.choices, default, products, target)
+        elif (rows, most) in fragments:
+            default = fragment_schedule(products, rows)
+            schedule = fragments_schedule(site.choices, default, first)
         else:
             default = tile_schedule(graph, products, target, rows)
             prefix = f"tile{rows}_" if most else ""
             schedule = product_schedule(site.choices, default, products, target, prefix)
-        if schedule.parts > 1:
-            stages += _stages_of_parts(site, products[0], stores, schedule, taken)
-            parts = max(parts, schedule.parts)
-        else:
-            stages.append(_stage(site, products, stores, schedule, taken))
-    scratch = (_sums_of_parts(products[0], parts),) if parts else ()
-    return Plan(tuple(stages), scratch, updates=cache_updates(site, stores))
+        stages += _stages(site, products, stores, schedule, taken, (apart, added))
+        parts = max(parts, schedule.parts)
+    if parts > 1:
+        scratch.append(_sums_of_parts(first, parts))
+    return Plan(tuple(stages), tuple(scratch), updates=cache_updates(site, stores))
 
 
 def _between(count: Dim, above: int, most: int) -> Dim:
@@ -105,14 +120,34 @@ def _reaches(size: Dim, bound: int) -> Dim:
     return sympy.Min(1, sympy.floor(size / sympy.Integer(bound))) if bound > 1 else 1
 
 
+def _stages(
+    site: Site,
+    products: list["Product"],
+    stores: list[Store],
+    schedule: Schedule,
+    taken: Dim,
+    scratch: tuple[Arg | None, Arg],
+) -> list[Stage]:
+    """The launches that follow a schedule; `taken` is 1 if they have programs, else 0.
+
+    `scratch` is where rows of x are that programs of fragments read, if they do not compute them, and where sums are to
+    be that programs share.
+    """
+    apart, added = scratch
+    if schedule.parts > 1:
+        return _stages_of_parts(site, products[0], stores, schedule, taken, added)
+    return [_stage(site, products, stores, schedule, taken, apart)]
+
+
 def _stage(
     site: Site,
     products: list["Product"],
     stores: list[Store],
     schedule: Schedule,
     taken: Dim,
+    apart: Arg | None,
 ) -> Stage:
-    """The launch that follows a schedule; `taken` is 1 if it has programs, else 0."""
+    """The one launch that follows a schedule."""
     first = products[0]
     writer = KernelWriter("product" if first.offsets is None else "grouped")
     body = Body(writer, site)
@@ -120,12 +155,14 @@ def _stage(
     tasks: Dim
     if first.offsets is not None:
         tile, tasks = _grouped_tile(body, first, schedule), _most_tiles(first, schedule.rows)
-    elif schedule.skinny:  # of as many rows as there are, or more
+    elif schedule.skinny or schedule.fragments:  # of as many rows as there are, or more
         tile, tasks = _dense_rows(body, first, schedule), 1
     else:
         pid = writer.let("pid", "tl.program_id(0)")
         tile = _dense_tile(body, first, schedule, pid)
         tasks = ceil_div(first.count, schedule.rows)
+    if schedule.fragments and apart:
+        _read_apart(body, first, apart)
     for made in products:
         sums = _write_product(body, made, schedule, tile)
         body.bind(Seen(made.result, made.features), tile.place, sums)
@@ -167,14 +204,49 @@ class _Tile:
         return [Place(row, "0", 1, 1) for row in rows]
 
 
-_SUMS = Arg("scratch", 0)
-"""Where programs that share a reduction leave their sums: f32 [parts, rows, N]."""
-
 _ADDED = (4, 256)
 """Rows and columns of a program that adds them."""
 
 
+def _rows_apart(graph: Graph, made: Product) -> list[View]:
+    """Where rows of x are computed once for all programs; nowhere if they are in memory as they are."""
+    shape = (made.count, made.width)
+    return [] if made.x in graph.inputs else [View(made.x.dtype, shape, dense_strides(shape))]
+
+
+def _stage_of_rows(site: Site, made: Product, to: Arg, taken: Dim) -> Stage:
+    """The launch that computes rows of x for all programs of fragments, which would each have to do it themselves."""
+    writer = KernelWriter("product_rows")
+    body = Body(writer, site)
+    row = writer.let("row", "tl.program_id(0)")
+    place = body.whole(made.width, Place(row, "0", 1, 1))
+    seen = Seen(made.x, made.width)
+    body.prepare(seen, place)
+    at = _place_of_row(writer, made, to, place)
+    writer.line(
+        f"tl.store({at}, {body.tile(seen, place)}{f', mask={place.mask}' if place.mask else ''})"
+    )
+    return writer.finish(dim(made.count * taken), 4, 1)
+
+
+def _read_apart(body: Body, made: Product, apart: Arg) -> None:
+    """Have rows of x read from where `_stage_of_rows` has left them."""
+
+    def read(seen: Seen, place: Place) -> str:
+        at = _place_of_row(body.writer, made, apart, place)
+        masks = f", mask={place.mask}, other=0.0" if place.mask else ""
+        return body.writer.let("x", f"tl.load({at}{masks})")
+
+    body.hold(made.x, read)
+
+
+def _place_of_row(writer: KernelWriter, made: Product, arg: Arg, place: Place) -> str:
+    pointer = writer.pointer(arg, made.x.dtype)
+    return writer.let("at", f"{pointer} + {place.row} * {made.width} + {place.column}")
+
+
 def _sums_of_parts(made: Product, parts: int) -> View:
+    """Where programs that share a reduction leave their sums: f32 [parts, rows, N]."""
     shape = (parts, made.count, made.features)
     return View(DType.F32, shape, dense_strides(shape))
 
@@ -185,15 +257,16 @@ def _stages_of_parts(
     stores: list[Store],
     schedule: Schedule,
     taken: Dim,
+    added: Arg,
 ) -> list[Stage]:
-    """As `_stage`, for a dense product whose reduction several programs share: their launch, and that which adds."""
+    """For a dense product whose reduction several programs share: their launch, and that which adds."""
     writer = KernelWriter("product_part")
     body = Body(writer, site)
     pid = writer.let("pid", "tl.program_id(0)")
     part = writer.let("part", f"{pid} % {schedule.parts}")
     tile = _dense_tile(body, made, schedule, f"{pid} // {schedule.parts}")
     sums = _write_product(body, made, schedule, tile, part)
-    at, masks = _place_of_part(writer, made, part, tile.place)
+    at, masks = _place_of_part(writer, made, added, part, tile.place)
     writer.line(f"tl.store({at}, {sums}{masks})")
     blocks = -(-made.features // schedule.columns)
     tasks = dim(ceil_div(made.count, schedule.rows) * (blocks * schedule.parts) * taken)
@@ -207,7 +280,7 @@ def _stages_of_parts(
     place = _dense_tile(body, made, whole, writer.let("pid", "tl.program_id(0)")).place
     total = ""
     for number in range(schedule.parts):
-        at, masks = _place_of_part(writer, made, str(number), place)
+        at, masks = _place_of_part(writer, made, added, str(number), place)
         loaded = writer.let("sums", f"tl.load({at}{masks}{', other=0.0' if masks else ''})")
         total = writer.let("total", f"{total} + {loaded}") if total else loaded
     body.bind(Seen(made.result, made.features), place, total)
@@ -217,10 +290,12 @@ def _stages_of_parts(
     return [first, writer.finish(tasks, whole.warps, whole.stages)]
 
 
-def _place_of_part(writer: KernelWriter, made: Product, part: str, place: Place) -> tuple[str, str]:
+def _place_of_part(
+    writer: KernelWriter, made: Product, arg: Arg, part: str, place: Place
+) -> tuple[str, str]:
     """Where the sums of a part are, and the mask of an access to them."""
     row = writer.let("row", f"tl.cast({part} * {size_text(made.count)} + {place.row}, tl.int64)")
-    pointer = writer.pointer(_SUMS, DType.F32)
+    pointer = writer.pointer(arg, DType.F32)
     at = writer.let("at", f"{pointer} + {row} * {made.features} + {place.column}")
     masks = " & ".join(mask for mask in (place.exists, place.mask) if mask)
     return at, f", mask={masks}" if masks else ""
@@ -344,6 +419,8 @@ def _write_product(
     """The loop over the reduction, or over a part of it; returns the tile of sums."""
     writer, place, group = body.writer, tile.place, tile.group
     x, w = (operand(body, Seen(value, made.width)) for value in (made.x, made.w))
+    if not group and isinstance(w, Packed) and _is_early(schedule, w):
+        return _early_sums(body, made, schedule, tile, x, w)
     rows = replace(place, column="0", columns=1, mask="")
     feature = writer.let("weight", f"tl.trans({place.column})")
     if place.mask:  # rows beyond the last would be another group's, or nobody's
@@ -351,6 +428,7 @@ def _write_product(
     if group:
         feature = writer.let("weight", f"{group} * {made.features} + {feature}")
     weights = Place(feature, "0", schedule.columns, 1)
+    depth = min(schedule.depth, max(schedule.least_depth, power_of_two(made.width)))
     if schedule.skinny and not group and isinstance(w, Packed):
         w.prefetch(weights)
         writer.wait_turn()
@@ -360,7 +438,6 @@ def _write_product(
     for line in lines:
         x.prepare(line)
     w.prepare(weights)
-    depth = min(schedule.depth, max(schedule.least_depth, power_of_two(made.width)))
     first = f"{group} * {made.features}" if group else "0"
     matrix = Place(writer.let("first", first), "0", 1, 1)
     if schedule.skinny:
@@ -369,12 +446,7 @@ def _write_product(
     shape = [schedule.rows, schedule.columns]
     shape = shape[::-1] if schedule.turned else shape
     sums = writer.fresh("sums", f"tl.zeros({shape}, tl.float32)")
-    start, stop = "0", str(made.width)
-    if part:
-        steps = -(-made.width // depth)
-        each = -(-steps // schedule.parts) * depth
-        start = writer.let("start", f"{part} * {each}")
-        stop = writer.let("stop", f"tl.minimum({start} + {each}, {made.width})")
+    start, stop = _span_of_part(writer, made, schedule, depth, part)
     with writer.loop("k", stop, start, step=depth) as k:
         at, across = (body.span(k, depth, made.width, p) for p in (rows, weights))
         writer.line(f"{sums} = {_added(body, made, schedule, (x, at), (w, across), sums)}")
@@ -383,6 +455,37 @@ def _write_product(
     if schedule.native:
         return w.scaled(x.scaled(sums, rows), matrix)
     return w.scaled(x.scaled(sums, rows, x.left_out), matrix, w.left_out)
+
+
+def _span_of_part(
+    writer: KernelWriter, made: Product, schedule: Schedule, depth: int, part: str
+) -> tuple[str, str]:
+    """From where to where the reduction goes: all of it if there are no parts."""
+    if not part:
+        return "0", str(made.width)
+    steps = -(-made.width // depth)
+    each = -(-steps // schedule.parts) * depth
+    start = writer.let("start", f"{part} * {each}")
+    return start, writer.let("stop", f"tl.minimum({start} + {each}, {made.width})")
+
+
+def _is_early(schedule: Schedule, w: Packed) -> bool:
+    """Whether a dense product loads its weights before former kernels have ended."""
+    if schedule.skinny and schedule.rows == 1:
+        return can_hold(w, schedule.warps, schedule.columns)
+    return schedule.fragments
+
+
+def _early_sums(
+    body: Body, made: Product, schedule: Schedule, tile: _Tile, x: Operand, w: Packed
+) -> str:
+    """As `_write_product`, for one of `_is_early`."""
+    first, whole = f"tl.program_id(0) * {schedule.columns}", Place("0", "0", 1, 1)
+    if schedule.fragments:
+        sums = Fragments(body, schedule, x, w, first, made.features, tile.last).sums()
+        return w.scaled(sums, whole, LEFT_OUT)
+    sums = held_sums(body, x, w, first, made.features, schedule)
+    return w.scaled(x.scaled(sums, whole, x.left_out), whole, left_out(w))
 
 
 def _added(

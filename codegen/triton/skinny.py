@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nemoc.codegen.triton.body import Body
-from nemoc.codegen.triton.operands import EIGHTHS, Operand, Packed
+from nemoc.codegen.triton.operands import CODES, EIGHTHS, Operand, Packed
+from nemoc.codegen.triton.product_forms import Schedule
 from nemoc.codegen.triton.seen import Place
 from nemoc.ir.nvfp4 import BLOCK
 
@@ -85,3 +86,84 @@ def _joined(body: Body, sums: Sequence[str]) -> str:
 def left_out(w: Operand) -> float:
     """What sums of `skinny_sums` have to be multiplied by, besides the scale of the weight."""
     return EIGHTHS if isinstance(w, Packed) and w.has_words else w.left_out
+
+
+_WARP = 32 * 32
+"""Elements of the reduction that a warp takes in a step of `held_sums`: 32 in each lane."""
+
+_MOST_HELD = 4
+"""Steps of a program at most whose codes its threads hold all at once."""
+
+
+def can_hold(w: Packed, warps: int, columns: int) -> bool:
+    """Whether `held_sums` can make the sums of so many columns: of weights that no kernel writes, in short rows."""
+    if not (w.is_direct and w.has_words and w.is_weight):
+        return False
+    return w.seen.width % 32 == 0 and w.seen.width <= _MOST_HELD * _WARP and columns % warps == 0
+
+
+def held_sums(
+    body: Body, x: Operand, w: Packed, first: str, features: int, schedule: Schedule
+) -> str:
+    """As `skinny_sums` for one row of x, with all codes loaded before former kernels have ended: the kernel waits here.
+
+    Each warp has rows of weights of its own, and each of its lanes 32 elements of a step. Tiles are [warps, 32 · n], so
+    that x is laid out as the weights are, and nothing crosses threads until the end.
+
+    Args:
+        body: what is written.
+        x, w: the operands, of which `can_hold` holds.
+        first: the number of the program's first row of weights.
+        features: rows of weights.
+        schedule: of the form.
+    """
+    writer, let, warps, width = body.writer, body.writer.let, schedule.warps, w.seen.width
+    warp = let("warp", f"tl.arange(0, {warps})[:, None]")
+    weights = [
+        let("weight", f"tl.minimum({first} + {number} + {warp}, {features - 1})")
+        for number in range(0, schedule.columns, warps)
+    ]
+    starts = range(0, width, _WARP)
+    w.load_early()
+
+    def place(row: str, start: int, each: int, columns: int, column: str = "") -> Place:
+        column = column or f"tl.arange(0, {columns})[None, :]"
+        at = let("column", f"{start // each} + {column} + 0 * {warp}")
+        mask = let("inside", f"{at} < {width // each}") if start + _WARP > width else ""
+        return Place(row, at, warps, columns, mask)
+
+    codes = [
+        [w.words_at(place(weight, start, CODES, _WARP // CODES)) for weight in weights]
+        for start in starts
+    ]
+    scales = [
+        [w.scales_at(place(weight, start, BLOCK, _WARP // BLOCK)) for weight in weights]
+        for start in starts
+    ]
+    writer.wait_turn()
+    x.prepare(Place("0", "0", 1, 1))
+    zeros = let("none", f"tl.zeros([{warps}, 32], tl.float32)")
+    sums = [writer.fresh("sums", zeros) for _ in weights]
+    each = let("each", "tl.arange(0, 256)[None, :]")
+    for step, start in enumerate(starts):
+        words = [writer.fresh("words", f"quarters({one}, {warps})") for one in codes[step]]
+        bits = [writer.fresh("bits", f"halves({one}, {warps})") for one in scales[step]]
+        for block in range(2):
+            terms = [""] * len(weights)
+            for word in (2 * block, 2 * block + 1):
+                column = let("each", f"{each} // 8 * 32 + {8 * word} + {each} % 8")
+                at = place("0", start, 1, 256, column)
+                tile = x.numbers(at)
+                if at.mask and not body.is_operand(x.seen.value):
+                    tile = let("row", f"tl.where({at.mask}, {tile}, 0.0)")
+                near = writer.fresh("x", f"eighths({tile}, {warps})")
+                for number, of_row in enumerate(words):
+                    term = f"sum_of_eight({near}, e2m1_eighths({of_row}[{word}]))"
+                    terms[number] = f"{terms[number]} + {term}" if terms[number] else term
+            for number, term in enumerate(terms):
+                writer.line(f"{sums[number]} += ({term}) * from_e4m3({bits[number]}[{block}])")
+    totals = [let("total", f"tl.sum({one}, axis=1)") for one in sums]
+    while len(totals) > 1:
+        pairs = zip(totals[::2], totals[1::2], strict=True)
+        totals = [let("total", f"one_behind_the_other({a}, {b})") for a, b in pairs]
+    return let("total", f"tl.expand_dims({totals[0]}, 0)")

@@ -127,6 +127,34 @@ def few_rows_schedule(
     return chosen
 
 
+def fragments_schedule(
+    choices: Choices, default: "ProductSchedule", made: "Product"
+) -> "ProductSchedule":
+    """The schedule of a form whose weights are decoded in fragments; each form of a region has tunables of its own.
+
+    Args:
+        choices, default: as for `product_schedule`.
+        made: the product.
+
+    Raises:
+        IllegalSchedule: the codes of a program do not fit registers.
+    """
+    tunables = (
+        _around("columns", default.columns, (16, 32)),
+        _around("warps", default.warps, (1, 2, 4, 8)),
+    )
+    chosen = _settled(choices, default, tunables, f"fragments{default.rows}_")
+    if chosen == default:
+        return chosen
+    usual, mine = (made.width * s.columns / s.warps for s in (default, chosen))
+    choices.require(mine <= max(_CODES, usual), "codes do not fit registers")
+    return dataclasses.replace(chosen, depth=128 * chosen.warps)
+
+
+_CODES = 160 * 32 * 8
+"""Codes of a warp at most that are loaded at once: eight in each of 160 registers of its threads."""
+
+
 def _ahead(schedule: "ProductSchedule", products: Sequence["Product"]) -> float:
     """Bytes of operands that are in shared memory while the next ones arrive."""
     sides = [schedule.rows * x + schedule.columns * w for x, w in map(element_bytes, products)]

@@ -42,12 +42,14 @@ class GpuKernel(Kernel):
         warps: warps of a program.
         stages: how many iterations of a loop of products are loaded ahead.
         work: what a program does, where its lowering says so; no part of what the kernel is.
+        early: numbers of pointers to weights, which it loads before former kernels have ended.
     """
 
     pointers: tuple[DType, ...] = ()
     warps: int = 4
     stages: int = 3
     work: Work | None = field(default=None, compare=False)
+    early: tuple[int, ...] = ()
 
 
 def pointer_types(kernel: Kernel) -> tuple[DType, ...]:
@@ -77,18 +79,24 @@ class KernelWriter:
         self._counts = dict.fromkeys(device_functions(), 1)
         self._pointers: dict[tuple[Arg, DType], str] = {}
         self._turn = 0
+        self._early = set[Arg]()
 
     def line(self, text: str) -> None:
         """Append a statement."""
         self._lines.append("    " * len(self._scopes) + text)
 
     def wait_turn(self) -> None:
-        """Let the kernel wait for former ones here, not at its start: it has found out what to prefetch, and no more.
+        """Let the kernel wait for former ones here, not at its start.
 
-        Only the first call counts. Every program has to come here.
+        It may have found out what to prefetch, and loaded what `load_early` names, and no more. Only the first call
+        counts. Every program has to come here.
         """
         assert len(self._scopes) == 1
         self._turn = self._turn or len(self._lines)
+
+    def load_early(self, arg: Arg) -> None:
+        """Let a tensor that no kernel writes be loaded before `wait_turn`."""
+        self._early.add(arg)
 
     def barrier(self) -> None:
         """Let no thread of a program go on before all have come here.
@@ -177,7 +185,8 @@ class KernelWriter:
         what = f"{parameters}\n{body}\n{format_dim(tasks)} {warps} {stages} {pointers}"
         name = kernel_name(self.stem, what)
         source = f"@jit\ndef {name}({parameters}):\n{body}\n"
-        kernel = GpuKernel(name, source, tasks, pointers, warps, stages, work)
+        early = tuple(n for n, (arg, _) in enumerate(self._pointers) if arg in self._early)
+        kernel = GpuKernel(name, source, tasks, pointers, warps, stages, work, early)
         return Stage(kernel, tuple(arg for arg, _ in self._pointers))
 
 

@@ -263,6 +263,50 @@ def test_a_kernel_waits_if_nothing_comes_before_it(body: str, waits: bool) -> No
     assert inspect_output(output(ptx), 1, SM_90).waits is waits
 
 
+@pytest.mark.parametrize(
+    ("body", "waits"),
+    [
+        ("ld.global.v4.b32 { %r1, %r2 }, [ %rd3 + 0 ];", True),
+        ("@%p1 ld.global.b16 { %rs1 }, [ %rd3 + 64 ];", True),
+        ("ld.global.b32 %r1, [%rd4];", False),  # of the other pointer
+        ("add.s64 %rd5, %rd3, %rd4;\nld.global.b32 %r1, [%rd5];", False),  # of both
+        ("ld.global.b32 %r1, [%rd9];", False),  # of none that is known
+        ("ld.global.b64 %rd5, [%rd3];\nld.global.b32 %r1, [%rd5];", False),
+        ("st.global.b32 [%rd3], %r1;", False),
+        ("cp.async.cg.shared.global [%r1], [%rd3], 16;", False),
+    ],
+)
+def test_a_kernel_may_load_what_no_kernel_writes_before_it_waits(body: str, waits: bool) -> None:
+    pointer = "u64 .ptr .global .align 1"
+    before = """
+        ld.param.b64 %rd1, [rows_param_0];
+        ld.param.b64 %rd2, [rows_param_1];
+        mad.wide.s32 %rd3, %r5, 4, %rd1;
+        add.s64 %rd4, %rd2, 16;
+    """
+    ptx = entry(pointer, pointer, "u32", "u32", "u32").replace(
+        "{ ret; }", f"{{\n{before}\n{body}\ngriddepcontrol.wait;\nret;\n}}"
+    )
+    assert inspect_output(output(ptx), 2, SM_90, early=(0,)).waits is waits
+    assert not inspect_output(output(ptx), 2, SM_90).waits
+
+
+def test_fragments_that_lie_elsewhere_are_refused() -> None:
+    def product(layout: str) -> str:
+        return f"""
+#blocked = #ttg.blocked<{{sizePerThread = [1, 4], threadsPerWarp = [2, 16], warpsPerCTA = [4, 1], order = [1, 0]}}>
+#blocked1 = #ttg.blocked<{{sizePerThread = [1, 1], threadsPerWarp = [8, 4], warpsPerCTA = [4, 1], order = [1, 0]}}>
+    %sums = tt.elementwise_inline_asm "mma.sync" %x : tensor<32x4xbf16, {layout}> -> tensor<32x4xf32, {layout}>
+    %other = arith.addf %a, %b : tensor<32x16xf32, #blocked>
+"""
+
+    ptx = entry("u64 .ptr .global .align 1", "u32", "u32", "u32")
+    assert inspect_output({**output(ptx), "ttgir": product("#blocked1")}, 1, SM_90)
+    for layout in ("#blocked", "#linear"):
+        with pytest.raises(NemocError, match="matrix fragments lie as #"):
+            inspect_output({**output(ptx), "ttgir": product(layout)}, 1, SM_90)
+
+
 def test_the_assemblers_log_is_read() -> None:
     log = """\
 ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized in the function 'rows'

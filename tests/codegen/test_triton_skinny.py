@@ -1,6 +1,7 @@
 """GPU kernels of products of very few rows: numbers in Triton's interpreter, which form is taken, and machine code."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,11 @@ def dense(width: int, features: int, x: str = "bf16", dialect: str = "modelopt")
     """)
 
 
+def stored(site: Site) -> Site:
+    """The same with all operands weights, but for the first: they may be loaded before former kernels have ended."""
+    return replace(site, weights=frozenset(range(1, len(site.operands))))
+
+
 def plain(width: int, features: int, x: str = "bf16", w: str = "bf16") -> Site:
     return region(f"""
       input %x: {x}[B, {width}]
@@ -99,7 +105,25 @@ def taken(plan: Plan, batch: int) -> list[int]:
 @pytest.mark.parametrize("width,features", [(32, 5), (176, 40), (1856, 7)])
 def test_products_with_nvfp4_weights(batch: int, x: str, width: int, features: int) -> None:
     operands = (draw(batch, width, seed=batch, dtype=x), *packed(features, width, seed=2))
-    check_kernel(dense(width, features, x), {"B": batch}, *operands, target=SM_90)
+    for site in (dense(width, features, x), stored(dense(width, features, x))):
+        check_kernel(site, {"B": batch}, *operands, target=SM_90)
+
+
+@pytest.mark.parametrize("batch", [2, 7, 8, 9, 16])
+@pytest.mark.parametrize("width,features", [(32, 16), (672, 43), (3200, 18), (16384, 16)])
+def test_products_whose_weights_are_decoded_in_fragments(
+    batch: int, width: int, features: int
+) -> None:
+    operands = (draw(batch, width, seed=batch, dtype="bf16"), *packed(features, width, seed=24))
+    for site in (dense(width, features), stored(dense(width, features))):
+        check_kernel(site, {"B": batch}, *operands, target=SM_90)
+
+
+def test_a_wide_result_has_other_fragments() -> None:
+    site = stored(dense(64, 8200))
+    for batch in (2, 16):
+        operands = (draw(batch, 64, seed=25, dtype="bf16"), *packed(8200, 64, seed=26))
+        check_kernel(site, {"B": batch}, *operands, target=SM_90)
 
 
 @pytest.mark.parametrize("dialect", ["modelopt", "compressed-tensors"])
@@ -126,23 +150,23 @@ def test_every_code_times_every_scale_is_exact() -> None:
     bits = torch.tensor([b for b in range(256) if b & 127 != 127], dtype=torch.uint8)
     scales = bits[:, None].view(torch.float8_e4m3fn)
     numbers = decode(codes, DIALECTS["modelopt"], torch.float64) * scales.double()
-    site = dense(16, 254)
-    for batch in (1, 2, 16):
-        x = torch.eye(16)[-batch:].bfloat16()
-        (found,) = run_watched(
-            site, emit(site, SM_90), {"B": batch}, (x, codes, scales, torch.tensor(1.0))
-        )
-        assert torch.equal(found.double(), numbers.T[-batch:])
+    # Twice as wide there are fragments, and rows that are loaded early.
+    for site, wider in ((dense(16, 254), 1), (dense(32, 254), 2), (stored(dense(32, 254)), 2)):
+        tensors = (codes.repeat(1, wider), scales.repeat(1, wider), torch.tensor(1.0))
+        for batch in (1, 2, 16):
+            x = torch.eye(16 * wider)[-batch:].bfloat16()
+            (found,) = run_watched(site, emit(site, SM_90), {"B": batch}, (x, *tensors))
+            assert torch.equal(found.double(), numbers.T[-batch:])
 
 
 def test_a_block_whose_scale_is_nan_is_nan() -> None:
-    site = dense(32, 3)
-    codes, scales, whole = packed(3, 32, seed=7)
+    codes, scales, whole = packed(16, 32, seed=7)
     scales.view(torch.uint8)[1, 1] = 0x7F
-    for batch in (1, 2, 3):
-        operands = (draw(batch, 32, seed=8, dtype="bf16"), codes, scales, whole)
-        (found,) = run_watched(site, emit(site, SM_90), {"B": batch}, operands)
-        assert found.isnan().tolist() == [[False, True, False]] * batch
+    for site in (dense(32, 16), stored(dense(32, 16))):
+        for batch in (1, 2, 3):
+            operands = (draw(batch, 32, seed=8, dtype="bf16"), codes, scales, whole)
+            (found,) = run_watched(site, emit(site, SM_90), {"B": batch}, operands)
+            assert found.isnan().tolist() == [[n == 1 for n in range(16)]] * batch
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
@@ -166,6 +190,32 @@ def test_norms_before_and_caches_behind_are_part_of_it(batch: int) -> None:
     operands = (draw(batch, 1, 48, seed=9), draw(48, seed=10), *packed(8, 48, seed=11))
     cache = draw(batch, 9, 2, 4, seed=12)
     check_kernel(site, {"B": batch, "C": 9}, *operands, cache, lengths, target=SM_90)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8, 9, 16, 17])
+def test_rows_are_computed_once_for_all_fragments(batch: int) -> None:
+    site = region("""
+      input %h: bf16[B, 1, 96]
+      input %weight: f32[96]
+      input %q: u8[40, 48]
+      input %s: f8e4m3[40, 6]
+      input %g: f32[]
+      %wide = cast(%h) {dtype=f32} : f32[B, 1, 96]
+      %n = rms_norm(%wide, %weight) {eps=1e-05} : f32[B, 1, 96]
+      %x = cast(%n) {dtype=bf16} : bf16[B, 1, 96]
+      %d = dequantize_nvfp4(%q, %s, %g) : f32[40, 96]
+      %w = cast(%d) {dtype=bf16} : bf16[40, 96]
+      %y = linear(%x, %w) : f32[B, 1, 40]
+      return %y
+    """)
+    operands = (draw(batch, 1, 96, seed=27, dtype="bf16"), draw(96, seed=28))
+    operands += packed(40, 96, seed=29)
+    for one in (site, stored(site)):
+        plan = emit(one, SM_90)
+        # In float64 the rows are not rounded to bf16 before they are multiplied.
+        check_kernel(one, {"B": batch}, *operands, tolerance=4e-3, plan=plan)
+        names = [plan.stages[n].kernel.name for n in taken(plan, batch)]
+        assert names[0].startswith("product_rows") == (1 < batch <= 16)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
@@ -234,9 +284,9 @@ def test_one_form_is_taken_whatever_the_batch(target: str) -> None:
         assert forms[0] == [0] and forms[-1][-1] == len(plan.stages) - 1
 
 
-def test_decoding_nvfp4_for_more_than_two_rows_is_left_to_matrix_units() -> None:
+def test_several_rows_are_left_to_matrix_units() -> None:
     nvfp4, bf16 = (emit(site, SM_90) for site in (dense(2688, 1856), plain(2688, 1856)))
-    assert [taken(nvfp4, batch)[0] for batch in (1, 2, 3, 16, 17)] == [0, 1, 2, 2, 4]
+    assert [taken(nvfp4, batch)[0] for batch in (1, 2, 8, 9, 16, 17)] == [0, 1, 1, 2, 2, 3]
     assert [taken(bf16, batch)[0] for batch in (1, 2, 4, 16, 17)] == [0, 1, 1, 1, 2]
 
 
@@ -281,7 +331,8 @@ def kernels(site: Site) -> list[GpuKernel]:
 
 
 def test_nothing_spills_and_four_programs_share_a_multiprocessor() -> None:
-    sites = (dense(2688, 10304), plain(2688, 10304), experts(1856, 2688, 128, 6))
+    packed_row = dense(2688, 10304)
+    sites = (packed_row, stored(packed_row), plain(2688, 10304), experts(1856, 2688, 128, 6))
     wanted = [Variant(k, (True,) * len(k.pointers)) for site in sites for k in kernels(site)]
     for binary in compile_variants(wanted, SM_90).values():
         assert binary.report.spilled == 0
@@ -333,6 +384,33 @@ def test_a_single_row_asks_for_weights_in_nvfp4_before_it_waits(tmp_path: Path) 
     )
     assert packed_row[0].count("prefetch.global.L2") >= 2  # codes and scales
     assert all(text and "prefetch" not in text for text in (packed_row[2], *plain_row[::2]))
+
+
+@pytest.mark.parametrize("width,features", [(2688, 10304), (4096, 2688), (1856, 2688)])
+def test_weights_in_nvfp4_are_loaded_before_former_kernels_have_ended(
+    width: int, features: int, tmp_path: Path
+) -> None:
+    made = [stage.kernel for stage in emit(stored(dense(width, features)), SM_90).stages[:3]]
+    for kernel in made:
+        assert isinstance(kernel, GpuKernel)
+        early, _, late = assembly(kernel, SM_90, tmp_path).partition("griddepcontrol.wait")
+        assert len(re.findall(r"ld\.global\.v4\.b32", early)) >= 4
+        assert "prefetch" not in early + late and "cp.async" not in late
+        (binary,) = compile_variants(
+            [Variant(kernel, (True,) * len(kernel.pointers))], SM_90
+        ).values()
+        assert binary.waits
+        assert binary.report.spilled == 0
+
+
+def test_fragments_are_multiplied_by_matrix_units_without_shared_memory(tmp_path: Path) -> None:
+    kernel = emit(stored(dense(2688, 4096)), SM_90).stages[1].kernel
+    assert isinstance(kernel, GpuKernel)
+    text = assembly(kernel, SM_90, tmp_path)
+    last = text.rindex("mma.sync")
+    assert not re.search(r"bar\.sync|st\.shared|ld\.shared", text[:last])
+    # Of 2688 elements in parts of 512, for sixteen rows in each of which a lane has two words.
+    assert text.count("mma.sync") == 2 * 4 * 6
 
 
 @pytest.mark.parametrize("width,features,columns", [(2688, 10304, 16), (4096, 2688, 8)])
