@@ -6,7 +6,7 @@ Whatever is not explained by the GPU's figures is what an H100 measured (`docs/m
 from dataclasses import dataclass, replace
 
 from nemoc.codegen.plan import RegionError
-from nemoc.codegen.triton.body import narrowest
+from nemoc.codegen.triton.body import LARGEST, narrowest
 from nemoc.codegen.triton.operands import is_packed, unrounded
 from nemoc.codegen.triton.target import GpuTarget
 from nemoc.codegen.triton.writer import power_of_two
@@ -217,6 +217,7 @@ def fragment_forms(
         return ()
     op = graph.producers[first.w].op
     own = isinstance(op, DequantizeNvfp4) and {op.packed, op.scales} <= set(graph.inputs)
+    own = own and (first.x in graph.inputs or first.width <= LARGEST)
     if not own or first.x.dtype != DType.BF16 or first.width % _LANE or first.features < 16:
         return ()
     return ((8, 8), (16, 16))

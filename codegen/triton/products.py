@@ -136,7 +136,13 @@ def _stages(
     apart, added = scratch
     if schedule.parts > 1:
         return _stages_of_parts(site, products[0], stores, schedule, taken, added)
-    return [_stage(site, products, stores, schedule, taken, apart)]
+    try:
+        return [_stage(site, products, stores, schedule, taken, apart, early=True)]
+    except RegionError:
+        if schedule.fragments:
+            raise
+        # Of rows that are computed block by block, as quantized ones are, there are no parts but whole blocks.
+        return [_stage(site, products, stores, schedule, taken, apart, early=False)]
 
 
 def _stage(
@@ -146,8 +152,9 @@ def _stage(
     schedule: Schedule,
     taken: Dim,
     apart: Arg | None,
+    early: bool,
 ) -> Stage:
-    """The one launch that follows a schedule."""
+    """The one launch that follows a schedule; `early` is whether one row's weights may be loaded before it waits."""
     first = products[0]
     writer = KernelWriter("product" if first.offsets is None else "grouped")
     body = Body(writer, site)
@@ -164,7 +171,7 @@ def _stage(
     if schedule.fragments and apart:
         _read_apart(body, first, apart)
     for made in products:
-        sums = _write_product(body, made, schedule, tile)
+        sums = _write_product(body, made, schedule, tile, early=early)
         body.bind(Seen(made.result, made.features), tile.place, sums)
     _write_results(body, first, stores, tile.place)
     blocks = -(-first.features // schedule.columns)
@@ -414,12 +421,17 @@ def _most_tiles(made: Product, rows: int) -> Dim:
 
 
 def _write_product(
-    body: Body, made: Product, schedule: Schedule, tile: _Tile, part: str = ""
+    body: Body,
+    made: Product,
+    schedule: Schedule,
+    tile: _Tile,
+    part: str = "",
+    early: bool = False,
 ) -> str:
     """The loop over the reduction, or over a part of it; returns the tile of sums."""
     writer, place, group = body.writer, tile.place, tile.group
     x, w = (operand(body, Seen(value, made.width)) for value in (made.x, made.w))
-    if not group and isinstance(w, Packed) and _is_early(schedule, w):
+    if early and not group and isinstance(w, Packed) and _is_early(schedule, w):
         return _early_sums(body, made, schedule, tile, x, w)
     rows = replace(place, column="0", columns=1, mask="")
     feature = writer.let("weight", f"tl.trans({place.column})")
