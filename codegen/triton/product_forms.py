@@ -207,9 +207,8 @@ def fragment_forms(
 
     For weights in NVFP4, on NVIDIA's GPUs from Ampere on, whose instructions for a warp's own matrix units take eight
     rows at a time. Such a program has no shared memory and no barrier in its loop, and asks for weights before former
-    kernels have ended: on an H200 it took half to two thirds of the time of a tile of sixteen rows, which is decoded
-    into shared memory, for up to eight rows, and 0.75 to 0.9 of it for sixteen. With more rows each warp reads too
-    much of x.
+    kernels have ended: on an H200 it took two thirds of the time of a tile of sixteen rows, which is decoded into
+    shared memory, for four rows, and 0.86 to 0.97 of it for sixteen. With more rows each warp reads too much of x.
     """
     first = products[0]
     dense = len(products) == 1 and first.is_few and first.offsets is None

@@ -86,8 +86,8 @@ def emit_products(site: Site, target: GpuTarget) -> Plan:
     for rows, most in (*few, *fragments, *tile_forms(graph, products, target)):
         taken = _between(first.count, above, most)
         if apart and (rows, most) == fragments[0]:
-            of_all = _between(first.count, above, fragments[-1][1])
-            stages.append(_stage_of_rows(site, first, apart, of_all))
+            of_both = _between(first.count, above, fragments[-1][1])
+            stages += [_stage_of_rows(site, first, apart, of_both)] if of_both != 0 else []
         above = most
         if taken == 0:
             continue

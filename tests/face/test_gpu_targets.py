@@ -192,6 +192,19 @@ def test_fp8_is_multiplied_as_it_is_stored_and_takes_no_more_launches(
         assert working(mine) == working(theirs)
 
 
+def test_what_is_loaded_before_former_kernels_have_ended_are_weights() -> None:
+    (decode,) = (
+        function
+        for function in program("sample", "cuda:sm_90", quantize="nvfp4").functions
+        if function.name == "decode"
+    )
+    early = [
+        launch.buffers[number].arena for launch in decode.launches for number in launch.kernel.early
+    ]
+    assert len(early) > 20
+    assert set(early) == {"weights"}
+
+
 def test_fp8_for_prompts_is_made_of_the_codes_that_decode_reads() -> None:
     found, plain = (
         compiler.functions("sample", "cuda:sm_90", quantize=name).graphs
