@@ -72,7 +72,7 @@ PEER_BOUND = 2e-2
 
 FP8_BOUND = 3e-2
 """The same of results of ours that are rounded to E4M3 between two products: what matrix units add up with fewer bits
-than f32 has comes to be rounded the other way now and then, by a sixteenth."""
+than f32 has comes to be rounded the other way now and then, by a sixteenth to an eighth."""
 
 ROUTED_BOUND = 0.15
 """The same where they round before a router chooses: of some tokens other experts, whose keys are nearly the same."""

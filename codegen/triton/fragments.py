@@ -9,13 +9,14 @@ reduction each.
 A step is 128 elements of the reduction for each warp: 32 for each of the four lanes that have a row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from nemoc.codegen.triton.body import Body
 from nemoc.codegen.triton.operands import CODES, WORD_UNITS, Operand, Packed
 from nemoc.codegen.triton.product_forms import Schedule
 from nemoc.codegen.triton.seen import Place
+from nemoc.codegen.triton.writer import joined_in_pairs
 from nemoc.ir.nvfp4 import BLOCK
 
 _STEP = 128
@@ -84,7 +85,9 @@ class Fragments:
         """The tile of sums [rows, columns]; the kernel waits for former ones in between."""
         steps = -(-self._width // (_STEP * self._warps))
         straight = steps <= _STRAIGHT
-        held = min(steps, _HELD // (4 * len(self._weights))) if straight and self._is_stored else 0
+        held = (
+            min(steps, _HELD // (4 * len(self._weights))) if straight and self._w.is_weight else 0
+        )
         loaded = {step: self._load(str(step), self._is_ragged(step)) for step in range(held)}
         if held:
             self._w.load_early()
@@ -109,10 +112,6 @@ class Fragments:
     def _pairs(self) -> range:
         """Numbers of the sixteen rows of weights that an instruction takes."""
         return range(len(self._weights) // 2)
-
-    @property
-    def _is_stored(self) -> bool:
-        return self._w.is_weight
 
     def _is_ragged(self, step: int) -> bool:
         """Whether some warp has nothing to do in a part of a step."""
@@ -182,12 +181,5 @@ class Fragments:
         columns = []
         for of_pair in sums:
             tiles = [let("total", f"fragment_sums({one})") for one in of_pair]
-            columns.append(_halved(tiles, lambda a, b: let("total", f"above({a}, {b})")))
-        return _halved(columns, lambda a, b: let("total", f"beside({a}, {b})"))
-
-
-def _halved(tiles: Sequence[str], join: Callable[[str, str], str]) -> str:
-    """What joining neighbours until there is one leaves of a power of two of tiles."""
-    while len(tiles) > 1:
-        tiles = [join(*pair) for pair in zip(tiles[::2], tiles[1::2], strict=True)]
-    return tiles[0]
+            columns.append(joined_in_pairs(tiles, lambda a, b: let("total", f"above({a}, {b})")))
+        return joined_in_pairs(columns, lambda a, b: let("total", f"beside({a}, {b})"))

@@ -140,7 +140,7 @@ class Packed(Operand):
     @property
     def has_words(self) -> bool:
         """Whether eight codes can be read at a time, and decoded two at a time."""
-        op, _, _ = self._source(Place("0", "0", 1, 1))
+        op = self._decoder
         return self.body.has_words(op.packed)
 
     def words(self, place: Place) -> tuple[str, str]:
@@ -168,24 +168,22 @@ class Packed(Operand):
     @property
     def is_weight(self) -> bool:
         """Whether codes and scales are weights, which no kernel writes."""
-        op, _, _ = self._source(Place("0", "0", 1, 1))
+        op = self._decoder
         return self.body.is_weight(op.packed) and self.body.is_weight(op.scales)
 
     def load_early(self) -> None:
         """Let codes and scales, which are weights, be loaded before former kernels have ended."""
-        op, _, _ = self._source(Place("0", "0", 1, 1))
+        op = self._decoder
         for value in (op.packed, op.scales):
             self.body.writer.load_early(self.body.arg(value))
 
     def words_at(self, place: Place) -> str:
         """Words of eight codes, whichever columns of such words a place has."""
-        op, seen, _ = self._source(Place("0", "0", 1, 1))
-        return self.body.words(Seen(op.packed, seen.width // CODES), place)
+        return self.body.words(Seen(self._decoder.packed, self.seen.width // CODES), place)
 
     def scales_at(self, place: Place) -> str:
         """E4M3 bits of scales, whichever columns of blocks a place has."""
-        op, seen, _ = self._source(Place("0", "0", 1, 1))
-        return self.body.tile(Seen(op.scales, seen.width // BLOCK), place)
+        return self.body.tile(Seen(self._decoder.scales, self.seen.width // BLOCK), place)
 
     def tile(self, place: Place) -> str:
         if self.has_words:
@@ -207,6 +205,11 @@ class Packed(Operand):
         by = "/" if DIALECTS[op.dialect].divides else "*"
         wide = sums if left_out == 1.0 else f"{sums} * {left_out!r}"
         return self.body.writer.let("scaled", f"{wide} {by} {scale}")
+
+    @property
+    def _decoder(self) -> DequantizeNvfp4 | Nvfp4ToFp8:
+        """What decodes the elements, wherever they are."""
+        return self._source(Place("0", "0", 1, 1))[0]
 
     def _source(self, place: Place) -> tuple[DequantizeNvfp4 | Nvfp4ToFp8, Seen, Place]:
         """What decodes the elements at a place, and where in its result they are."""

@@ -16,6 +16,7 @@ from nemoc.codegen.triton.body import Body
 from nemoc.codegen.triton.operands import CODES, EIGHTHS, Operand, Packed
 from nemoc.codegen.triton.product_forms import Schedule
 from nemoc.codegen.triton.seen import Place
+from nemoc.codegen.triton.writer import joined_in_pairs
 from nemoc.ir.nvfp4 import BLOCK
 
 
@@ -167,7 +168,5 @@ def held_sums(
             for number, term in enumerate(terms):
                 writer.line(f"{sums[number]} += ({term}) * from_e4m3({bits[number]}[{block}])")
     totals = [let("total", f"tl.sum({one}, axis=1)") for one in sums]
-    while len(totals) > 1:
-        pairs = zip(totals[::2], totals[1::2], strict=True)
-        totals = [let("total", f"one_behind_the_other({a}, {b})") for a, b in pairs]
-    return let("total", f"tl.expand_dims({totals[0]}, 0)")
+    total = joined_in_pairs(totals, lambda a, b: let("total", f"one_behind_the_other({a}, {b})"))
+    return let("total", f"tl.expand_dims({total}, 0)")

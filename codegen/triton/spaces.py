@@ -148,7 +148,7 @@ def fragments_schedule(
         return chosen
     usual, mine = (made.width * s.columns / s.warps for s in (default, chosen))
     choices.require(mine <= max(_CODES, usual), "codes do not fit registers")
-    return dataclasses.replace(chosen, depth=128 * chosen.warps)
+    return dataclasses.replace(chosen, depth=default.depth // default.warps * chosen.warps)
 
 
 _CODES = 160 * 32 * 8

@@ -7,7 +7,7 @@ expression in sight, so that callers may ask for the same index or element as of
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -205,6 +205,13 @@ def number_text(value: float) -> str:
 def power_of_two(size: int) -> int:
     """The smallest power of two that is not below a size."""
     return 1 << max(0, size - 1).bit_length()
+
+
+def joined_in_pairs(tiles: Sequence[str], join: Callable[[str, str], str]) -> str:
+    """What joining neighbours until there is one leaves of a power of two of tiles."""
+    while len(tiles) > 1:
+        tiles = [join(*pair) for pair in zip(tiles[::2], tiles[1::2], strict=True)]
+    return tiles[0]
 
 
 def size_text(size: Dim) -> str:

@@ -74,6 +74,22 @@ def plain(width: int, features: int, x: str = "bf16", w: str = "bf16") -> Site:
     """)
 
 
+def both_packed() -> Site:
+    """A product with activations in NVFP4 too."""
+    return region("""
+      input %xq: u8[B, 1, 32]
+      input %xs: f8e4m3[B, 1, 4]
+      input %xg: f32[B]
+      input %wq: u8[32, 32]
+      input %ws: f8e4m3[32, 4]
+      input %wg: f32[]
+      %x = dequantize_nvfp4(%xq, %xs, %xg) : f32[B, 1, 64]
+      %w = dequantize_nvfp4(%wq, %ws, %wg) : f32[32, 64]
+      %y = linear(%x, %w) : f32[B, 1, 32]
+      return %y
+    """)
+
+
 def experts(width: int, features: int, groups: int, each: int, x: str = "bf16") -> Site:
     """Products of gathered rows with groups' weights in NVFP4, and what follows them."""
     return region(f"""
@@ -136,19 +152,7 @@ def test_other_fragments(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_row_that_is_quantized_in_blocks_is_multiplied_in_the_same_launch() -> None:
-    site = region("""
-      input %xq: u8[B, 1, 32]
-      input %xs: f8e4m3[B, 1, 4]
-      input %xg: f32[B]
-      input %wq: u8[32, 32]
-      input %ws: f8e4m3[32, 4]
-      input %wg: f32[]
-      %x = dequantize_nvfp4(%xq, %xs, %xg) : f32[B, 1, 64]
-      %w = dequantize_nvfp4(%wq, %ws, %wg) : f32[32, 64]
-      %y = linear(%x, %w) : f32[B, 1, 32]
-      return %y
-    """)
-    site = replace(site, weights=frozenset({3, 4, 5}))
+    site = replace(both_packed(), weights=frozenset({3, 4, 5}))
     x = packed(1, 1, 64, seed=30)
     check_kernel(site, {"B": 1}, *x, *packed(32, 64, seed=31), target=SM_90)
 
@@ -178,9 +182,10 @@ def test_every_code_times_every_scale_is_exact() -> None:
     scales = bits[:, None].view(torch.float8_e4m3fn)
     numbers = decode(codes, DIALECTS["modelopt"], torch.float64) * scales.double()
     # Twice as wide there are fragments, and rows that are loaded early.
-    for site, wider in ((dense(16, 254), 1), (stored(dense(32, 254)), 2)):
+    narrow, wide = (dense(16, 254), 1, (1, 2, 16)), (stored(dense(32, 254)), 2, (1, 2))
+    for site, wider, batches in (narrow, wide):
         tensors = (codes.repeat(1, wider), scales.repeat(1, wider), torch.tensor(1.0))
-        for batch in (1, 2, 16)[: 4 - wider]:
+        for batch in batches:
             x = torch.eye(16 * wider)[-batch:].bfloat16()
             (found,) = run_watched(site, emit(site, SM_90), {"B": batch}, (x, *tensors))
             assert torch.equal(found.double(), numbers.T[-batch:])
@@ -324,18 +329,7 @@ def test_prefill_and_products_of_native_nvfp4_use_matrix_units_only() -> None:
       %y = linear(%x, %w) : f32[B, L, 32]
       return %y
     """)
-    both = region("""
-      input %xq: u8[B, 1, 32]
-      input %xs: f8e4m3[B, 1, 4]
-      input %xg: f32[B]
-      input %wq: u8[32, 32]
-      input %ws: f8e4m3[32, 4]
-      input %wg: f32[]
-      %x = dequantize_nvfp4(%xq, %xs, %xg) : f32[B, 1, 64]
-      %w = dequantize_nvfp4(%wq, %ws, %wg) : f32[32, 64]
-      %y = linear(%x, %w) : f32[B, 1, 32]
-      return %y
-    """)
+    both = both_packed()
     assert len(emit(many, SM_90).stages) == 1
     assert len(emit(both, gpu_target("cuda:sm_120")).stages) == 2
     assert len(emit(both, SM_90).stages) > 2
