@@ -49,6 +49,10 @@ class Builder:
         for value in graph.arguments:
             self._claim(value.name)
 
+    def is_argument(self, value: Value) -> bool:
+        """Whether a value is an input, a parameter or a state, not what a node makes."""
+        return value in (*self._inputs, *self._params, *self._states)
+
     def __call__(self, op: Op, name: str = "") -> Value:
         """Append an op that has one result.
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 
 from nemoc.ir.builder import Builder
@@ -56,8 +57,14 @@ class Region(Op):
                 for amount in read.get(seen, {}):
                     read.setdefault(x, {})[amount] = None
                 continue
+            share: Dim = 1
+            if node.op.is_unpacking:  # what is read of a decoded value is read of its codes
+                (decoded,) = node.results
+                if decoded not in self.body.outputs:
+                    looked_at = _together(decoded, read.get(decoded, {}))
+                    share = sympy.sympify(looked_at) / decoded.type.bytes
             for value, amount in zip(node.op.operands(), node.op.reads(), strict=True):
-                read.setdefault(value, {})[amount] = None
+                read.setdefault(value, {})[dim(amount * share)] = None
         return tuple(_together(v, read.get(v, {})) for v in self.body.inputs)
 
     def writes(self) -> tuple[Dim, ...]:

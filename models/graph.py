@@ -185,10 +185,17 @@ class _Scope:
         return parts
 
     def product(self, x: Value, weight: Value, hint: str) -> Value:
-        """x · weightᵀ in f32; a weight wider than x is rounded to x's type first."""
-        if weight.dtype.bytes > x.dtype.bytes:
-            weight = self.cast(weight, x.dtype)
-        return self(ops.Linear(x, weight), hint)
+        """x · weightᵀ in f32."""
+        return self(ops.Linear(x, self.beside(x, weight)), hint)
+
+    def beside(self, x: Value, weight: Value) -> Value:
+        """A weight as products with x read it: rounded if it is stored in a wider type than x's.
+
+        What a quantized weight stands for is not rounded: its codes take less memory than either.
+        """
+        if weight.dtype.bytes > x.dtype.bytes and self.builder.is_argument(weight):
+            return self.cast(weight, x.dtype)
+        return weight
 
     def linear(self, x: Value, name: str, rows: int, bias: bool = False) -> Value:
         """The projection whose tensors are `name`.weight and .bias, in the compute type."""
@@ -372,7 +379,5 @@ class _Layer:
     ) -> Value:
         """Rows sorted by expert times each expert's weight, in the compute type."""
         s = self.s
-        weight = s.matrix(f"mixer.experts.{name}", *shape)
-        if weight.dtype.bytes > rows.dtype.bytes:
-            weight = s.cast(weight, rows.dtype)
+        weight = s.beside(rows, s.matrix(f"mixer.experts.{name}", *shape))
         return s.round(s(ops.GroupedLinear(rows, weight, offsets), f"experts.{name}.out"))

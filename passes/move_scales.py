@@ -21,9 +21,9 @@ class MoveScales(Pass):
     In the presets of all targets with kernels, which read FP8; without this pass weights are decoded when the artifact
     is built. A weight's scale may be one for the matrix, or one for each of its rows; of experts, each row of the
     result takes its own expert's. Activations in FP8 (`quantize-fp8{mode=w8a8}`) are multiplied as they are too, beside
-    such weights. What is left out is the rounding of decoded weights, to the activations' type too. `budget` is the
-    largest relative error of any result that the check of passes allows; where scores of experts are close, others are
-    chosen, and that moves results further than rounding does.
+    such weights. What is left out is the rounding of decoded weights. `budget` is the largest relative error of any
+    result that the check of passes allows; where scores of experts are close, others are chosen, and that moves results
+    further than rounding does.
 
     Before::
 

@@ -13,7 +13,6 @@ from nemoc.passes.base import Effect, Pass
 from nemoc.passes.context import PassContext
 from nemoc.passes.fp8_values import decoded_from
 from nemoc.passes.quantize_products import (
-    beside,
     check_input_scale,
     check_scope,
     fp8_round_trip,
@@ -108,7 +107,7 @@ class QuantizeFp8(Pass):
                 return None
             x = activations(w, op.x, rewriter)
             decoded = fp8_round_trip(w, w.name, "fp8", rewriter)
-            return rewriter(replace(op, x=x, w=beside(x, decoded, rewriter)))
+            return rewriter(replace(op, x=x, w=decoded))
 
         return rewrite_products(graph, ctx, self.name, format_name, apply)
 

@@ -26,7 +26,6 @@ from nemoc.ir.types import Value
 from nemoc.passes.base import Effect, Pass
 from nemoc.passes.context import PassContext, Remark
 from nemoc.passes.quantize_products import (
-    beside,
     check_input_scale,
     check_scope,
     fp8_decoded,
@@ -162,13 +161,13 @@ class QuantizeNvfp4(Pass):
 
     def _beside(self, x: Value, decoded: Value, w: Value, rewriter: Rewriter) -> Value:
         """What a product with x takes for a decoded weight; w is what the weight is stored as."""
-        if self.mode == PROMPTS and has_many_rows(x):
-            stored = rewriter.producer(decoded)
-            assert isinstance(stored, DequantizeNvfp4)
-            names = iter(("fp8.codes", "share", "fp8.scale"))
-            append: Callable[[Op], Value] = lambda op: rewriter(op, f"{w.name}.{next(names)}")  # noqa: E731
-            decoded = fp8_decoded(*nvfp4_in_fp8(append, stored), w.name, "fp8", rewriter)
-        return beside(x, decoded, rewriter)
+        if self.mode != PROMPTS or not has_many_rows(x):
+            return decoded
+        stored = rewriter.producer(decoded)
+        assert isinstance(stored, DequantizeNvfp4)
+        names = iter(("fp8.codes", "share", "fp8.scale"))
+        append: Callable[[Op], Value] = lambda op: rewriter(op, f"{w.name}.{next(names)}")  # noqa: E731
+        return fp8_decoded(*nvfp4_in_fp8(append, stored), w.name, "fp8", rewriter)
 
 
 def _as_they_are(scale: float, x: Value, rewriter: Rewriter) -> Value:

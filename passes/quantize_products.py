@@ -93,13 +93,6 @@ def rewrite_products(
     )
 
 
-def beside(x: Value, decoded: Value, rewriter: Rewriter) -> Value:
-    """A decoded weight of a type that a product with x takes."""
-    if decoded.dtype.bytes <= x.dtype.bytes:
-        return decoded
-    return rewriter(Cast(decoded, x.dtype), f"{decoded.name}.{x.dtype}")
-
-
 def row_by_row(
     x: Value, rewriter: Rewriter, format_name: str, decoded: Callable[[Value, str], Value]
 ) -> Value:

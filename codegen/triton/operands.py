@@ -13,7 +13,7 @@ from nemoc.codegen.triton.seen import Place, Seen
 from nemoc.ir.dtypes import DType
 from nemoc.ir.graph import Graph
 from nemoc.ir.nvfp4 import BLOCK, DIALECTS
-from nemoc.ir.ops import Cast, DequantizeNvfp4, Nvfp4ToFp8, Reshape, TakeRows
+from nemoc.ir.ops import DequantizeNvfp4, Nvfp4ToFp8, Reshape, TakeRows
 from nemoc.ir.types import Value
 
 CODES = 8
@@ -35,18 +35,6 @@ def is_packed(graph: Graph, value: Value) -> bool:
     while isinstance(op, _THROUGH):
         op = _maker(graph, op.operands()[0])
     return isinstance(op, DequantizeNvfp4) and op.interleave == 1 and op.infer().shape[-1] == width
-
-
-def unrounded(graph: Graph, w: Value) -> Value:
-    """A weight before a cast to bf16 that is all that follows its codes, otherwise the weight itself.
-
-    Graphs round it where the rows that it multiplies are bf16, as memory would have to hold it so. Here it never is in
-    memory, and code · s is exact in bf16: what is left out is the rounding of its product with g.
-    """
-    op = _maker(graph, w)
-    if isinstance(op, Cast) and op.dtype == DType.BF16 and is_packed(graph, op.x):
-        return op.x
-    return w
 
 
 def _maker(graph: Graph, value: Value) -> object:

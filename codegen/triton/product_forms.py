@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from nemoc.codegen.plan import RegionError
 from nemoc.codegen.triton.body import LARGEST, narrowest
-from nemoc.codegen.triton.operands import is_packed, unrounded
+from nemoc.codegen.triton.operands import is_packed
 from nemoc.codegen.triton.target import GpuTarget
 from nemoc.codegen.triton.writer import power_of_two
 from nemoc.ir.dims import Dim, evaluate_dim, product, symbols_of
@@ -66,7 +66,7 @@ class Product:
 
     Attributes:
         op, result: the op and what it makes.
-        x, w: its operands, seen through casts that only widen, and `unrounded`.
+        x, w: its operands, seen through casts that only widen.
         count: rows of x.
         width: K.
         features: N.
@@ -88,8 +88,9 @@ class Product:
 
     @property
     def is_wide(self) -> bool:
-        """Whether rows are multiplied as f32."""
-        return self.x.dtype == DType.F32 and not self.packed[0]
+        """Whether numbers are multiplied as f32."""
+        operands = zip((self.x, self.w), self.packed, strict=True)
+        return any(value.dtype == DType.F32 and not packed for value, packed in operands)
 
     @property
     def is_few(self) -> bool:
@@ -126,7 +127,7 @@ def _product(graph: Graph, op: Linear | GroupedLinear, result: Value) -> Product
         raise RegionError(f"%{result.name} has no fixed width")
     if op.interleave > 1 or op.acc != DType.F32:
         raise RegionError(f"%{result.name}: weights in another layout, or sums in {op.acc}")
-    x, w = narrowest(graph, op.x), unrounded(graph, narrowest(graph, op.w))
+    x, w = narrowest(graph, op.x), narrowest(graph, op.w)
     return Product(
         op,
         result,

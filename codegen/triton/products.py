@@ -531,4 +531,6 @@ def _dot(x: DType, w: DType, left: str, right: str, sums: str) -> str:
         return f"dot({left}, {turned}, {sums})"
     if x == DType.F32 and w == DType.BF16:
         return f"dot_wide({left}, {turned}, {sums})"
+    if w == DType.F32:
+        return f"dot({left}.to(tl.float32), {turned}, {sums})"
     return f"dot({left}, tl.trans({right}.to({left}.dtype)), {sums})"

@@ -1,7 +1,7 @@
 """Matrix products with weights, dense and grouped, and the weight layout that CPU kernels read.
 
-A weight's rows are output features, as on disk: w is [N, K]. Its element type may be a narrower float than
-x's; widening is exact. Products are summed in the accumulator type and the result has that type; rounding it is
+A weight's rows are output features, as on disk: w is [N, K]. Either operand may be of a narrower float than the
+other; widening is exact. Products are summed in the accumulator type and the result has that type; rounding it is
 an explicit `cast`.
 
 With `interleave = b` above 1 the weight is stored as `interleave` lays it out: [⌈N/b⌉, K, b].
@@ -65,10 +65,6 @@ def _check_weight(op: "Linear | GroupedLinear", lead: int) -> None:
     """Ranks, types and the reduction width of x and w; `lead` is the number of leading axes of w."""
     name = op.mnemonic()
     expect(op.x.dtype.is_float and op.w.dtype.is_float, f"{name}: x and w must be floating point")
-    expect(
-        op.w.dtype.bytes <= op.x.dtype.bytes,
-        f"{name}: w is {op.w.dtype}, wider than x, which is {op.x.dtype}",
-    )
     expect(op.acc in ACCUMULATORS, f"{name}: acc is {op.acc}, expected f32 or f64")
     rank = lead + (2 if op.interleave == 1 else 3)
     expect(op.w.type.rank == rank, f"{name}: w is {op.w.type}, expected rank {rank}")

@@ -178,8 +178,7 @@ def test_codes_of_weights_are_loaded_by_sixteen_bytes_and_ahead(tmp_path: Path) 
       input %q: u8[40960, 1344]
       input %s: f8e4m3[40960, 168]
       input %g: f32[]
-      %d = dequantize_nvfp4(%q, %s, %g) : f32[40960, 2688]
-      %w = cast(%d) {dtype=bf16} : bf16[40960, 2688]
+      %w = dequantize_nvfp4(%q, %s, %g) : f32[40960, 2688]
       %y = linear(%x, %w) : f32[B, 40960]
       return %y
     """),

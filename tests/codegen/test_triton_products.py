@@ -31,7 +31,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torc
 
 
 @pytest.mark.parametrize("target", ["triton-interpret", "cuda:sm_90"])
-@pytest.mark.parametrize("kinds", ["f32 f32", "f32 bf16", "bf16 bf16"])
+@pytest.mark.parametrize("kinds", ["f32 f32", "f32 bf16", "bf16 bf16", "bf16 f32"])
 @pytest.mark.parametrize("width,features", [(7, 5), (40, 300), (130, 64)])
 def test_products_of_awkward_sizes(target: str, kinds: str, width: int, features: int) -> None:
     x, w = kinds.split()

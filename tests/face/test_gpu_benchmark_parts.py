@@ -141,7 +141,6 @@ SMALL = {
         gpu_stages.nvfp4_stage(MINI),
         Case("o", Sizes(1, 1)),
         Case("k", Sizes(2, 1)),
-        Case("k", Sizes(5, 1)),
         Case("head", Sizes(3, 1), NOBODY),
     ),
     "fp8": small(
@@ -215,9 +214,8 @@ def test_quantized_experts_on_a_device_are_right_and_so_is_the_peer(
     assert (ours.status, peer.status) == ("measured", "measured"), (ours.note, peer.note)
     assert peer.contender == "transformers, bf16"
     assert ours.error is not None and peer.error is not None
-    # The graph rounds what NVFP4 decodes to, and our kernels do not; the peer does not round activations to FP8.
-    to_bf16 = name.removesuffix(", decode") == "moe, nvfp4"
-    assert ours.error <= (1e-2 if to_bf16 else 2e-3)
+    # The peer does not round activations to FP8.
+    assert ours.error <= 2e-3
     assert peer.error <= (0.05 if name.endswith("fp8-prompts") else 1e-2)
 
 
@@ -454,3 +452,33 @@ def test_large_weights_are_drawn_in_pieces(mini: Parts, monkeypatch: pytest.Monk
 def test_integers_that_nobody_knows_are_refused() -> None:
     with pytest.raises(NemocError, match=r"offsets holds torch\.int32"):
         Values().fill("offsets", torch.empty(3, dtype=torch.int32), Sizes(1, 1), False)
+
+
+def test_sums_off_by_a_thousandth_make_the_error_that_is_allowed_of_fp8_between_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        x = torch.randn(*shape, generator=generator)
+        return in_fp8(x / x.abs().amax())
+
+    def in_fp8(x: torch.Tensor) -> torch.Tensor:
+        return (x * 448).to(torch.float8_e4m3fn).double()
+
+    def active(sums: torch.Tensor) -> torch.Tensor:
+        squares = sums.relu().square()
+        return in_fp8(squares / squares.amax(dim=1, keepdim=True))
+
+    x, up, down = draw(8, 2688), draw(1856, 2688), draw(64, 1856)
+    exact = x @ up.T
+    # Hopper's units add 32 products at a time, cut off 13 bits behind the first one of the largest.
+    sums = torch.zeros_like(exact)
+    for a, b in zip(x.split(32, dim=1), up.split(32, dim=1), strict=True):
+        terms = torch.cat([sums[..., None], a[:, None] * b], dim=-1)
+        _, exponent = torch.frexp(terms.abs().amax(dim=-1, keepdim=True))
+        unit = torch.exp2(exponent.double() - 14)
+        sums = ((terms / unit).trunc() * unit).sum(dim=-1)
+    assert 0.9e-3 < relative_error(sums, exact) < 1.1e-3  # as an H100 was measured to add
+    found, expected = active(sums), active(exact)
+    assert 0.01 < float((found != expected).double().mean()) < 0.03
+    error = relative_error(found @ down.T, expected @ down.T)
+    assert gpu_stages.BOUND < error < gpu_stages.FP8_BOUND

@@ -47,8 +47,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "run_site", run_watched)
 
 
+# In f32 whole models run the same kernels, under the same watch, below.
 @pytest.mark.usefixtures("watched")
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("f32", marks=pytest.mark.slow), "bf16"])
 def test_every_kernel_equals_its_op(checkpoint: tuple[Any, Path], dtype: str) -> None:
     found = compiler.functions(
         str(checkpoint[1]), INTERPRETER, dtype=dtype, which=("prefill", "decode")

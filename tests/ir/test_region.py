@@ -1,10 +1,11 @@
 """Regions: what they mean, and what they read and write."""
 
 import pytest
+import sympy
 import torch
 
 from nemoc.ir import Env, Graph, IRError, parse
-from nemoc.ir.dims import B, L, dim
+from nemoc.ir.dims import B, Dim, L, dim
 from nemoc.ir.fusion import fuse
 from nemoc.ir.region import Fused
 
@@ -27,7 +28,7 @@ def fused(text: str) -> Fused:
     return node.op
 
 
-def reads(op: Fused) -> dict[str, object]:
+def reads(op: Fused) -> dict[str, Dim]:
     """Bytes read of each operand, by name."""
     return {v.name: n for v, n in zip(op.args, op.reads(), strict=True)}
 
@@ -90,6 +91,26 @@ def test_only_the_parts_that_are_looked_at_are_read() -> None:
       return %c
     """)
     assert reads(op) == {"x": dim(16 * B)}
+
+
+def test_of_packed_weights_the_codes_of_those_that_are_hit_are_read() -> None:
+    text = """
+      input %x: f32[M, 32]
+      input %codes: u8[4, 6, 16]
+      input %scales: f8e4m3[4, 6, 2]
+      input %whole: f32[4]
+      input %offsets: i32[5]
+      %w = dequantize_nvfp4(%codes, %scales, %whole) : f32[4, 6, 32]
+      %y = grouped_linear(%x, %w, %offsets) : f32[M, 6]
+      return RESULTS
+    """
+    found = reads(fused(text.replace("M", "1").replace("RESULTS", "%y")))
+    assert found == {"x": 128, "codes": 96, "scales": 12, "whole": 4, "offsets": 20}
+    whole = reads(fused(text.replace("M", "1").replace("RESULTS", "%w, %y")))
+    assert (whole["codes"], whole["scales"]) == (384, 48)
+    rows = reads(fused(text.replace("M", "2*B").replace("RESULTS", "%y")))
+    hit = 4 * (1 - sympy.Rational(3, 4) ** (2 * B))
+    assert sympy.simplify(rows["codes"] - 96 * hit) == 0
 
 
 def test_rows_taken_and_rows_looked_at_as_a_whole_are_all_of_it() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -74,6 +75,12 @@ def check_kernel(
 
 def assembly(kernel: GpuKernel, target: GpuTarget, folder: Path) -> str:
     """The assembly of a kernel for an NVIDIA GPU, every pointer of which is a multiple of 16."""
+    text: str = compiled(kernel, target, folder)["assembly"]
+    return text
+
+
+def compiled(kernel: GpuKernel, target: GpuTarget, folder: Path) -> dict[str, Any]:
+    """The same, and all else that the compiler gives (`nemoc.codegen.triton.worker`)."""
     types = {DType.BF16: "*bf16", DType.U8: "*u8", DType.F32: "*fp32", DType.I32: "*i32"}
     pointers = {f"p{i}": types[dtype] for i, dtype in enumerate(kernel.pointers)}
     module = folder / f"{kernel.name}.py"
@@ -89,8 +96,7 @@ def assembly(kernel: GpuKernel, target: GpuTarget, folder: Path) -> str:
     setup = {"backend": target.backend, "arch": target.arch, "warp": target.warp}
     children = dataclasses.replace(COMPILERS, jobs=1, seconds=100)
     ((_, answer),) = answers([request], setup, children, folder)
-    text: str = answer["assembly"]
-    return text
+    return answer
 
 
 def loop_instructions(code: bytes) -> list[str]:
