@@ -34,6 +34,8 @@ from nemoc.gpu_tuning import GpuBenches
 from nemoc.ir import NemocError, Op
 from nemoc.ir.dims import estimate
 from nemoc.ir.ops import Fused, RoundToInt8
+from nemoc.ir.params import ParameterSource
+from nemoc.ir.types import TensorType
 from nemoc.models import Model, open_model
 from nemoc.options import read_options
 from nemoc.passes import Pass
@@ -43,7 +45,9 @@ from nemoc.runtime import Executable
 from nemoc.runtime.cuda_device import device_at_hand
 from nemoc.runtime.files import as_path
 from nemoc.runtime.machine import thread_count
-from nemoc.runtime.weights import WeightSource
+from nemoc.runtime.manifest import read_manifest
+from nemoc.runtime.store import open_weights
+from nemoc.runtime.weights import PackedWeights
 from nemoc.schedules import (
     check_numerics,
     cpu_device,
@@ -163,7 +167,9 @@ def tune(
         contextlib.ExitStack() as stack,
     ):
         found = compiler.functions(model, which=work.functions, **options)
-        bench = stack.enter_context(_benches(found.target, threads, Path(folder), progress))
+        compiled = _Compiled(model, options | {"threads": threads}, numerics, work)
+        benches = _benches(found.target, threads, Path(folder), progress, compiled)
+        bench = stack.enter_context(benches)
         compare = compare and bench.device.origin == "measured"
         _say(progress, "look at what kernels are given")
         tuner = Tuner(
@@ -188,7 +194,7 @@ def tune(
     if goes_on and compare and any(r.best for r in tuner.reports):
         _say(progress, "compare the whole model")
         try:
-            whole = _compare(model, options | {"threads": threads}, results, numerics, work, clock)
+            whole = _compare(compiled, results, work, clock)
         except NemocError as error:  # as where a GPU has no room for two
             _say(progress, f"the whole model is not compared: {error}")
         lost = [step for step, interval in whole.items() if interval.is_loss]
@@ -284,10 +290,12 @@ class _CpuBenches:
         device: the CPU, as records name it.
     """
 
-    def __init__(self, laboratory: "Laboratory", cpu: "CpuTarget", threads: int) -> None:
+    def __init__(
+        self, laboratory: "Laboratory", cpu: "CpuTarget", threads: int, packed: ParameterSource
+    ) -> None:
         from nemoc.codegen.tvm.emit import emit, expanded  # noqa: PLC0415  (loads tvm)
 
-        self._laboratory = laboratory
+        self._laboratory, self._packed = laboratory, packed
         self.emit = functools.partial(emit, target=cpu)
         self._expanded = expanded
         self.device = cpu_device(cpu.mcpu, threads)
@@ -302,14 +310,13 @@ class _CpuBenches:
         if found.model.parameters is None:
             raise NemocError(f"{found.model.name} has no weights; random:{found.model.name} has")
         graphs, weights = bind_weights(found.graphs)
-        source = WeightSource(found.model.parameters, weights)
         layout = weight_layout(weights)
         for function, graph in self._expanded(graphs).items():
             sizes = work.sizes(function)
             program, sites = record_sites(
                 {function: graph},
                 layout,
-                functools.partial(work.arguments, function=function, source=source),
+                functools.partial(work.arguments, function=function, source=self._packed),
                 sizes,
                 self.emit,
             )
@@ -338,9 +345,14 @@ class _CpuBenches:
 
 @contextlib.contextmanager
 def _benches(
-    target: str, threads: int, folder: Path, progress: Progress | None
+    target: str, threads: int, folder: Path, progress: Progress | None, packed: ParameterSource
 ) -> Iterator[_Benches]:
     """Where a target's kernels are measured, or their times predicted where no such GPU is at hand.
+
+    Args:
+        target, threads, progress: as for `tune`.
+        folder: for what is compiled.
+        packed: the model's weights as its steps read them.
 
     Raises:
         NemocError: the target is neither this machine's CPU nor a GPU.
@@ -363,7 +375,7 @@ def _benches(
     cpu = cpu_target(target)
     store = read_options().cache / "objects"
     with Laboratory(cpu, threads, folder, store, _BOUND) as laboratory:
-        yield _CpuBenches(laboratory, cpu, threads)
+        yield _CpuBenches(laboratory, cpu, threads, packed)
 
 
 def _least_seconds(op: Op, warm: Sequence[bool], sizes: Mapping[str, int], roofs: Roofs) -> float:
@@ -377,13 +389,48 @@ def _least_seconds(op: Op, warm: Sequence[bool], sizes: Mapping[str, int], roofs
     return roofs.seconds(read, 0.0 if integers else estimate(op.flops(), sizes))
 
 
+class _Compiled:
+    """The model as executables for comparison, all with one file of weights. A `ParameterSource` of these.
+
+    Packing weights that are quantized on the way may take longer than trying schedules, so that is done once: when
+    kernels are first given any, or executables are compared.
+    """
+
+    def __init__(
+        self, model: Model, options: Mapping[str, Any], numerics: str, work: Workload
+    ) -> None:
+        self._compile = functools.partial(
+            compiler.compile,
+            model,
+            numerics=numerics,
+            max_batch=work.batch,
+            max_context=max(_CONTEXT, work.context + _DECODED),
+            **options,
+        )
+
+    @functools.cached_property
+    def default(self) -> Executable:
+        """With no schedules but defaults."""
+        return self._compile(records=Records())
+
+    def with_records(self, records: Records) -> Executable:
+        """With the schedules of records."""
+        return self._compile(records=records, weights_of=self.default)
+
+    def type_of(self, name: str) -> TensorType:
+        return self._weights.type_of(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return self._weights.read(name, start, stop)
+
+    @functools.cached_property
+    def _weights(self) -> PackedWeights:
+        folder = self.default.folder
+        return open_weights(folder, read_manifest(folder), verify="headers")
+
+
 def _compare(
-    model: Model,
-    options: Mapping[str, Any],
-    results: Records,
-    numerics: str,
-    work: Workload,
-    clock: _Budget,
+    compiled: _Compiled, results: Records, work: Workload, clock: _Budget
 ) -> dict[str, Interval]:
     """The whole model's time relative to that with all defaults, by function, in one interleaved run.
 
@@ -392,19 +439,9 @@ def _compare(
     """
     known = known_records()
     known.add(results)
-    both = {"default": Records(), "tuned": known}
+    both = {"default": compiled.default, "tuned": compiled.with_records(known)}
     runs: dict[str, Callable[[], object]] = {}
-    executable: Executable | None = None
-    for name, records in both.items():
-        executable = compiler.compile(
-            model,
-            records=records,
-            numerics=numerics,
-            max_batch=work.batch,
-            max_context=max(_CONTEXT, work.context + _DECODED),
-            weights_of=executable,
-            **options,
-        )
+    for name, executable in both.items():
         runs |= {
             f"{step} {name}": run for step, run in steps(executable, work) if step in work.functions
         }

@@ -23,13 +23,16 @@ from nemoc.autotune.tuner import KernelReport, Tuner
 from nemoc.codegen import sites
 from nemoc.codegen.lower import corner_sizes, lower_program
 from nemoc.codegen.plan import Plan, Site
-from nemoc.codegen.storage import bind_weights, weight_layout
+from nemoc.codegen.storage import Weight, bind_weights, weight_layout
 from nemoc.codegen.tunables import Choices, IllegalSchedule, Tunable
 from nemoc.codegen.tvm.emit import emit, expanded
 from nemoc.codegen.tvm.laboratory import Laboratory
 from nemoc.codegen.tvm.target import cpu_target
 from nemoc.compiler import functions
+from nemoc.models import open_model
+from nemoc.runtime import artifact
 from nemoc.runtime.machine import thread_count
+from nemoc.runtime.weights import WeightSource, write_weights
 from nemoc.schedules import SCHEDULES, Chosen, cpu_device
 from nemoc.tuning import tune
 from nemoc.workload import Workload
@@ -126,6 +129,31 @@ def test_kernels_of_a_step_that_became_slower_keep_their_defaults(
     for record in read_records(found):
         stays = steps[record.kernel] == "prefill"
         assert record.schedule == (claimed[record.kernel] if stays else {})
+
+
+def test_weights_are_packed_once_for_kernels_and_executables(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def write(file: object, weights: Sequence[Weight], *rest: Any) -> None:
+        written.append(len(weights))
+        write_weights(file, weights, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(artifact, "write_weights", write)
+    model = open_model(checkpoint)
+    options = {"target": "reference", "quantize": "nvfp4"}
+    compiled = nemoc.tuning._Compiled(model, options, "same", WORK)
+    assert not written
+    _, weights = bind_weights(functions(model, which=WORK.functions, **options).graphs)
+    assert model.parameters is not None
+    made = WeightSource(model.parameters, weights)
+    for weight in weights:
+        assert compiled.type_of(weight.name) == weight.type
+        assert torch.equal(compiled.read(weight.name), made.read(weight.name))
+    other = compiled.with_records(Records())
+    assert other.folder != compiled.default.folder
+    assert len(written) == 1
 
 
 def test_command_prints_what_was_found(
