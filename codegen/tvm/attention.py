@@ -11,10 +11,13 @@ along lanes and nothing is reduced across them. Softmax is online (Milakov and G
         o ← o · exp(m − m') + Σ v[key, d] · p[key, rows];  m ← m'
     y = o / l
 
-Prefill has a task for each kv head and block of query rows. Decode (L = 1) splits the cached rows instead: a task takes
-up to 1 / splits of them with all their heads, which makes one stream through memory, and leaves (o, m, l) in scratch;
-a second launch merges the parts.
+Prefill has a task for each kv head and some tiles of query rows, and takes a block of keys into all of these that see
+any of it: so keys and values are read, and widened, once for hundreds of rows. Decode (L = 1) splits the cached rows
+instead: a task takes up to 1 / splits of them with all their heads, which makes one stream through memory, and leaves
+(o, m, l) in scratch; a second launch merges the parts.
 """
+
+import sympy
 
 from nemoc.codegen.plan import Arg, Plan, Site, Stage, View
 from nemoc.codegen.tunables import Tunable
@@ -34,7 +37,16 @@ KEYS_PER_SPLIT = Tunable("keys_per_split", 64, (32, 64, 128, 256), keeps_bits=Fa
 """Cached rows that a decode task takes, at least; a multiple of those of a block."""
 
 _VECTORS = Tunable("vectors", 2, (1, 2, 4), keeps_bits=False)
-"""Vectors of query rows in a prefill task."""
+"""Vectors of query rows in a tile of a prefill task."""
+
+_TILES = Tunable("tiles", 16, (4, 8, 16, 32), keeps_bits=False)
+"""Tiles of a prefill task at most: cached rows are read once for all of them."""
+
+_TILES_BYTES = 512 << 10
+"""Bytes of the queries and sums of a task's tiles at most: they lie on the stack."""
+
+_LEAST_TASKS = 16
+"""Tasks at least of a prefill step, where it has so many tiles."""
 
 _Y = Arg("result", 0)
 _SUMS = Arg("scratch", 0)
@@ -51,16 +63,28 @@ def emit_attention(site: Site, target: CpuTarget) -> Plan:
 
 def _prefill(site: Site, target: CpuTarget) -> Stage:
     w = KernelWriter("attention", site.choices)
-    flash = Flash(w, site, target, target.lanes, w.pick(_VECTORS), heads=1)
-    batch, length = site.view(_Y).shape[:2]
-    blocks = ceil_div(dim(length * flash.shared), flash.rows)
+    batch, length, _, width = site.view(_Y).shape
+    vectors = w.pick(_VECTORS)
+    room = _TILES_BYTES // (8 * int(width) * target.lanes * vectors)
+    flash = Flash(w, site, target, target.lanes, vectors, tiles=max(1, min(w.pick(_TILES), room)))
+    tiles = ceil_div(dim(length * flash.shared), flash.rows)
+    most, least = ceil_div(tiles, flash.tiles), -(-_LEAST_TASKS // flash.kv_heads)
+    blocks = dim(sympy.Max(most, sympy.Min(tiles, least)))
     number = w.let("number", f"task % {size_text(blocks)}")
     # Later rows see more keys: blocks are taken from both ends in turn, so that each thread's range has its share.
     far = f"{size_text(blocks)} - 1 - {number} // 2"
     block = w.let("block", f"T.if_then_else({number} % 2 == 0, {number} // 2, {far})")
     rest = w.let("rest", f"task // {size_text(blocks)}")
-    first = w.let("first", f"{block} * {flash.rows}")
-    flash.begin(f"{rest} // {flash.kv_heads}", f"{rest} % {flash.kv_heads}", first)
+    first, stop = (
+        w.let("tile", f"{at} * {size_text(tiles)} // {size_text(blocks)}")
+        for at in (block, f"({block} + 1)")
+    )
+    flash.begin(
+        f"{rest} // {flash.kv_heads}",
+        f"{rest} % {flash.kv_heads}",
+        f"{first} * {flash.rows}",
+        f"{stop} - {first}",
+    )
     flash.load_queries()
     flash.attend("0", flash.reach)
     flash.store_result(_Y)

@@ -1,4 +1,4 @@
-"""The inner part of attention kernels: online softmax of a tile of query rows over a range of cached rows."""
+"""The inner part of attention kernels: online softmax of tiles of query rows over a range of cached rows."""
 
 from nemoc.codegen.plan import Arg, Site
 from nemoc.codegen.tunables import Tunable
@@ -21,8 +21,9 @@ _FLOOR = -80.0
 class Flash:
     """Writes the parts of an attention kernel.
 
-    Row r of a tile is token r // shared and query head r % shared of the kv head, counted from the tile's first row.
-    `begin` names the task's tile, `load_queries` and `attend` do the work, `store_result` or `store_state` end it.
+    Row r of a kv head is token r // shared and query head r % shared of those that share it. A task has tiles of rows
+    that follow each other, of one kv head or of several: then it reads cached rows once for all of them. `begin` names
+    the first, `load_queries` and `attend` do the work, `store_result` or `store_state` end it.
 
     Attributes:
         writer: the kernel.
@@ -32,10 +33,11 @@ class Flash:
         keys: cached rows of a block.
         shared: query heads of each kv head.
         kv_heads: how many kv heads there are.
-        heads: kv heads of a tile, each with `rows` query rows.
+        heads: kv heads of a task; each has a tile, or one has several.
+        tiles: tiles of a task at most, of one kv head.
         width: D.
-        batch, head, reach: names, after `begin`: the row of the batch, the tile's first kv head, and the end of the
-            cached rows that any row of the tile sees.
+        batch, head, reach: names, after `begin`: the row of the batch, the first kv head, and the end of the cached
+            rows that any row of the task sees.
     """
 
     def __init__(
@@ -45,7 +47,8 @@ class Flash:
         target: CpuTarget,
         lanes: int,
         vectors: int,
-        heads: int,
+        heads: int = 1,
+        tiles: int = 1,
     ) -> None:
         assert isinstance(site.op, Attention)
         self.writer, self.site, self.lanes = writer, site, lanes
@@ -53,7 +56,8 @@ class Flash:
         self.kv_heads, self.width = (int(n) for n in site.view(site.arg("k")).shape[2:])
         self.shared = int(site.view(site.arg("q")).shape[2]) // self.kv_heads
         self._scale = site.op.scale
-        self.heads = heads
+        self.heads, self.tiles = heads, tiles
+        self._all = max(heads, tiles)
         self._lanes_wide = target.lanes
         self._vectors = vectors
         self.keys = writer.pick(KEYS)
@@ -63,27 +67,30 @@ class Flash:
         )
         self._math = VectorMath(writer, lanes)
 
-    def begin(self, batch: str, head: str, first: str) -> None:
-        """Name the task's row of the batch, kv head and first query row."""
+    def begin(self, batch: str, head: str, first: str, tiles: str = "1") -> None:
+        """Name the task's row of the batch, first kv head, first query row and, if it has one head, number of tiles."""
         w = self.writer
+        self._count = w.let("tiles", tiles) if self.tiles > 1 else str(self.heads)
         lengths = self._buffer("lengths")
         length, capacity = (size_text(self.site.view(self.site.arg(a)).shape[1]) for a in "qk")
         self.batch, self.head = w.let("b", batch), w.let("head", head)
         self._first = w.let("first", first)
         self._cached = w.let("cached", f"{lengths}[{self.batch}]")
-        token = f"({self._first} + {self.rows - 1}) // {self.shared}"
+        rows = str(self.rows) if self.tiles == 1 else f"{self._count} * {self.rows}"
+        token = f"({self._first} + {rows} - 1) // {self.shared}"
         last = w.let("last", f"T.min({token}, {length} - 1)")
         self.reach = w.let("reach", f"T.min({self._cached} + {last} + 1, {capacity})")
 
     def load_queries(self) -> None:
-        """Copy the scaled queries into a tile [heads, D, rows], zeros past the last token, and set each row's limit."""
+        """Copy the scaled queries into tiles [D, rows], zeros past the last token, and set each row's limit."""
         w = self.writer
         q = self._buffer("q")
-        self._queries = w.local("queries", self.heads * self.width * self.rows)
-        self._limits = w.local("limits", self.rows, dtype="int32")
-        with w.loop("i", self.heads) as i, w.loop("r", self.rows) as r:
+        self._queries = w.local("queries", self._all * self.width * self.rows)
+        self._limits = w.local("limits", self._all * self.rows, dtype="int32")
+        with w.loop("i", self._count) as i, w.loop("r", self.rows) as r:
             t, h, inside = self._token(i, r)
-            w.line(f"{self._limits}[{r}] = T.min({self._cached} + {t}, {self.reach} - 1)")
+            limit = f"T.min({self._cached} + {t}, {self.reach} - 1)"
+            w.line(f"{self._limits}[{i} * {self.rows} + {r}] = {limit}")
             with w.loop("d", self.width) as d:
                 value = f"{w.load(q, f'{self.batch}, {t}, {h}, {d}')} * T.float32({self._scale!r})"
                 guarded = f"T.if_then_else({inside}, {value}, T.float32(0))"
@@ -93,45 +100,47 @@ class Flash:
     def attend(self, start: str, end: str) -> None:
         """o, m and l over the cached rows from start to end, of which each query row sees at least the first."""
         w, vectors = self.writer, self._vectors
-        self._tile = w.local("tile", self.keys * self.width)
+        self._k_tile, self._v_tile = (
+            w.local(name, self.keys * self.width) for name in ("k_tile", "v_tile")
+        )
         self._p = w.local("p", self.keys * self.rows)
-        self._o = w.local("o", self.heads * self.width * self.rows)
-        self._m, self._l = (w.local(name, self.heads * vectors, self.lanes) for name in "ml")
+        self._o = w.local("o", self._all * self.width * self.rows)
+        self._m, self._l = (w.local(name, self._all * vectors, self.lanes) for name in "ml")
         self._top, self._alpha = (w.local(name, vectors, self.lanes) for name in ("top", "alpha"))
         self._k, self._v = self._buffer("k"), self._buffer("v")
-        with w.loop("j", self.heads * self.width * vectors) as j:
+        with w.loop("j", f"{self._count} * {self.width * vectors}") as j:
             w.line(f"{self._o}[{self._ramp(f'{j} * {self.lanes}')}] = {self._math.const(0.0)}")
-        with w.loop("j", self.heads * vectors) as j:
+        with w.loop("j", f"{self._count} * {vectors}") as j:
             w.line(f"{self._m}[{j}] = {self._math.const(MASKED)}")
             w.line(f"{self._l}[{j}] = {self._math.const(0.0)}")
         with w.loop("block", f"({end} - {start} + {self.keys - 1}) // {self.keys}") as block:
             key = w.let("key", f"{start} + {block} * {self.keys}")
             count = w.let("count", f"T.min({self.keys}, {end} - {key})")
             groups = w.let("groups", f"({count} + {self._deep - 1}) // {self._deep}")
-            with w.loop("i", self.heads) as i:
-                self._fill(self._k, i, key, count, groups)
-                self._score(i, key, groups)
-                self._exponentiate(i, groups)
-                self._fill(self._v, i, key, count, groups)
-                whole = self.width // self._deep
-                with w.loop("j", whole) as j:
-                    self._weigh(i, f"{j} * {self._deep}", self._deep, key, groups)
-                if self.width % self._deep:
-                    self._weigh(i, str(whole * self._deep), self.width % self._deep, key, groups)
+            with w.loop("head", self.heads) as head:
+                self._fill(self._k, self._k_tile, head, key, count, groups)
+                self._fill(self._v, self._v_tile, head, key, count, groups)
+                if self.tiles == 1:
+                    self._take(head, key, groups)
+                else:
+                    self._take_seen(key, groups)
 
     def store_result(self, result: Arg) -> None:
-        """y = o / l of the rows that are tokens."""
-        w = self.writer
+        """y = o / l of the rows that are tokens, where the task has one kv head."""
+        w, vectors = self.writer, self._vectors
         y = w.buffer("y", result, self.site.view(result))
         scale = w.local("scale", self.rows)
-        for m in range(self._vectors):
-            at = self._ramp(str(m * self.lanes))
-            w.line(f"{scale}[{at}] = {self._math.const(1.0)} / {self._l}[{m}]")
-        with w.loop("r", self.rows) as r:
-            t, h, inside = self._token("0", r)
-            with w.block(f"if {inside}:"), w.loop("d", self.width) as d:
-                value = f"{self._o}[{d} * {self.rows} + {r}] * {scale}[{r}]"
-                w.store(y, f"{self.batch}, {t}, {h}, {d}", value)
+        with w.loop("i", self._count) as i:
+            for m in range(vectors):
+                at = self._ramp(str(m * self.lanes))
+                w.line(
+                    f"{scale}[{at}] = {self._math.const(1.0)} / {self._l}[{i} * {vectors} + {m}]"
+                )
+            with w.loop("r", self.rows) as r:
+                t, h, inside = self._token(i, r)
+                with w.block(f"if {inside}:"), w.loop("d", self.width) as d:
+                    o = f"{self._o}[({i} * {self.width} + {d}) * {self.rows} + {r}]"
+                    w.store(y, f"{self.batch}, {t}, {h}, {d}", f"{o} * {scale}[{r}]")
 
     def store_state(self, sums: str, softmax: str, lead: str) -> None:
         """For each head i of the tile, o into `sums[lead, i]` and m and l into `softmax[lead, i]`."""
@@ -145,8 +154,26 @@ class Flash:
                     value = f"{name}[{i} * {vectors} + {m}]"
                     w.store(softmax, f"{lead}, {i}, {which}, {m * lanes}", value, lanes)
 
-    def _fill(self, source: str, i: str, key: str, count: str, groups: str) -> None:
-        """Cached rows as f32 into the tile, zeros up to the end of the last group."""
+    def _take_seen(self, key: str, groups: str) -> None:
+        """A block of cached rows into each tile with a row that sees any of them."""
+        w = self.writer
+        with w.loop("i", self._count) as i:
+            furthest = f"{self._limits}[{i} * {self.rows} + {self.rows - 1}]"
+            with w.block(f"if {key} <= {furthest}:"):
+                self._take(i, key, groups)
+
+    def _take(self, i: str, key: str, groups: str) -> None:
+        """A block of cached rows into o, m and l of a tile."""
+        self._score(i, key, groups)
+        self._exponentiate(i, groups)
+        whole = self.width // self._deep
+        with self.writer.loop("j", whole) as j:
+            self._weigh(i, f"{j} * {self._deep}", self._deep, key, groups)
+        if self.width % self._deep:
+            self._weigh(i, str(whole * self._deep), self.width % self._deep, key, groups)
+
+    def _fill(self, source: str, to: str, head: str, key: str, count: str, groups: str) -> None:
+        """Cached rows as f32 into an array [keys, D], zeros up to the end of the last group."""
         w = self.writer
         view = self.site.view(self.site.arg("k"))
         widest = self._lanes_wide if view.strides[-1] == 1 else 1
@@ -159,10 +186,10 @@ class Flash:
                         row = k if filled else f"({count} + {k})"
                         at = f"{row} * {self.width} + {d}"
                         at = at if lanes == 1 else f"T.Ramp({at}, 1, {lanes})"
-                        index = f"{self.batch}, {key} + {k}, {self.head} + {i}, {d}"
+                        index = f"{self.batch}, {key} + {k}, {self.head} + {head}, {d}"
                         zero = VectorMath(w, lanes).const(0.0)
                         value = w.load(source, index, lanes) if filled else zero
-                        w.line(f"{self._tile}[{at}] = {value}")
+                        w.line(f"{to}[{at}] = {value}")
 
     def _score(self, i: str, key: str, groups: str) -> None:
         """Masked scores into p, their maxima and m into top."""
@@ -178,12 +205,12 @@ class Flash:
                 self._prefetch(self._k, key, done)
                 q = self._vector_row(self._queries, f"({i} * {self.width} + {d})")
                 with w.loop("j", self._deep, "T.unroll") as j:
-                    element = f"{self._tile}[({group} * {self._deep} + {j}) * {self.width} + {d}]"
+                    element = f"{self._k_tile}[({group} * {self._deep} + {j}) * {self.width} + {d}]"
                     self._accumulate(acc, j, element, q)
             with w.loop("j", self._deep, "T.unroll") as j:
                 row = w.let("row", f"{group} * {self._deep} + {j}")
                 for m in range(vectors):
-                    limit = f"{self._limits}[{self._ramp(str(m * lanes))}]"
+                    limit = f"{self._limits}[{self._ramp(f'{i} * {self.rows} + {m * lanes}')}]"
                     seen = f"T.Broadcast({key} + {row}, {lanes}) <= {limit}"
                     at = f"{j} * {vectors} + {m}"
                     masked = f"T.Select({seen}, {acc}[{at}], {self._math.const(MASKED)})"
@@ -227,7 +254,7 @@ class Flash:
                         self._prefetch(self._v, key, f"{column} * {self.keys} + {k}")
                     p = self._vector_row(self._p, k)
                     with w.loop("j", deep, "T.unroll") as j:
-                        element = f"{self._tile}[{k} * {self.width} + {first} + {j}]"
+                        element = f"{self._v_tile}[{k} * {self.width} + {first} + {j}]"
                         self._accumulate(acc, j, element, p)
 
     def _prefetch(self, source: str, key: str, step: str) -> None:
@@ -250,11 +277,12 @@ class Flash:
         return [self.writer.value("v", f"{tile}[{self._ramp(at)}]", self.lanes) for at in starts]
 
     def _token(self, i: str, r: str) -> tuple[str, str, str]:
-        """The token and the query head of a row of the tile's head i, and the condition that it is one."""
+        """The token and the query head of a row of tile i, and the condition that it is one."""
         w = self.writer
-        t = w.let("t", f"({self._first} + {r}) // {self.shared}")
-        among = f"({self._first} + {r}) % {self.shared}"
-        h = w.let("h", f"({self.head} + {i}) * {self.shared} + {among}")
+        head = self.head if self.heads == 1 else f"({self.head} + {i})"
+        row = r if self.tiles == 1 else f"{i} * {self.rows} + {r}"
+        t = w.let("t", f"({self._first} + {row}) // {self.shared}")
+        h = w.let("h", f"{head} * {self.shared} + ({self._first} + {row}) % {self.shared}")
         return t, h, f"{t} < {size_text(self.site.view(self.site.arg('q')).shape[1])}"
 
     def _buffer(self, name: str) -> str:
