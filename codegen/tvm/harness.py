@@ -121,8 +121,15 @@ def _caller() -> ThreadPoolExecutor:
     return caller
 
 
+_SHARE_CORES = -3
+"""TVM's thread pool mode in which threads may run on any of the given cores; others may put all of them on one."""
+
+
 def _configure(threads: int) -> None:
-    tvm.get_global_func("runtime.config_threadpool")(1, threads)
+    given = hasattr(os, "sched_getaffinity")
+    cores = sorted(os.sched_getaffinity(0)) if given else range(os.cpu_count() or 1)
+    configure = tvm.get_global_func("runtime.config_threadpool")
+    configure(_SHARE_CORES, threads, [str(core) for core in cores])
 
 
 def _call(function: Callable[..., None], threads: int, args: tuple[object, ...]) -> None:
