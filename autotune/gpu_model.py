@@ -186,7 +186,7 @@ def _demand(site: Site, plan: Plan, stage: Stage, env: _Sizes) -> Demand:
     assert isinstance(kernel, GpuKernel)
 
     def at(value: Dim) -> float:  # what an op reads may be an expectation
-        return float(value if isinstance(value, int) else value.subs(env))
+        return float(value if isinstance(value, int) else value.evalf(subs=env))
 
     traffic = sum(at(_bytes(site, plan, arg)) for arg in dict.fromkeys(stage.args))
     programs, work = at(kernel.tasks), kernel.work

@@ -94,7 +94,7 @@ def parity(model: str, dtype: str, quantize: str | None, session: Session) -> li
     if quantize or (dtype == "bf16" and model != "sample"):
         rows = verify_artifact(executable.folder).rows
         return [_outcome(row, max(row.bound, ROUNDED_BOUND)) for row in rows if row.name != "files"]
-    return [_outcome(row, row.bound) for row in model_rows(executable, opened, dtype == "bf16")]
+    return [_outcome(row, row.bound) for row in model_rows(executable, opened)]
 
 
 def _compile_small(

@@ -51,16 +51,19 @@ class Region(Op):
     def reads(self) -> tuple[Dim, ...]:
         """Each operand once, as far as the body looks at it; what the body makes for itself is not traffic."""
         read: dict[Value, dict[Dim, None]] = {}
+        shown = set(self.body.outputs)
         for node in reversed(self.body.nodes):
             if node.op.is_view:  # what is read of a view is read of what it shows
                 (x,), (seen,) = node.op.operands(), node.results
+                if seen in shown:
+                    shown.add(x)
                 for amount in read.get(seen, {}):
                     read.setdefault(x, {})[amount] = None
                 continue
             share: Dim = 1
             if node.op.is_unpacking:  # what is read of a decoded value is read of its codes
                 (decoded,) = node.results
-                if decoded not in self.body.outputs:
+                if decoded not in shown:
                     looked_at = _together(decoded, read.get(decoded, {}))
                     share = sympy.sympify(looked_at) / decoded.type.bytes
             for value, amount in zip(node.op.operands(), node.op.reads(), strict=True):

@@ -191,7 +191,7 @@ class _Scope:
     def beside(self, x: Value, weight: Value) -> Value:
         """A weight as products with x read it: rounded if it is stored in a wider type than x's.
 
-        What a quantized weight stands for is not rounded: its codes take less memory than either.
+        What a quantized weight stands for is not rounded: kernels make it of its codes as they read them.
         """
         if weight.dtype.bytes > x.dtype.bytes and self.builder.is_argument(weight):
             return self.cast(weight, x.dtype)

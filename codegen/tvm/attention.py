@@ -43,7 +43,7 @@ _TILES = Tunable("tiles", 16, (4, 8, 16, 32), keeps_bits=False)
 """Tiles of a prefill task at most: cached rows are read once for all of them."""
 
 _TILES_BYTES = 512 << 10
-"""Bytes of the queries and sums of a task's tiles at most: they lie on the stack."""
+"""Bytes of the queries and sums of a task's tiles at most, if it has several: they lie on the stack."""
 
 _LEAST_TASKS = 16
 """Tasks at least of a prefill step, where it has so many tiles."""
@@ -77,8 +77,10 @@ def _prefill(site: Site, target: CpuTarget) -> Stage:
     rest = w.let("rest", f"task // {size_text(blocks)}")
     # In memory: where it sees how these are made, TVM takes seven times as long to simplify what follows.
     ends = w.local("ends", 2, dtype="int32")
+    count, among = size_text(tiles), size_text(blocks)
     for at, part in enumerate((block, f"({block} + 1)")):
-        w.line(f"{ends}[{at}] = {part} * {size_text(tiles)} // {size_text(blocks)}")
+        even = f"{part} * ({count} // {among})"
+        w.line(f"{ends}[{at}] = {even} + T.min({part}, {count} % {among})")
     flash.begin(
         f"{rest} // {flash.kv_heads}",
         f"{rest} % {flash.kv_heads}",

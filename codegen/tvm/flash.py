@@ -143,7 +143,7 @@ class Flash:
                     w.store(y, f"{self.batch}, {t}, {h}, {d}", f"{o} * {scale}[{r}]")
 
     def store_state(self, sums: str, softmax: str, lead: str) -> None:
-        """For each head i of the tile, o into `sums[lead, i]` and m and l into `softmax[lead, i]`."""
+        """For each head i of the task, o into `sums[lead, i]` and m and l into `softmax[lead, i]`."""
         w, lanes, vectors = self.writer, self.lanes, self._vectors
         with w.loop("i", self.heads) as i:
             with w.loop("j", self.width * vectors) as j:
@@ -259,7 +259,7 @@ class Flash:
 
     def _prefetch(self, source: str, key: str, step: str) -> None:
         """Bring one piece of the next block nearer; the steps of a block go through all its heads and rows in order."""
-        if self.heads < self.kv_heads:
+        if self.heads < self.kv_heads or self.tiles > 1:
             return
         row = self.kv_heads * self.width
         at = self.writer.let("at", f"({step}) * {self._deep}")

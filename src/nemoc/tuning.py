@@ -47,7 +47,7 @@ from nemoc.runtime.files import as_path
 from nemoc.runtime.machine import thread_count
 from nemoc.runtime.manifest import read_manifest
 from nemoc.runtime.store import open_weights
-from nemoc.runtime.weights import PackedWeights
+from nemoc.runtime.weights import PackedWeights, WeightSource
 from nemoc.schedules import (
     check_numerics,
     cpu_device,
@@ -167,8 +167,10 @@ def tune(
         contextlib.ExitStack() as stack,
     ):
         found = compiler.functions(model, which=work.functions, **options)
-        compiled = _Compiled(model, options | {"threads": threads}, numerics, work)
-        benches = _benches(found.target, threads, Path(folder), progress, compiled)
+        compiled = _Executables(model, options | {"threads": threads}, numerics, work)
+        # Weights that are quantized on the way take long to make, and executables need them too.
+        packed = compiled if compare and quantize is not None else None
+        benches = _benches(found.target, threads, Path(folder), progress, packed)
         bench = stack.enter_context(benches)
         compare = compare and bench.device.origin == "measured"
         _say(progress, "look at what kernels are given")
@@ -291,7 +293,11 @@ class _CpuBenches:
     """
 
     def __init__(
-        self, laboratory: "Laboratory", cpu: "CpuTarget", threads: int, packed: ParameterSource
+        self,
+        laboratory: "Laboratory",
+        cpu: "CpuTarget",
+        threads: int,
+        packed: ParameterSource | None,
     ) -> None:
         from nemoc.codegen.tvm.emit import emit, expanded  # noqa: PLC0415  (loads tvm)
 
@@ -310,13 +316,14 @@ class _CpuBenches:
         if found.model.parameters is None:
             raise NemocError(f"{found.model.name} has no weights; random:{found.model.name} has")
         graphs, weights = bind_weights(found.graphs)
+        source = self._packed or WeightSource(found.model.parameters, weights)
         layout = weight_layout(weights)
         for function, graph in self._expanded(graphs).items():
             sizes = work.sizes(function)
             program, sites = record_sites(
                 {function: graph},
                 layout,
-                functools.partial(work.arguments, function=function, source=self._packed),
+                functools.partial(work.arguments, function=function, source=source),
                 sizes,
                 self.emit,
             )
@@ -345,14 +352,18 @@ class _CpuBenches:
 
 @contextlib.contextmanager
 def _benches(
-    target: str, threads: int, folder: Path, progress: Progress | None, packed: ParameterSource
+    target: str,
+    threads: int,
+    folder: Path,
+    progress: Progress | None,
+    packed: ParameterSource | None = None,
 ) -> Iterator[_Benches]:
     """Where a target's kernels are measured, or their times predicted where no such GPU is at hand.
 
     Args:
         target, threads, progress: as for `tune`.
         folder: for what is compiled.
-        packed: the model's weights as its steps read them.
+        packed: the model's weights as its steps read them; None: they are made of its parameters.
 
     Raises:
         NemocError: the target is neither this machine's CPU nor a GPU.
@@ -389,11 +400,10 @@ def _least_seconds(op: Op, warm: Sequence[bool], sizes: Mapping[str, int], roofs
     return roofs.seconds(read, 0.0 if integers else estimate(op.flops(), sizes))
 
 
-class _Compiled:
+class _Executables:
     """The model as executables for comparison, all with one file of weights. A `ParameterSource` of these.
 
-    Packing weights that are quantized on the way may take longer than trying schedules, so that is done once: when
-    kernels are first given any, or executables are compared.
+    They are packed once, when the first of them is read or executables are compared.
     """
 
     def __init__(
@@ -430,7 +440,7 @@ class _Compiled:
 
 
 def _compare(
-    compiled: _Compiled, results: Records, work: Workload, clock: _Budget
+    compiled: _Executables, results: Records, work: Workload, clock: _Budget
 ) -> dict[str, Interval]:
     """The whole model's time relative to that with all defaults, by function, in one interleaved run.
 

@@ -49,6 +49,7 @@ SHAPES = {
 }
 PREFILL = {name: SUITE.add(attention(*shape, L), emit_attention) for name, shape in SHAPES.items()}
 DECODE = {name: SUITE.add(attention(*shape, 1), emit_attention) for name, shape in SHAPES.items()}
+FULL = SUITE.add(attention(16, 1, 8, F32, L), emit_attention)
 for _cases, _length in ((PREFILL, L), (DECODE, 1)):
     _cases["narrow vectors"] = NARROW_SUITE.add(attention(72, 2, 20, BF16, _length), emit_attention)
 WRITES = {
@@ -82,6 +83,10 @@ def check(case: CompiledSite, length: int, capacity: int, cached: list[int]) -> 
 )
 def test_prefill(name: str, length: int, capacity: int, cached: list[int]) -> None:
     check(PREFILL[name], length, capacity, cached)
+
+
+def test_prefill_whose_tasks_have_all_their_tiles() -> None:
+    check(FULL, 600, 640, [37])
 
 
 @pytest.mark.parametrize("name", DECODE)

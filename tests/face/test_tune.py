@@ -143,7 +143,7 @@ def test_weights_are_packed_once_for_kernels_and_executables(
     monkeypatch.setattr(artifact, "write_weights", write)
     model = open_model(checkpoint)
     options = {"target": "reference", "quantize": "nvfp4"}
-    compiled = nemoc.tuning._Compiled(model, options, "same", WORK)
+    compiled = nemoc.tuning._Executables(model, options, "same", WORK)
     assert not written
     _, weights = bind_weights(functions(model, which=WORK.functions, **options).graphs)
     assert model.parameters is not None

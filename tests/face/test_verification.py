@@ -1,11 +1,13 @@
-"""What is said of logits: where steps round, by the middle token and the worst one, elsewhere by all together."""
+"""What is said of logits: where a router ties, by three quarters of the tokens and the worst one, else by all."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import nemoc
+from nemoc import verification
 from nemoc.ir import DType
 from nemoc.models import Model, open_model
 from nemoc.passes import PassContext, run_pipeline
@@ -53,7 +55,33 @@ def rows(
         return logits
 
     monkeypatch.setattr(executable, "prefill", prefill)
-    return {row.name: row for row in model_rows(executable, model, rounds)}
+    monkeypatch.setattr(verification, "_rounds", lambda graphs: rounds)
+    return {row.name: row for row in model_rows(executable, model)}
+
+
+def test_without_a_router_no_token_may_be_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, seed=5, hybrid_override_pattern="M-*")
+    dense = open_model(tmp_path)
+
+    def change(logits: torch.Tensor) -> None:
+        logits[0, 3] *= 1.2
+
+    made = nemoc.compile(dense, "reference", max_batch=2, max_context=32)
+    found = rows(made, dense, monkeypatch, change)
+    assert "every token" not in found
+    assert {row.bound for row in found.values()} == {NARROW_BOUND}
+    assert not found["prefill"].ok
+
+
+def test_ways_of_a_few_tokens_are_held_to_the_bound_of_the_worst_one(
+    executable: nemoc.Executable, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = rows(executable, model, monkeypatch, lambda logits: None)
+    few = {"prefill, last token", "unequal rows", "every token"}
+    assert {name for name, row in found.items() if row.bound == TIED_BOUND} == few
+    assert all(row.ok for row in found.values())
 
 
 def test_one_token_whose_experts_tie_is_no_fault(

@@ -106,8 +106,10 @@ def test_of_packed_weights_the_codes_of_those_that_are_hit_are_read() -> None:
     """
     found = reads(fused(text.replace("M", "1").replace("RESULTS", "%y")))
     assert found == {"x": 128, "codes": 96, "scales": 12, "whole": 4, "offsets": 20}
-    whole = reads(fused(text.replace("M", "1").replace("RESULTS", "%w, %y")))
-    assert (whole["codes"], whole["scales"]) == (384, 48)
+    shown = "%v = reshape(%w) {shape=[24, 32]} : f32[24, 32]\n      return %v, %y"
+    for results in ("return %w, %y", shown):
+        whole = reads(fused(text.replace("M", "1").replace("return RESULTS", results)))
+        assert (whole["codes"], whole["scales"]) == (384, 48)
     rows = reads(fused(text.replace("M", "2*B").replace("RESULTS", "%y")))
     hit = 4 * (1 - sympy.Rational(3, 4) ** (2 * B))
     assert sympy.simplify(rows["codes"] - 96 * hit) == 0
