@@ -117,21 +117,23 @@ def _caller() -> ThreadPoolExecutor:
     """The thread that calls kernels: TVM keeps a pool of workers per thread, as large as it was first made."""
     caller = ThreadPoolExecutor(max_workers=1)
     with mock.patch.dict(os.environ, TVM_NUM_THREADS="2"):
-        caller.submit(_configure, 2).result()
+        caller.submit(use_threads, 2).result()
     return caller
 
 
-_SHARE_CORES = -3
-"""TVM's thread pool mode in which threads may run on any of the given cores; others may put all of them on one."""
+SHARE_CORES, ONE_CORE_EACH = -3, -2
+"""TVM's thread pool modes in which threads may run on any of the given cores, or each stays on one of them; without
+cores it may put all threads on one."""
 
 
-def _configure(threads: int) -> None:
+def use_threads(count: int, mode: int = SHARE_CORES) -> None:
+    """Have what the calling thread runs share so many threads, on the cores that this process may use."""
     given = hasattr(os, "sched_getaffinity")
     cores = sorted(os.sched_getaffinity(0)) if given else range(os.cpu_count() or 1)
     configure = tvm.get_global_func("runtime.config_threadpool")
-    configure(_SHARE_CORES, threads, [str(core) for core in cores])
+    configure(mode, count, [str(core) for core in cores])
 
 
 def _call(function: Callable[..., None], threads: int, args: tuple[object, ...]) -> None:
-    _configure(threads)
+    use_threads(threads)
     function(*args)

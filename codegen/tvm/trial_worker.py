@@ -20,7 +20,6 @@ import ctypes
 import functools
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tvm
 import tvm_ffi
 from safetensors.torch import load_file
 
@@ -39,14 +37,12 @@ from nemoc.codegen.object_store import ObjectStore
 from nemoc.codegen.plan import Arg, View
 from nemoc.codegen.storage import ALIGNMENT
 from nemoc.codegen.tvm.build import build_library
+from nemoc.codegen.tvm.harness import ONE_CORE_EACH, use_threads
 from nemoc.codegen.tvm.target import cpu_target
 from nemoc.ir.dtypes import DType
 
 FUNCTION = "trial"
 """The function that a library exports."""
-
-_ONE_CORE_EACH = -2
-"""TVM's thread pool mode in which each thread stays on one of the given cores."""
 
 _FLUSHED = 64 << 20
 """Bytes that are read to empty the caches: twice the largest that a share of them is likely to be."""
@@ -270,9 +266,7 @@ def answer(request: Mapping[str, Any], setup: Mapping[str, Any]) -> dict[str, An
 
 def _start(setup: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     torch.set_num_threads(setup["threads"])
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    configure = tvm.get_global_func("runtime.config_threadpool")
-    configure(_ONE_CORE_EACH, setup["threads"], [str(core) for core in cores])
+    use_threads(setup["threads"], ONE_CORE_EACH)
     return functools.partial(answer, setup=setup)
 
 

@@ -353,7 +353,6 @@ def _way_rows(kind: str, executable: Executable, expected: _Expected) -> Iterato
     for name, (detail, run) in _ways(executable, expected).items():
         started = time.perf_counter()
         found, wanted = run()
-        bound = NARROW_BOUND if rounds else MODEL_BOUND
         if tied:
             errors = token_errors(found, wanted)
             worst.append(errors.max())
@@ -362,6 +361,7 @@ def _way_rows(kind: str, executable: Executable, expected: _Expected) -> Iterato
             bound = NARROW_BOUND if many else TIED_BOUND
         else:
             error = relative_error(found, wanted)
+            bound = NARROW_BOUND if rounds else MODEL_BOUND
         yield VerifyRow(kind, name, detail, error, bound, time.perf_counter() - started)
     if tied:
         detail = "the worst one; experts whose scores tie change places"
