@@ -7,8 +7,12 @@
 - Products of scaled blocks are not there, or take every scale for a power of two. Those of NVFP4 are done by torch.
 - Every function of a module is parsed, changed and compiled before one runs. Modules begin with the same functions, so
   what they become is kept.
+- Every call of a function looks through all of Triton's language for what to exchange. It is done once.
+- Sums of integers are made once more in 64 bits, for an assertion that is left out unless Triton debugs. They are not.
+- The table of numpy's types is made anew each time that one is looked up. They are kept.
 """
 
+import functools
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +29,9 @@ from triton.runtime.interpreter import (
     FunctionRewriter,
     InterpretedFunction,
     InterpreterBuilder,
+    InterpreterOptions,
     TensorHandle,
+    _LangPatchScope,
 )
 from triton.runtime.jit import JITFunction
 
@@ -182,6 +188,14 @@ def _dot_scaled(
     return TensorHandle((product + wide).numpy(), d.dtype.scalar)
 
 
+def _numpy_type(kind: Any) -> Any:
+    """What numpy holds elements of a type in."""
+    return np.dtype(np.uint64) if kind.scalar.is_ptr() else _element_type(kind.scalar)
+
+
+_element_type = functools.cache(interpreter._get_np_dtype)
+
+
 def _rewrite(rewriter: Any) -> FunctionType:
     """What the interpreter runs in a function's place, with globals and defaults of its own."""
     fn: FunctionType = rewriter.fn
@@ -213,39 +227,48 @@ _REPAIRED = (
     (InterpreterBuilder, "create_dot", _dot),
     (InterpreterBuilder, "create_dot_scaled", _dot_scaled),
     (interpreter, "_patch_lang_tensor", _patch_tensor),
+    (interpreter, "_get_np_dtype", _numpy_type),
+    (interpreter.interpreter_builder, "options", InterpreterOptions(sanitize_overflow=False)),
     (FunctionRewriter, "rewrite_ast", _rewrite),
 )
 
 _lock = threading.RLock()
 _library: dict[int, Any] = {}
+_LANGUAGE = FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
+"""A function that names the modules that kernels and Triton's own functions do."""
+
+
+def _done(_: Any) -> _LangPatchScope:
+    """In place of what exchanges the language, when that has been done."""
+    return _LangPatchScope()
 
 
 @contextmanager
 def _interpreting() -> Iterator[None]:
-    """Let Triton's own functions be interpreted ones."""
-    changed: list[tuple[Any, str, Any]] = []
+    """Let Triton's own functions be interpreted ones, and its language the interpreter's."""
     with _lock:
-        before = triton.knobs.runtime.interpret
+        if interpreter._patch_lang is _done:  # by whoever is around this
+            yield
+            return
+        scope = _LangPatchScope()
         try:
-            triton.knobs.runtime.interpret = True
+            scope.set_attr(triton.knobs.runtime, "interpret", True)
             for owner, name, function in _REPAIRED:
-                changed.append((owner, name, getattr(owner, name, None)))
-                setattr(owner, name, function)
+                scope.set_attr(owner, name, function)
             for module in (tl.standard, tl):
                 for name, value in list(vars(module).items()):
                     if isinstance(value, JITFunction):
                         made = _library.get(id(value)) or InterpretedFunction(value.fn)
                         _library[id(value)] = made
-                        changed.append((module, name, value))
-                        setattr(module, name, made)
-            yield
+                        scope.set_attr(module, name, made)
+            language = interpreter._patch_lang(_LANGUAGE)
+            try:
+                scope.set_attr(interpreter, "_patch_lang", _done)
+                yield
+            finally:
+                language.restore()
         finally:
-            for owner, name, value in changed:
-                if value is None:  # Triton has none of its own
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, value)
-            triton.knobs.runtime.interpret = before
+            scope.restore()
 
 
 class InterpretedProgram:

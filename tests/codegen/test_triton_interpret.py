@@ -4,7 +4,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder
+from triton.runtime import interpreter
+from triton.runtime.interpreter import FunctionRewriter, InterpreterBuilder
 from triton.runtime.jit import JITFunction
 
 from nemoc.codegen.guarded import KernelFault
@@ -77,12 +78,36 @@ def test_a_wide_factor_keeps_all_its_bits_beside_a_narrow_one() -> None:
     assert 1e-7 < (near - expected).norm() / expected.norm() < 1e-5
 
 
+def language() -> list[dict[str, object]]:
+    """What Triton's modules and types hold, and what its interpreter is made of."""
+    holders = (
+        tl,
+        tl.core,
+        tl.standard,
+        tl.math,
+        tl.tensor,
+        tl.dtype,
+        tl.core.tensor_descriptor_base,
+    )
+    within = (interpreter, InterpreterBuilder, interpreter.interpreter_builder, FunctionRewriter)
+    return [dict(vars(one)) for one in (*holders, *within)]
+
+
 def test_triton_is_as_it_was_once_kernels_have_run() -> None:
-    before = InterpreterBuilder.cast_impl
+    run(DType.F32, DType.F32, numbers(), "y = x")  # what the interpreter keeps is there from now on
+    before = language()
     run(DType.F32, DType.F32, numbers(), "y = x / tl.sum(x, axis=1, keep_dims=True)")
     assert isinstance(tl.sum, JITFunction) and isinstance(tl.standard.sum, JITFunction)
-    assert InterpreterBuilder.cast_impl is before
+    assert language() == before
     assert not triton.knobs.runtime.interpret
+
+
+def test_the_language_is_exchanged_once_for_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    exchanged = []
+    own = interpreter._patch_lang
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: exchanged.append(fn) or own(fn))
+    run(DType.F32, DType.F32, numbers(), "y = tl.sum(x, axis=1, keep_dims=True)", "y = x / y")
+    assert len(exchanged) == 2  # once for reading the module, once for the launch
 
 
 def test_a_store_beyond_the_tensor_is_found() -> None:
@@ -91,6 +116,7 @@ def test_a_store_beyond_the_tensor_is_found() -> None:
 
 
 def test_triton_is_as_it_was_after_a_kernel_that_fails() -> None:
+    before = language()
     with pytest.raises(Exception, match="nothing"):
         run(DType.F32, DType.F32, numbers(), "y = nothing")
-    assert isinstance(tl.sum, JITFunction)
+    assert language() == before
