@@ -88,9 +88,10 @@ class Product:
 
     @property
     def is_wide(self) -> bool:
-        """Whether numbers are multiplied as f32."""
+        """Whether numbers are multiplied as f32: some are, or neither of bf16 and f16 holds the other's."""
         operands = zip((self.x, self.w), self.packed, strict=True)
-        return any(value.dtype == DType.F32 and not packed for value, packed in operands)
+        kinds = {value.dtype for value, packed in operands if not packed}
+        return DType.F32 in kinds or kinds == {DType.BF16, DType.F16}
 
     @property
     def is_few(self) -> bool:

@@ -533,4 +533,6 @@ def _dot(x: DType, w: DType, left: str, right: str, sums: str) -> str:
         return f"dot_wide({left}, {turned}, {sums})"
     if w == DType.F32:
         return f"dot({left}.to(tl.float32), {turned}, {sums})"
+    if {x, w} == {DType.BF16, DType.F16}:
+        return f"dot({left}.to(tl.float32), {turned}.to(tl.float32), {sums})"
     return f"dot({left}, tl.trans({right}.to({left}.dtype)), {sums})"

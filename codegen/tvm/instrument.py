@@ -193,12 +193,16 @@ def _expected_reads(recorded: RecordedSite, sizes: Mapping[str, int]) -> tuple[i
     op = recorded.site.op
     reads = [_at(d, sizes) for d in op.reads()]
     inside = op.body.inputs if isinstance(op, Region) else op.operands()
-    inner = [node.op for node in op.body.nodes] if isinstance(op, Region) else [op]
-    for product in inner:
-        if isinstance(product, GroupedLinear) and {product.w, product.offsets} <= set(inside):
-            hit = recorded.operands[inside.index(product.offsets)].diff().count_nonzero()
-            group = TensorType(product.w.dtype, product.w.shape[1:]).bytes
-            reads[inside.index(product.w)] = int(hit) * _at(group, sizes)
+    nodes = op.body.nodes if isinstance(op, Region) else ()
+    decoded = {n.results[0]: n.op for n in nodes if n.op.is_unpacking}
+    for product in [node.op for node in nodes] or [op]:
+        if isinstance(product, GroupedLinear) and product.offsets in inside:
+            hit = int(recorded.operands[inside.index(product.offsets)].diff().count_nonzero())
+            source = decoded.get(product.w)
+            for value in source.operands() if source else (product.w,):
+                if value in inside and value.type.rank and value.shape[0] == product.w.shape[0]:
+                    group = TensorType(value.dtype, value.shape[1:]).bytes
+                    reads[inside.index(value)] = hit * _at(group, sizes)
     return tuple(reads)
 
 

@@ -27,6 +27,7 @@ from nemoc.passes.presets import Phase
 from support.kernels import value
 
 F32, BF16, I32 = DType.F32, DType.BF16, DType.I32
+U8, F8E4M3 = DType.U8, DType.F8E4M3
 X, Y, TEMPORARY = Arg("operand", 0), Arg("result", 0), Arg("scratch", 0)
 ROW = View.dense(TensorType(F32, (16,)))
 TARGET = cpu_target()
@@ -210,6 +211,36 @@ def test_experts_within_a_region_are_expected_by_the_routing_too() -> None:
     (found,) = count_sites([recorded], {"B": 6, "L": 1, "C": 1}, TARGET)
     assert (found.expected_reads, found.expected_writes) == ((480, 12 * 20 * 2, 20), (288,))
     assert (found.reads, found.writes) == ((0, 0, 0), (4,))
+
+
+def test_of_packed_experts_codes_and_scales_of_those_that_are_hit_are_expected() -> None:
+    b = Builder("g")
+    x, offsets = b.input("x", F32, (B, 32)), b.input("offsets", I32, (5,), 7)
+    packed, scales = b.param("w.packed", U8, (4, 12, 16)), b.param("w.scales", F8E4M3, (4, 12, 2))
+    w = b(ops.DequantizeNvfp4(packed, scales, b.param("w.global", F32, (4,))))
+    graph = b.finish([b(ops.Relu(b(ops.GroupedLinear(x, w, offsets))))])
+    (region,) = fuse(graph, graph.nodes, "expert").nodes
+    site = Site.dense(region.op)
+    writer = KernelWriter("planted")
+    writer.store(writer.buffer("y", Y, site.results[0]), "0, 0", "T.float32(0)")
+    given = {
+        "x": torch.ones(6, 32),
+        "w.packed": torch.ones(4, 12, 16, dtype=torch.uint8),
+        "w.scales": torch.ones(4, 12, 2).to(torch.float8_e4m3fn),
+        "w.global": torch.ones(4),
+        "offsets": torch.tensor([0, 0, 4, 4, 6], dtype=torch.int32),
+    }
+    operands = tuple(given[v.name] for v in region.op.operands())
+    recorded = RecordedSite(site, Plan((writer.finish(1),)), lambda: operands)
+    (found,) = count_sites([recorded], {"B": 6, "L": 1, "C": 1}, TARGET)
+    expected = dict(zip((v.name for v in region.op.operands()), found.expected_reads, strict=True))
+    assert expected == {
+        "x": 6 * 32 * 4,
+        "w.packed": 2 * 12 * 16,
+        "w.scales": 2 * 12 * 2,
+        "w.global": 2 * 4,
+        "offsets": 5 * 4,
+    }
 
 
 def test_an_updated_state_is_read_and_written_where_it_lies() -> None:

@@ -31,7 +31,9 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torc
 
 
 @pytest.mark.parametrize("target", ["triton-interpret", "cuda:sm_90"])
-@pytest.mark.parametrize("kinds", ["f32 f32", "f32 bf16", "bf16 bf16", "bf16 f32"])
+@pytest.mark.parametrize(
+    "kinds", ["f32 f32", "f32 bf16", "bf16 bf16", "bf16 f32", "bf16 f16", "f16 bf16"]
+)
 @pytest.mark.parametrize("width,features", [(7, 5), (40, 300), (130, 64)])
 def test_products_of_awkward_sizes(target: str, kinds: str, width: int, features: int) -> None:
     x, w = kinds.split()
@@ -43,11 +45,12 @@ def test_products_of_awkward_sizes(target: str, kinds: str, width: int, features
       %z = add(%y, %bias) : f32[B, L, {features}]
       return %z
     """)
-    types = {"f32": torch.float32, "bf16": torch.bfloat16}
+    types = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+    small = 2.0**-20 if w == "bf16" else 1.0  # which an f16 has four bits of
     operands = (
         draw(3, 5, width, dtype=types[x]),
-        draw(features, width, seed=1, dtype=types[w]),
-        draw(features, seed=2),
+        draw(features, width, seed=1, dtype=types[w]) * small,
+        draw(features, seed=2) * small,
     )
     check_kernel(site, SIZES, *operands, target=gpu_target(target), tolerance=2e-6)
 
