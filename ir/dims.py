@@ -36,8 +36,11 @@ T = symbol("T")
 
 def dim(value: Dim) -> Dim:
     """The normal form of a dimension: expanded, and a plain `int` when constant."""
-    if isinstance(value, int):
-        return int(value)
+    return int(value) if isinstance(value, int) else _normal(value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _normal(value: sympy.Expr) -> Dim:
     expanded = sympy.expand(value)
     return int(expanded) if expanded.is_Integer else expanded
 
@@ -49,6 +52,11 @@ def dims(values: Iterable[Dim]) -> tuple[Dim, ...]:
 
 def product(values: Iterable[Dim]) -> Dim:
     """The product of dimensions, in normal form."""
+    return _product(tuple(values))
+
+
+@functools.lru_cache(maxsize=4096)
+def _product(values: tuple[Dim, ...]) -> Dim:
     return dim(functools.reduce(operator.mul, values, 1))
 
 
@@ -61,8 +69,11 @@ def ceil_div(a: Dim, b: int) -> Dim:
 
 def symbols_of(value: Dim) -> frozenset[str]:
     """The names of the symbols in a dimension."""
-    if isinstance(value, int):
-        return frozenset()
+    return frozenset() if isinstance(value, int) else _symbols(value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _symbols(value: sympy.Expr) -> frozenset[str]:
     return frozenset(s.name for s in value.free_symbols)
 
 

@@ -155,10 +155,14 @@ class Op:
     @classmethod
     def mnemonic(cls) -> str:
         """The op's name in IR text: its class name in snake_case."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        return _snake_case(cls.__name__)
 
     def result_types(self) -> tuple[TensorType, ...]:
         """`infer`'s answer as a tuple."""
+        return self._result_types
+
+    @functools.cached_property
+    def _result_types(self) -> tuple[TensorType, ...]:
         types = self.infer()
         return types if isinstance(types, tuple) else (types,)
 
@@ -194,6 +198,11 @@ class Op:
     def attributes(self) -> dict[str, Any]:
         """Attribute fields and their values, in declaration order."""
         return {f: getattr(self, f) for f in attribute_fields(type(self))}
+
+
+@functools.cache
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 def _flatten(items: Iterator[Operand]) -> Iterator[Value]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from nemoc.ir.dims import Dim, dims, format_dim, product, substitute_dim, symbols_of
 from nemoc.ir.dtypes import DType
@@ -28,7 +29,8 @@ class TensorType:
         """
         normal = dims(shape)
         for size in normal:
-            expect(not isinstance(size, int) or size >= 0, f"{size} is no size of a tensor")
+            if isinstance(size, int):
+                expect(size >= 0, f"{size} is no size of a tensor")
         return cls(dtype, normal)
 
     @property
@@ -46,7 +48,7 @@ class TensorType:
         """Size of a dense tensor of this type."""
         return product((self.elements, self.dtype.bytes))
 
-    @property
+    @cached_property
     def symbols(self) -> frozenset[str]:
         """Names of the symbols in the shape."""
         return frozenset().union(*(symbols_of(d) for d in self.shape))
@@ -60,6 +62,10 @@ class TensorType:
         return TensorType(self.dtype, tuple(substitute_dim(d, mapping) for d in self.shape))
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:  # which messages are made of whether or not anything is wrong
         return f"{self.dtype}[{', '.join(format_dim(d) for d in self.shape)}]"
 
 

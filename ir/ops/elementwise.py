@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from nemoc.ir.dims import Dim
 from nemoc.ir.dtypes import DType
-from nemoc.ir.errors import expect
+from nemoc.ir.errors import IRError, expect
 from nemoc.ir.op import Env, Op, RowSlice
 from nemoc.ir.types import TensorType, Value
 
@@ -159,9 +159,8 @@ def broadcast(a: tuple[Dim, ...], b: tuple[Dim, ...], what: str) -> tuple[Dim, .
     """
     out: list[Dim] = []
     for m, n in zip_longest(reversed(a), reversed(b), fillvalue=1):
-        expect(
-            m == n or m == 1 or n == 1, f"{what}: shapes {list(a)} and {list(b)} do not broadcast"
-        )
+        if not (m == n or m == 1 or n == 1):
+            raise IRError(f"{what}: shapes {list(a)} and {list(b)} do not broadcast")
         out.append(n if m == 1 else m)
     return tuple(reversed(out))
 
