@@ -28,6 +28,10 @@ LIBRARY = "kernels/step.so"
 _SHARE_CORES = -3
 """TVM's thread pool mode in which threads may run on any of the given cores."""
 
+_SPIN = ("TVM_THREAD_POOL_SPIN_COUNT", "1000")
+"""How often a thread without work yields before it sleeps; TVM's own number is 300000. On cores that others keep busy a
+yield takes milliseconds, and the process does not end before its threads are through with theirs."""
+
 
 def kernel_record(scratch: int) -> dict[str, Any]:
     """What the manifest says of a library: JSON data.
@@ -163,6 +167,7 @@ def _runtime() -> Any:
     except ImportError:
         raise _not_installed() from None
     found = importlib.util.find_spec("tvm")
+    os.environ.setdefault(*_SPIN)
     for folder in (found.submodule_search_locations or ()) if found else ():
         for path in Path(folder, "lib").glob("libtvm_runtime.*"):
             ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)

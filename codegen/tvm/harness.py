@@ -127,7 +127,11 @@ cores it may put all threads on one."""
 
 
 def use_threads(count: int, mode: int = SHARE_CORES) -> None:
-    """Have what the calling thread runs share so many threads, on the cores that this process may use."""
+    """Have what the calling thread runs share so many threads, on the cores that this process may use.
+
+    Threads without work soon sleep, as in `nemoc.runtime.cpu`.
+    """
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "1000")
     given = hasattr(os, "sched_getaffinity")
     cores = sorted(os.sched_getaffinity(0)) if given else range(os.cpu_count() or 1)
     configure = tvm.get_global_func("runtime.config_threadpool")

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import nemoc
 import nemoc.tuning
 from nemoc.__main__ import main
+from nemoc.autotune import tuner
 from nemoc.autotune.journal import Trial
 from nemoc.autotune.records import Record, Records, read_records
 from nemoc.autotune.statistics import Interval
@@ -53,6 +54,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder, seed=3, dtype=torch.bfloat16, **(WIDE | {"hybrid_override_pattern": "M*E"})
     )
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_rounds() -> Iterator[None]:
+    """No batch is measured for longer than it takes at least: nothing here depends on how fast what is."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_BATCH_SECONDS", "_FINAL_SECONDS"):
+            patch.setattr(tuner, name, 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")

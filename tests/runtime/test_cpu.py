@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,25 @@ def test_loading_and_running_never_imports_the_compiler(saved: Path) -> None:
         "assert 'libtvm_compiler' not in open('/proc/self/maps').read()"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_threads_without_work_soon_sleep_unless_told_otherwise(
+    saved: Path, given: str | None
+) -> None:
+    """TVM's own number of yields takes minutes where others keep the cores busy; a process waits for that."""
+    code = (
+        "import os, torch, nemoc.runtime as r\n"
+        f"r.load({str(saved)!r}).generate(torch.tensor([[5, 6]]), 2)\n"
+        "print(os.environ['TVM_THREAD_POOL_SPIN_COUNT'])"
+    )
+    name = "TVM_THREAD_POOL_SPIN_COUNT"
+    environ = {key: value for key, value in os.environ.items() if key != name}
+    environ |= {name: given} if given else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == int(given or 1000)
 
 
 def test_a_library_that_is_none_is_refused(
