@@ -414,17 +414,17 @@ def _ways(
         whole = wanted if expected.steps is None else expected.steps(tokens, 8)
         return torch.stack(steps, dim=1), whole[:, 8:]
 
+    more = min(_MANY_TOKENS // 2, bounds.max_context - width)
+
     def unequal() -> _Pair:
         lengths = torch.tensor([width, 9])
         state = executable.new_state(2)
-        first = executable.prefill(tokens, state, lengths=lengths)
-        second = executable.decode(tokens[:, 0], state)
-        alone = expected.behind(torch.cat([tokens[1:, :9], tokens[1:, :1]], dim=1), 9)
-        longer = expected.behind(torch.cat([tokens[:1], tokens[:1, :1]], dim=1), width)
-        return (
-            torch.stack([first, second], dim=1),
-            torch.stack([longer[0, -2:], alone[0, -2:]]),
-        )
+        found = [executable.prefill(tokens, state, lengths=lengths)]
+        found += [executable.decode(tokens[:, i], state) for i in range(more)]
+        alone = expected.behind(torch.cat([tokens[1:, :9], tokens[1:, :more]], dim=1), 9)
+        longer = expected.behind(torch.cat([tokens[:1], tokens[:1, :more]], dim=1), width)
+        last = slice(-1 - more, None)
+        return torch.stack(found, dim=1), torch.stack([longer[0, last], alone[0, last]])
 
     ways: dict[str, tuple[str, Callable[[], _Pair]]] = {
         "prefill": (f"batch {batch}, {width} tokens, all logits", prefill),
@@ -433,7 +433,8 @@ def _ways(
         "decode": (f"batch {batch}, 8 tokens, then {width - 8} steps", decode),
     }
     if batch == 2:
-        ways["unequal rows"] = (f"{width} and 9 tokens, against each alone", unequal)
+        detail = f"{width} and 9 tokens, then {more} steps, against each alone"
+        ways["unequal rows"] = (detail, unequal)
     return ways
 
 

@@ -79,7 +79,7 @@ def test_ways_of_a_few_tokens_are_held_to_the_bound_of_the_worst_one(
     executable: nemoc.Executable, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = rows(executable, model, monkeypatch, lambda logits: None)
-    few = {"prefill, last token", "unequal rows", "every token"}
+    few = {"prefill, last token", "every token"}
     assert {name for name, row in found.items() if row.bound == TIED_BOUND} == few
     assert all(row.ok for row in found.values())
 
