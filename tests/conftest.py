@@ -1,5 +1,6 @@
 """What every test shares: the `--bless` switch, hypothesis made repeatable, sources for child processes."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Child processes import nemoc from the checkout, as this one does."""
+    """Child processes import nemoc from the checkout, as this one does; garbage is looked for less often."""
+    gc.set_threshold(10_000, 10, 50)
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
 
