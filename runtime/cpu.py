@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nemoc.codegen.threads import let_idle_threads_sleep
 from nemoc.ir.errors import NemocError
 from nemoc.runtime.backend import Opened
 from nemoc.runtime.machine import usable_processors
@@ -27,10 +28,6 @@ LIBRARY = "kernels/step.so"
 
 _SHARE_CORES = -3
 """TVM's thread pool mode in which threads may run on any of the given cores."""
-
-_SPIN = ("TVM_THREAD_POOL_SPIN_COUNT", "1000")
-"""How often a thread without work yields before it sleeps; TVM's own number is 300000. On cores that others keep busy a
-yield takes milliseconds, and the process does not end before its threads are through with theirs."""
 
 
 def kernel_record(scratch: int) -> dict[str, Any]:
@@ -167,7 +164,7 @@ def _runtime() -> Any:
     except ImportError:
         raise _not_installed() from None
     found = importlib.util.find_spec("tvm")
-    os.environ.setdefault(*_SPIN)
+    let_idle_threads_sleep()
     for folder in (found.submodule_search_locations or ()) if found else ():
         for path in Path(folder, "lib").glob("libtvm_runtime.*"):
             ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)

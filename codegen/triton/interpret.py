@@ -15,7 +15,7 @@
 import functools
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -246,29 +246,24 @@ def _done(_: Any) -> _LangPatchScope:
 @contextmanager
 def _interpreting() -> Iterator[None]:
     """Let Triton's own functions be interpreted ones, and its language the interpreter's."""
-    with _lock:
+    with _lock, ExitStack() as restored:
         if interpreter._patch_lang is _done:  # by whoever is around this
             yield
             return
         scope = _LangPatchScope()
-        try:
-            scope.set_attr(triton.knobs.runtime, "interpret", True)
-            for owner, name, function in _REPAIRED:
-                scope.set_attr(owner, name, function)
-            for module in (tl.standard, tl):
-                for name, value in list(vars(module).items()):
-                    if isinstance(value, JITFunction):
-                        made = _library.get(id(value)) or InterpretedFunction(value.fn)
-                        _library[id(value)] = made
-                        scope.set_attr(module, name, made)
-            language = interpreter._patch_lang(_LANGUAGE)
-            try:
-                scope.set_attr(interpreter, "_patch_lang", _done)
-                yield
-            finally:
-                language.restore()
-        finally:
-            scope.restore()
+        restored.callback(scope.restore)
+        scope.set_attr(triton.knobs.runtime, "interpret", True)
+        for owner, name, function in _REPAIRED:
+            scope.set_attr(owner, name, function)
+        for module in (tl.standard, tl):
+            for name, value in list(vars(module).items()):
+                if isinstance(value, JITFunction):
+                    made = _library.get(id(value)) or InterpretedFunction(value.fn)
+                    _library[id(value)] = made
+                    scope.set_attr(module, name, made)
+        restored.callback(interpreter._patch_lang(_LANGUAGE).restore)
+        scope.set_attr(interpreter, "_patch_lang", _done)
+        yield
 
 
 class InterpretedProgram:

@@ -23,6 +23,7 @@ import tvm_ffi
 
 from nemoc.codegen.guarded import Buffer, arguments, run_guarded
 from nemoc.codegen.plan import Address, Arg, Launch, Plan, Site, StepFunction
+from nemoc.codegen.threads import let_idle_threads_sleep
 from nemoc.codegen.tvm.build import build_library
 from nemoc.codegen.tvm.step import module_source
 from nemoc.codegen.tvm.target import CpuTarget, cpu_target
@@ -127,11 +128,8 @@ cores it may put all threads on one."""
 
 
 def use_threads(count: int, mode: int = SHARE_CORES) -> None:
-    """Have what the calling thread runs share so many threads, on the cores that this process may use.
-
-    Threads without work soon sleep, as in `nemoc.runtime.cpu`.
-    """
-    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "1000")
+    """Have what the calling thread runs share so many threads, on the cores that this process may use."""
+    let_idle_threads_sleep()
     given = hasattr(os, "sched_getaffinity")
     cores = sorted(os.sched_getaffinity(0)) if given else range(os.cpu_count() or 1)
     configure = tvm.get_global_func("runtime.config_threadpool")

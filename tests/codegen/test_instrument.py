@@ -196,20 +196,34 @@ def test_of_the_experts_those_that_the_routing_hits_are_read() -> None:
     assert found.reads == found.expected_reads == (480, 2 * 12 * 20 * 2, 20)
 
 
+def planted_region(
+    graph: Graph, batch: int, given: Mapping[str, torch.Tensor]
+) -> tuple[SiteTraffic, dict[str, int]]:
+    """What a kernel in a graph's place touches that writes one element, and what it should read of each operand."""
+    (region,) = fuse(graph, graph.nodes, "expert").nodes
+    site = Site.dense(region.op)
+    writer = KernelWriter("planted")
+    writer.store(writer.buffer("y", Y, site.results[0]), "0, 0", "T.float32(0)")
+    names = [v.name for v in region.op.operands()]
+    operands = tuple(given[name] for name in names)
+    recorded = RecordedSite(site, Plan((writer.finish(1),)), lambda: operands)
+    (found,) = count_sites([recorded], {"B": batch, "L": 1, "C": 1}, TARGET)
+    return found, dict(zip(names, found.expected_reads, strict=True))
+
+
 def test_experts_within_a_region_are_expected_by_the_routing_too() -> None:
     b = Builder("g")
     x, w = b.input("x", F32, (B, 20)), b.param("w", BF16, (4, 12, 20))
     offsets = b.input("offsets", I32, (5,), 7)
     graph = b.finish([b(ops.Relu(b(ops.GroupedLinear(x, w, offsets))))])
-    (region,) = fuse(graph, graph.nodes, "expert").nodes
-    site = Site.dense(region.op)
-    writer = KernelWriter("planted")
-    writer.store(writer.buffer("y", Y, site.results[0]), "0, 0", "T.float32(0)")
-    starts = torch.tensor([0, 0, 6, 6, 6], dtype=torch.int32)
-    operands = (torch.ones(6, 20), torch.ones(4, 12, 20).bfloat16(), starts)
-    recorded = RecordedSite(site, Plan((writer.finish(1),)), lambda: operands)
-    (found,) = count_sites([recorded], {"B": 6, "L": 1, "C": 1}, TARGET)
-    assert (found.expected_reads, found.expected_writes) == ((480, 12 * 20 * 2, 20), (288,))
+    given = {
+        "x": torch.ones(6, 20),
+        "w": torch.ones(4, 12, 20).bfloat16(),
+        "offsets": torch.tensor([0, 0, 6, 6, 6], dtype=torch.int32),
+    }
+    found, expected = planted_region(graph, 6, given)
+    assert expected == {"x": 480, "w": 12 * 20 * 2, "offsets": 20}
+    assert found.expected_writes == (288,)
     assert (found.reads, found.writes) == ((0, 0, 0), (4,))
 
 
@@ -219,10 +233,6 @@ def test_of_packed_experts_codes_and_scales_of_those_that_are_hit_are_expected()
     packed, scales = b.param("w.packed", U8, (4, 12, 16)), b.param("w.scales", F8E4M3, (4, 12, 2))
     w = b(ops.DequantizeNvfp4(packed, scales, b.param("w.global", F32, (4,))))
     graph = b.finish([b(ops.Relu(b(ops.GroupedLinear(x, w, offsets))))])
-    (region,) = fuse(graph, graph.nodes, "expert").nodes
-    site = Site.dense(region.op)
-    writer = KernelWriter("planted")
-    writer.store(writer.buffer("y", Y, site.results[0]), "0, 0", "T.float32(0)")
     given = {
         "x": torch.ones(6, 32),
         "w.packed": torch.ones(4, 12, 16, dtype=torch.uint8),
@@ -230,10 +240,7 @@ def test_of_packed_experts_codes_and_scales_of_those_that_are_hit_are_expected()
         "w.global": torch.ones(4),
         "offsets": torch.tensor([0, 0, 4, 4, 6], dtype=torch.int32),
     }
-    operands = tuple(given[v.name] for v in region.op.operands())
-    recorded = RecordedSite(site, Plan((writer.finish(1),)), lambda: operands)
-    (found,) = count_sites([recorded], {"B": 6, "L": 1, "C": 1}, TARGET)
-    expected = dict(zip((v.name for v in region.op.operands()), found.expected_reads, strict=True))
+    _, expected = planted_region(graph, 6, given)
     assert expected == {
         "x": 6 * 32 * 4,
         "w.packed": 2 * 12 * 16,
