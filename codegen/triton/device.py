@@ -28,8 +28,21 @@ def wait_turn():
     what any of them has worked on. That one may be launched once all programs have come here, with all that they need:
     none still waits for tensor memory that the next kernel holds.
     """
+    wait()
+    let_next()
+
+
+@jit
+def wait():
+    """Wait until former kernels have ended."""
     if WAITS:
         gdc_wait()
+
+
+@jit
+def let_next():
+    """Let the next kernel be launched, once all programs have come here."""
+    if WAITS:
         gdc_launch_dependents()
 
 
@@ -578,13 +591,33 @@ def fragment_columns(terms):
 
 @jit
 def fragment_sums(sums):
-    """The tile f32 [8 rows of x, 16 of the weights] of four sums of each lane (`fragment_dot`), over all warps."""
+    """The tile f32 [8 rows of x, 16 of the weights · parts] of four sums of each lane of each warp (`fragment_dot`)."""
     s0, s1, s2, s3 = sums
     parts: tl.constexpr = s0.shape[0] // 8
     near = tl.join(tl.reshape(s0, [parts, 8, 4]), tl.reshape(s1, [parts, 8, 4]))
     far = tl.join(tl.reshape(s2, [parts, 8, 4]), tl.reshape(s3, [parts, 8, 4]))
-    whole = tl.sum(tl.join(near, far), axis=0)
-    return tl.reshape(tl.permute(whole, [1, 2, 3, 0]), [8, 16])
+    return tl.reshape(tl.permute(tl.join(near, far), [2, 3, 4, 1, 0]), [8, 16 * parts])
+
+
+@jit
+def sums_of_parts(tile, parts: tl.constexpr):
+    """Σ over each `parts` elements of a row, 1, 2, 4 or 8, which come to one thread for it in one exchange."""
+    if parts > 4:
+        tile = sums_of_pairs(tile)
+    if parts > 2:
+        tile = sums_of_pairs(tile)
+    if parts > 1:
+        tile = sums_of_pairs(tile)
+    return tile
+
+
+@jit
+def sums_of_pairs(tile):
+    """The sum of each two elements of a row."""
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1] // 2
+    even, odd = tl.split(tl.reshape(tile, [rows, columns, 2]))
+    return even + odd
 
 
 @jit

@@ -9,11 +9,11 @@ reduction each.
 A step is 128 elements of the reduction for each warp: 32 for each of the four lanes that have a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemoc.codegen.triton.body import Body
-from nemoc.codegen.triton.operands import CODES, WORD_UNITS, Operand, Packed
+from nemoc.codegen.triton.operands import CODES, WHOLE, WORD_UNITS, Operand, Packed
 from nemoc.codegen.triton.product_forms import Schedule
 from nemoc.codegen.triton.seen import Place
 from nemoc.codegen.triton.writer import joined_in_pairs
@@ -24,6 +24,9 @@ _STEP = 128
 
 _HELD = 80
 """Registers of a thread that hold codes which are loaded before former kernels have ended."""
+
+_AHEAD = 92
+"""Registers for these and for what is loaded ahead of x: with more there is less room for programs side by side."""
 
 _STRAIGHT, _TOGETHER = 24, 4
 """Steps of a program without a loop at most, and of a round of the loop of others."""
@@ -84,28 +87,48 @@ class Fragments:
     def sums(self) -> str:
         """The tile of sums [rows, columns]; the kernel waits for former ones in between."""
         steps = -(-self._width // (_STEP * self._warps))
-        straight = steps <= _STRAIGHT
-        held = (
-            min(steps, _HELD // (4 * len(self._weights))) if straight and self._w.is_weight else 0
-        )
-        loaded = {step: self._load(str(step), self._is_ragged(step)) for step in range(held)}
+        if steps > _STRAIGHT:
+            return self._sums_of_loop(steps)
+        each = 4 * len(self._weights)
+        held = min(steps, _HELD // each) if self._w.is_weight else 0
+        loaded = {step: self._load(step) for step in range(held)}
         if held:
             self._w.load_early()
         else:
             self._w.prefetch(self._every)
         self._writer.wait_turn()
-        sums = [[self._zeros() for _ in self._rows] for _ in self._pairs]
-        if straight:
-            for step in range(steps):
-                ragged = self._is_ragged(step)
-                codes = loaded[step] if step in loaded else self._load(str(step), ragged)
-                self._add(str(step), ragged, codes, sums)
-        else:
-            with self._writer.loop("step", str(steps), step=_TOGETHER) as first:
-                numbers = [f"({first} + {n})" for n in range(_TOGETHER)]
-                rounds = [self._load(number, True) for number in numbers]
-                for number, codes in zip(numbers, rounds, strict=True):
-                    self._add(number, True, codes, sums)
+        self._w.prepare_scale(WHOLE)
+        first = self._first_numbers(min(steps, (_AHEAD - held * each) // 4))
+        sums = self._nothing()
+        for step in range(steps):
+            units = self._decode(loaded.get(step) or self._load(step))
+            for word, of_word in enumerate(units):
+                x = first.get(step) if word == 0 else None
+                self._add(of_word, x or self._numbers(step, word), sums)
+        return self._joined(sums)
+
+    def _first_numbers(self, steps: int) -> dict[int, list[str]]:
+        """Of as many steps what is multiplied with the first word, loaded ahead of all else; of many rows nothing.
+
+        Its lines have what is multiplied with the other words too, which then is in the first-level cache, or comes.
+        """
+        if len(self._rows) > 1 or not self._body.is_operand(self._x.seen.value):
+            return {}
+        found = {step: self._numbers(step, 0) for step in range(steps)}
+        self._writer.let_next()
+        return found
+
+    def _sums_of_loop(self, steps: int) -> str:
+        """The same in a loop, since codes of all steps have no room in registers."""
+        self._w.prefetch(self._every)
+        self._writer.wait_turn()
+        self._w.prepare_scale(WHOLE)
+        sums = self._nothing()
+        with self._writer.loop("step", str(steps), step=_TOGETHER) as first:
+            numbers = [f"({first} + {n})" for n in range(_TOGETHER)]
+            for number, loaded in [(number, self._load(number)) for number in numbers]:
+                for word, units in enumerate(self._decode(loaded)):
+                    self._add(units, self._numbers(number, word), sums)
         return self._joined(sums)
 
     @property
@@ -113,67 +136,74 @@ class Fragments:
         """Numbers of the sixteen rows of weights that an instruction takes."""
         return range(len(self._weights) // 2)
 
-    def _is_ragged(self, step: int) -> bool:
-        """Whether some warp has nothing to do in a part of a step."""
-        return (step + 1) * _STEP * self._warps > self._width
+    def _is_ragged(self, step: int | str) -> bool:
+        """Whether some warp may have nothing to do in a part of a step, which may be any of a loop."""
+        return isinstance(step, str) or (step + 1) * _STEP * self._warps > self._width
 
-    def _zeros(self) -> str:
+    def _nothing(self) -> list[list[str]]:
+        """Sums, yet without any product: for each pair of eight rows of weights, those with each eight rows of x."""
         zeros = self._writer.let("none", f"tl.zeros([{self._lanes}, 4], tl.float32)")
-        return self._writer.fresh("sums", f"({', '.join([zeros] * 4)})")
+        text = f"({', '.join([zeros] * 4)})"
+        return [[self._writer.fresh("sums", text) for _ in self._rows] for _ in self._pairs]
 
-    def _place(
-        self, row: str, step: str, each: int, column: str, columns: int, ragged: bool
-    ) -> Place:
+    def _place(self, row: str, step: int | str, each: int, column: str, columns: int) -> Place:
         """Elements of a step in rows of `each` for 128 of the reduction: `column` counts them."""
         let = self._writer.let
         segment = let("segment", f"{step} * {self._warps} + {self._part}")
         at = let("column", f"{segment} * {each} + {column}")
-        mask = let("inside", f"{at} < {self._width * each // _STEP}") if ragged else ""
+        inside = f"{at} < {self._width * each // _STEP}"
+        mask = let("inside", inside) if self._is_ragged(step) else ""
         return Place(row, at, self._lanes, columns, mask)
 
-    def _load(self, step: str, ragged: bool) -> _Loaded:
+    def _load(self, step: int | str) -> _Loaded:
         """Load what a step needs of the weights."""
         words, blocks = _STEP // CODES, _STEP // BLOCK
         codes, scales = list[str](), list[str]()
         for weight in self._weights:
             column = f"tl.arange(0, {words})[None, :]"
-            codes.append(self._w.words_at(self._place(weight, step, words, column, words, ragged)))
+            codes.append(self._w.words_at(self._place(weight, step, words, column, words)))
             column = f"tl.arange(0, {blocks})[None, :]"
-            scales.append(
-                self._w.scales_at(self._place(weight, step, blocks, column, blocks, ragged))
-            )
+            scales.append(self._w.scales_at(self._place(weight, step, blocks, column, blocks)))
         return _Loaded(tuple(codes), tuple(scales))
 
-    def _add(self, step: str, ragged: bool, loaded: _Loaded, sums: Sequence[Sequence[str]]) -> None:
-        """Add the products of a step."""
-        writer, fresh = self._writer, self._writer.fresh
+    def _decode(self, loaded: _Loaded) -> list[list[str]]:
+        """For each word of a step, of each eight rows of weights the numbers that it stands for."""
+        fresh = self._writer.fresh
         words = [fresh("words", f"quarters({codes}, {self._lanes})") for codes in loaded.codes]
         halves = [fresh("bits", f"halves({scales}, {self._lanes})") for scales in loaded.scales]
         steps = [
             [fresh("steps", f"unit_steps({bits}[{half}])") for half in range(2)] for bits in halves
         ]
-        for word in range(4):
-            units = [
+        return [
+            [
                 fresh("units", f"word_units({codes}[{word}], {of_row[word // 2]})")
                 for codes, of_row in zip(words, steps, strict=True)
             ]
-            rows = list(self._numbers(step, ragged, word))
-            for pair in self._pairs:
-                low, high = units[2 * pair : 2 * pair + 2]
-                for number, x in enumerate(rows):
-                    total = sums[pair][number]
-                    writer.line(f"{total} = fragment_dot({low}, {high}, {x}, {total})")
+            for word in range(4)
+        ]
 
-    def _numbers(self, step: str, ragged: bool, word: int) -> Iterator[str]:
+    def _add(
+        self, units: Sequence[str], rows: Sequence[str], sums: Sequence[Sequence[str]]
+    ) -> None:
+        """Add the products of a word's numbers with rows of x."""
+        for pair in self._pairs:
+            low, high = units[2 * pair : 2 * pair + 2]
+            for number, x in enumerate(rows):
+                total = sums[pair][number]
+                self._writer.line(f"{total} = fragment_dot({low}, {high}, {x}, {total})")
+
+    def _numbers(self, step: int | str, word: int) -> list[str]:
         """Of each eight rows of x what is multiplied with a word of a step."""
+        found = []
         each = self._writer.let("each", "tl.arange(0, 32)[None, :]")
         column = self._writer.let("each", f"{each} // 8 * 32 + {8 * word} + {each} % 8")
         for row in self._rows:
-            place = self._place(row, step, _STEP, column, 32, ragged)
+            place = self._place(row, step, _STEP, column, 32)
             tile = self._x.tile(place)
-            if ragged and not self._body.is_operand(self._x.seen.value):
+            if place.mask and not self._body.is_operand(self._x.seen.value):
                 tile = self._writer.let("x", f"tl.where({place.mask}, {tile}, 0.0)")
-            yield self._writer.fresh("x", f"eighths({tile}, {self._lanes})")
+            found.append(self._writer.fresh("x", f"eighths({tile}, {self._lanes})"))
+        return found
 
     def _joined(self, sums: Sequence[Sequence[str]]) -> str:
         """One tile of all sums."""
@@ -182,4 +212,5 @@ class Fragments:
         for of_pair in sums:
             tiles = [let("total", f"fragment_sums({one})") for one in of_pair]
             columns.append(joined_in_pairs(tiles, lambda a, b: let("total", f"above({a}, {b})")))
-        return joined_in_pairs(columns, lambda a, b: let("total", f"beside({a}, {b})"))
+        joined = joined_in_pairs(columns, lambda a, b: let("total", f"beside({a}, {b})"))
+        return let("total", f"sums_of_parts({joined}, {self._warps})")

@@ -19,6 +19,9 @@ from nemoc.ir.types import Value
 CODES = 8
 """Codes of a word of four bytes."""
 
+WHOLE = Place("0", "0", 1, 1)
+"""Where a matrix has what it has one of."""
+
 WORD_UNITS = 2.0**7
 """What `nvfp4_word_units` leaves out of every element."""
 
@@ -86,6 +89,9 @@ class Operand:
     def left_out(self) -> float:
         """What elements of tiles have to be multiplied by, besides the scale of their rows."""
         return 1.0
+
+    def prepare_scale(self, rows: Place) -> None:
+        """Ask for what `scaled` needs ahead of the sums, so that nothing waits for it behind them."""
 
     def scaled(self, sums: str, rows: Place, left_out: float = 1.0) -> str:
         """Sums of products times the scale of these rows, and what else elements leave out."""
@@ -155,15 +161,17 @@ class Packed(Operand):
 
     @property
     def is_weight(self) -> bool:
-        """Whether codes and scales are weights, which no kernel writes."""
+        """Whether codes and scales of blocks are weights, which no kernel writes."""
         op = self._decoder
         return self.body.is_weight(op.packed) and self.body.is_weight(op.scales)
 
     def load_early(self) -> None:
-        """Let codes and scales, which are weights, be loaded before former kernels have ended."""
-        op = self._decoder
-        for value in (op.packed, op.scales):
+        """Let what is a weight be loaded before former kernels have ended; a dense one's tensor scale is."""
+        for value in filter(self.body.is_weight, self._decoder.operands()):
             self.body.writer.load_early(self.body.arg(value))
+        op = self._decoder
+        if isinstance(op, DequantizeNvfp4) and self.body.is_weight(op.global_scale):
+            self.prepare_scale(WHOLE)
 
     def words_at(self, place: Place) -> str:
         """Words of eight codes, whichever columns of such words a place has."""
@@ -187,17 +195,25 @@ class Packed(Operand):
         return WORD_UNITS if self.has_words else 1.0
 
     def scaled(self, sums: str, rows: Place, left_out: float = 1.0) -> str:
-        op, _, at = self._source(rows)
+        op = self._decoder
         assert isinstance(op, DequantizeNvfp4)
-        scale = self.body.tile(*scale_of(self.body, op, at))
         by = "/" if DIALECTS[op.dialect].divides else "*"
         wide = sums if left_out == 1.0 else f"{sums} * {left_out!r}"
-        return self.body.writer.let("scaled", f"{wide} {by} {scale}")
+        return self.body.writer.let("scaled", f"{wide} {by} {self._scale(rows)}")
+
+    def prepare_scale(self, rows: Place) -> None:
+        self._scale(rows)
+
+    def _scale(self, rows: Place) -> str:
+        """The tensor scale of these rows."""
+        op, _, at = self._source(rows)
+        assert isinstance(op, DequantizeNvfp4)
+        return self.body.tile(*scale_of(self.body, op, at))
 
     @property
     def _decoder(self) -> DequantizeNvfp4 | Nvfp4ToFp8:
         """What decodes the elements, wherever they are."""
-        return self._source(Place("0", "0", 1, 1))[0]
+        return self._source(WHOLE)[0]
 
     def _source(self, place: Place) -> tuple[DequantizeNvfp4 | Nvfp4ToFp8, Seen, Place]:
         """What decodes the elements at a place, and where in its result they are."""

@@ -20,7 +20,7 @@ from nemoc.codegen.plan import Arg, Plan, RegionError, Site, Stage, View, dense_
 from nemoc.codegen.regions import as_region, body_of
 from nemoc.codegen.triton.body import Body
 from nemoc.codegen.triton.fragments import LEFT_OUT, Fragments
-from nemoc.codegen.triton.operands import Fp8, Operand, Packed, operand
+from nemoc.codegen.triton.operands import WHOLE, Fp8, Operand, Packed, operand
 from nemoc.codegen.triton.product_forms import (
     Product,
     Schedule,
@@ -452,6 +452,7 @@ def _write_product(
     w.prepare(weights)
     first = f"{group} * {made.features}" if group else "0"
     matrix = Place(writer.let("first", first), "0", 1, 1)
+    w.prepare_scale(matrix)
     if schedule.skinny:
         sums = skinny_sums(body, x, w, lines, weights, depth, schedule.stages)
         return w.scaled(x.scaled(sums, rows, x.left_out), matrix, left_out(w))
@@ -492,12 +493,12 @@ def _early_sums(
     body: Body, made: Product, schedule: Schedule, tile: _Tile, x: Operand, w: Packed
 ) -> str:
     """As `_write_product`, for one of `_is_early`."""
-    first, whole = f"tl.program_id(0) * {schedule.columns}", Place("0", "0", 1, 1)
+    first = f"tl.program_id(0) * {schedule.columns}"
     if schedule.fragments:
         sums = Fragments(body, schedule, x, w, first, made.features, tile.last).sums()
-        return w.scaled(sums, whole, LEFT_OUT)
+        return w.scaled(sums, WHOLE, LEFT_OUT)
     sums = held_sums(body, x, w, first, made.features, schedule)
-    return w.scaled(x.scaled(sums, whole, x.left_out), whole, left_out(w))
+    return w.scaled(x.scaled(sums, WHOLE, x.left_out), WHOLE, left_out(w))
 
 
 def _added(

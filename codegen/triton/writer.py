@@ -78,7 +78,7 @@ class KernelWriter:
         self._scopes = [_Scope()]
         self._counts = dict.fromkeys(device_functions(), 1)
         self._pointers: dict[tuple[Arg, DType], str] = {}
-        self._turn = 0
+        self._turn, self._wait = 0, "wait_turn()"
         self._early = set[Arg]()
 
     def line(self, text: str) -> None:
@@ -93,6 +93,16 @@ class KernelWriter:
         """
         assert len(self._scopes) == 1
         self._turn = self._turn or len(self._lines)
+
+    def let_next(self) -> None:
+        """Let the next kernel be launched here, behind loads that the assembler is not to put off.
+
+        It keeps their order with this, and otherwise would have what was loaded before decoded first. Behind
+        `wait_turn`, in every program.
+        """
+        assert len(self._scopes) == 1 and self._turn
+        self._wait = "wait()"
+        self.line("let_next()")
 
     def load_early(self, arg: Arg) -> None:
         """Let a tensor that no kernel writes be loaded before `wait_turn`."""
@@ -179,7 +189,7 @@ class KernelWriter:
         """
         parameters = ", ".join([*self._pointers.values(), "B", "L", "C"])
         lines = list(self._lines)
-        lines.insert(self._turn, "    wait_turn()")
+        lines.insert(self._turn, f"    {self._wait}")
         body = "\n".join(lines)
         pointers = tuple(dtype for _, dtype in self._pointers)
         what = f"{parameters}\n{body}\n{format_dim(tasks)} {warps} {stages} {pointers}"

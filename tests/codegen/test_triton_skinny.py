@@ -18,7 +18,13 @@ from nemoc.ir import parse
 from nemoc.ir.dims import evaluate_dim
 from nemoc.ir.nvfp4 import DIALECTS, decode
 from nemoc.ir.ops import Fused
-from support.gpu_kernels import assembly, check_kernel, compiled, loop_instructions
+from support.gpu_kernels import (
+    assembly,
+    check_kernel,
+    compiled,
+    instructions,
+    loop_instructions,
+)
 from support.watched import run_watched
 
 SM_90 = gpu_target("cuda:sm_90")
@@ -418,6 +424,7 @@ def test_weights_in_nvfp4_are_loaded_before_former_kernels_have_ended(
         early, _, late = answer["assembly"].partition("griddepcontrol.wait")
         assert len(re.findall(r"ld\.global\.v4\.b32", early)) >= 4
         assert "prefetch" not in early + late and "cp.async" not in late
+        assert re.search(r"ld\.global\.b32", early)  # the tensor scale
         binary = inspect_output(answer, len(kernel.pointers), SM_90, kernel.early)
         assert binary.waits
         assert binary.report.spilled == 0
@@ -441,3 +448,17 @@ def test_a_single_row_decodes_and_multiplies_nvfp4_in_five_instructions_a_weight
     (binary,) = compile_variants([Variant(made, (True,) * len(made.pointers))], SM_90).values()
     weights_of_a_thread = columns * 1024 / 128
     assert len(loop_instructions(binary.code)) <= 5.1 * weights_of_a_thread
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_what_is_read_of_x_is_loaded_before_anything_is_decoded(stage: int) -> None:
+    made = emit(stored(dense(2688, 256)), SM_90).stages[stage].kernel
+    assert isinstance(made, GpuKernel)
+    (binary,) = compile_variants([Variant(made, (True,) * len(made.pointers))], SM_90).values()
+    names = [re.split(r"[. ;]", text)[0] for text in instructions(binary.code)]
+    waits, lets_next = names.index("ACQBULK"), names.index("PREEXIT")
+    assert names[waits:lets_next].count("LDG") >= 3
+    assert not {"HFMA2", "HMUL2", "FFMA", "HMMA"} & set(names[waits:lets_next])
+    # The tensor scale is there before, and no warp waits for another but once.
+    assert "LDG" not in names[-names[::-1].index("BAR") :]
+    assert names.count("BAR") == 1

@@ -99,21 +99,35 @@ def compiled(kernel: GpuKernel, target: GpuTarget, folder: Path) -> dict[str, An
     return answer
 
 
-def loop_instructions(code: bytes) -> list[str]:
-    """The names of the machine instructions in the longest loop of a kernel for an NVIDIA GPU."""
+def instructions(code: bytes) -> list[str]:
+    """The names of the machine instructions of a kernel for an NVIDIA GPU."""
+    found = map(_INSTRUCTION.search, _disassembled(code))
+    return [instruction[1] for instruction in found if instruction]
+
+
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)")
+
+
+def _disassembled(code: bytes) -> list[str]:
+    """The lines that NVIDIA's disassembler makes of a kernel."""
     disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
         command = [str(disassembler), "-c", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return text.splitlines()
+
+
+def loop_instructions(code: bytes) -> list[str]:
+    """The names of the machine instructions in the longest loop of a kernel for an NVIDIA GPU."""
     names: list[str] = []
     labels: dict[str, int] = {}
     longest: list[str] = []
-    for line in text.splitlines():
+    for line in _disassembled(code):
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(names)
-        if instruction := re.search(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line):
+        if instruction := _INSTRUCTION.search(line):
             names.append(instruction[1])
         if (back := re.search(r"BRA `\((\.L_x_\d+)\)", line)) and back[1] in labels:
             longest = max(longest, names[labels[back[1]] :], key=len)
