@@ -20,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_region import DeviceRegion
 from nemoc.ir import NemocError
-from nemoc.ir.nvfp4 import BLOCK, DIALECTS, decode
-from nemoc.ir.ops import Nvfp4ToFp8
+from nemoc.ir.nvfp4 import BLOCK, DIALECTS, decode, gathered
+from nemoc.ir.op import Op
+from nemoc.ir.ops import DequantizeNvfp4, Nvfp4ToFp8
 from nemoc.ir.region import Fused
 from nemoc.models import ModelConfig
 from nemoc.models.mixers import chunked_scan
@@ -75,7 +76,7 @@ def torch_product(region: DeviceRegion, config: ModelConfig) -> Peer:
 def product_with_decoded(region: DeviceRegion, config: ModelConfig) -> Peer:
     """`torch.mm` with what a weight in NVFP4 decodes to in bf16, which takes 3.6 times the bytes."""
     parts = (region.operands[f"w.{part}"] for part in ("codes", "scales", "scale"))
-    return _multiplied(region, region.operands["x"], _decoded_nvfp4(False, *parts))
+    return _multiplied(region, region.operands["x"], _decoded_nvfp4(region, *parts))
 
 
 def scaled_product(region: DeviceRegion, config: ModelConfig) -> Peer:
@@ -364,7 +365,7 @@ def _mixer_weight(region: DeviceRegion, name: str) -> torch.Tensor:
         return whole[0]
     if narrow is None or scale is None or len(stored) != len(folded):
         raise AbsentError(f"the part has no weight {name!r}")
-    decode_one = partial(_decoded_nvfp4, _makes_fp8(region)) if codes is not None else _decoded_fp8
+    decode_one = partial(_decoded_nvfp4, region) if codes is not None else _decoded_fp8
     operands = [x for x in (codes, narrow, scale) if x is not None]
     if scale.dim() == 0:
         return decode_one(*operands)
@@ -377,18 +378,22 @@ def _decoded_fp8(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _decoded_nvfp4(
-    fp8: bool, codes: torch.Tensor, scales: torch.Tensor, scale: torch.Tensor
+    region: DeviceRegion, codes: torch.Tensor, scales: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """What codes [N, K/2] stand for in bf16; or the numbers in FP8 that are made of them and their block scales."""
+    """What codes [N, K/2] of a part stand for in bf16; in FP8 first, if the part makes that of codes and scales."""
+    if any(isinstance(op, DequantizeNvfp4) and op.spread for op in _ops(region)):
+        codes = gathered(codes)
     numbers = decode(codes, DIALECTS["modelopt"], torch.float32).unflatten(-1, (-1, BLOCK))
     numbers = (numbers * scales.float().unsqueeze(-1)).flatten(-2)
-    return _decoded_fp8((numbers / Nvfp4ToFp8.SHARE).to(scales.dtype) if fp8 else numbers, scale)
+    if any(isinstance(op, Nvfp4ToFp8) for op in _ops(region)):
+        numbers = (numbers / Nvfp4ToFp8.SHARE).to(scales.dtype)
+    return _decoded_fp8(numbers, scale)
 
 
-def _makes_fp8(region: DeviceRegion) -> bool:
-    """Whether a part multiplies numbers in FP8 made of NVFP4."""
+def _ops(region: DeviceRegion) -> list[Op]:
+    """The ops within a part's regions."""
     bodies = [node.op.body for node in region.part.graph.nodes if isinstance(node.op, Fused)]
-    return any(isinstance(inner.op, Nvfp4ToFp8) for body in bodies for inner in body.nodes)
+    return [inner.op for body in bodies for inner in body.nodes]
 
 
 def torch_attention(region: DeviceRegion, config: ModelConfig) -> Peer:

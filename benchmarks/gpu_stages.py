@@ -107,7 +107,7 @@ def product_graph(name: str, width: int, features: int, few: bool, wide: bool) -
 
 
 def nvfp4_graph(name: str, width: int, features: int, wide: bool) -> Graph:
-    """x · wᵀ of a decode as one region: x bf16 [B, 1, K], w in NVFP4.
+    """x · wᵀ of a decode as one region: x bf16 [B, 1, K], w in NVFP4, its codes spread as in a model for GPUs.
 
     Args:
         name: of the graph.
@@ -118,7 +118,8 @@ def nvfp4_graph(name: str, width: int, features: int, wide: bool) -> Graph:
     x = build.input("x", DType.BF16, (B, 1, width))
     codes = build.param("w.codes", DType.U8, (features, width // 2))
     scales = build.param("w.scales", DType.F8E4M3, (features, width // BLOCK))
-    w = build(DequantizeNvfp4(codes, scales, build.param("w.scale", DType.F32, ())), "w")
+    scale = build.param("w.scale", DType.F32, ())
+    w = build(DequantizeNvfp4(codes, scales, scale, spread=True), "w")
     y = build(Linear(build(Cast(x, DType.F32), "x.f32"), w), "y")
     graph = build.finish([y if wide else build(Cast(y, DType.BF16), "rounded")])
     return fuse(graph, graph.nodes, "linear")

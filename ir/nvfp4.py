@@ -33,6 +33,10 @@ compressed-tensors divides in bf16 when it is given bf16.
 Of a tensor of zeros, for which ModelOpt and torchao compute 0 / 0, every dialect makes zeros, in its blocks of zeros.
 """
 
+import functools
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -174,6 +178,72 @@ def decode(packed: torch.Tensor, dialect: Dialect, dtype: torch.dtype) -> torch.
     pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], -1)
     pairs = pairs.to(packed.device, dtype)
     return F.embedding(packed.int(), pairs).flatten(-2)  # in a third of the time of indexing
+
+
+def spread(packed: torch.Tensor) -> torch.Tensor:
+    """The same codes with their bits in another order: GPUs make bf16 pairs of them with a shift and a mask.
+
+    Eight codes are a word w of four bytes, the first byte lowest, and become four pairs of bf16 numbers 2⁻¹²⁶ times as
+    large, codes 2i and 2i + 1 in the lower and the upper half of pair i: the sign at bit 15 of a half, the rest at bits
+    8 to 6. In the order that this makes
+
+        pair 0 = w,  pair 1 = w « 4,  pair 2 = w rotated left by 10,  pair 3 = (w » 2) ⊕ (w « 6)
+
+    without other bits. Pair 3 takes two shifts, as there are no four distances by which these places would be all of a
+    word. What its shifts bring along of other codes is taken out here, so that not every bit is one of a code's.
+
+    Args:
+        packed: u8 [..., K/2], two codes a byte; K is a multiple of 8.
+    """
+    return _mapped(packed, _tables()[0])
+
+
+def gathered(spread: torch.Tensor) -> torch.Tensor:
+    """The inverse of `spread`."""
+    return _mapped(spread, _tables()[1])
+
+
+def _mapped(packed: torch.Tensor, table: np.ndarray) -> torch.Tensor:
+    """Each word of bytes by a linear map of its bits, looked up by its halves: ten times as fast as bit by bit."""
+    halves = packed.cpu().contiguous().numpy().view("<u2")
+    words = np.take(table[0], halves[..., 0::2]) ^ np.take(table[1], halves[..., 1::2])
+    return torch.from_numpy(words.view(np.uint8)).to(packed.device)
+
+
+@functools.cache
+def _tables() -> tuple[np.ndarray, np.ndarray]:
+    """Of `spread` and of its inverse, what each half of a word contributes: u32 [2, 65536]."""
+    images = [_gathered(1 << bit) for bit in range(32)]
+    return _table(_inverse(images)), _table(images)
+
+
+def _gathered(word: int) -> int:
+    """The codes in a word of `spread`, as its text says."""
+    pairs = word, word << 4, word << 10 | word >> 22, word >> 2 ^ word << 6
+    halves = (pair >> shift for pair in pairs for shift in (0, 16))
+    return sum((half >> 12 & 8 | half >> 6 & 7) << 4 * j for j, half in enumerate(halves))
+
+
+def _inverse(images: Sequence[int]) -> list[int]:
+    """Of a linear map of words, by what it makes of each bit, the same of its inverse (Gauss-Jordan over GF(2))."""
+    rows = [image | 1 << 32 + bit for bit, image in enumerate(images)]
+    for bit in range(32):
+        found = next(i for i in range(bit, 32) if rows[i] >> bit & 1)
+        rows[bit], rows[found] = rows[found], rows[bit]
+        rows = [
+            row ^ rows[bit] if i != bit and row >> bit & 1 else row for i, row in enumerate(rows)
+        ]
+    return [row >> 32 for row in rows]
+
+
+def _table(images: Sequence[int]) -> np.ndarray:
+    halves = []
+    for half in (images[:16], images[16:]):
+        table = np.zeros(1, "<u4")
+        for image in half:
+            table = np.concatenate([table, table ^ np.uint32(image)])
+        halves.append(table)
+    return np.stack(halves)
 
 
 def error(x: torch.Tensor, s: torch.Tensor, g: torch.Tensor, dialect: Dialect) -> torch.Tensor:

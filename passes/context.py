@@ -16,6 +16,7 @@ class TargetInfo:
     Attributes:
         name: as the user writes it: `reference`, `cpu`, `cpu:znver3`, ...
         linear_interleave: rows per block in which matrix kernels want weights stored; 1 leaves weights as on disk.
+        spread_nvfp4: whether kernels make fewer instructions of NVFP4 codes that `spread_codes` has ordered.
         packed_weights: whether kernels unpack quantized weights as they read them; else they are stored unpacked.
         memory_bandwidth: bytes per second from main memory.
         launch_cost: seconds to start a kernel, or to pass a barrier between phases.
@@ -26,6 +27,7 @@ class TargetInfo:
     name: str = "reference"
     linear_interleave: int = 1
     packed_weights: bool = False
+    spread_nvfp4: bool = False
     memory_bandwidth: float = 20e9
     launch_cost: float = 2e-6
     on_chip_memory: int = 1 << 20

@@ -15,6 +15,7 @@ from nemoc.passes.fuse_rows import FuseRows
 from nemoc.passes.interleave_weights import InterleaveWeights
 from nemoc.passes.move_scales import MoveScales
 from nemoc.passes.specialize_decode import SpecializeDecode
+from nemoc.passes.spread_nvfp4 import SpreadNvfp4
 
 Phase = Literal["prefill", "decode"]
 """Which of the two executables of a model: many tokens per row, or one."""
@@ -42,6 +43,8 @@ _GPU: tuple[Pass, ...] = (
     Cse(),
     # why here: weights are recognised by now, and folding would decode those of FP8
     MoveScales(),
+    # why here: weights are recognised by now; before folding, which takes the change of order out of the step
+    SpreadNvfp4(),
     # why here: weights stay as on disk, whose rows matrix units read as they are; the artifact holds what else
     # parameters determine
     FoldConstants(),

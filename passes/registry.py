@@ -19,6 +19,7 @@ from nemoc.passes.move_scales import MoveScales
 from nemoc.passes.quantize_fp8 import QuantizeFp8
 from nemoc.passes.quantize_nvfp4 import QuantizeNvfp4
 from nemoc.passes.specialize_decode import SpecializeDecode
+from nemoc.passes.spread_nvfp4 import SpreadNvfp4
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ GROUPS: tuple[PassGroup, ...] = (
     ),
     PassGroup("store weights in fewer bits", (QuantizeNvfp4, QuantizeFp8)),
     PassGroup("multiply weights of fewer bits as they are stored", (MoveScales,)),
-    PassGroup("prepare weights when the artifact is built", (InterleaveWeights, FoldConstants)),
+    PassGroup(
+        "prepare weights when the artifact is built",
+        (InterleaveWeights, SpreadNvfp4, FoldConstants),
+    ),
 )
 """The passes of nemoc by purpose. A user's own need no entry here (see `nemoc.passes.plugins`)."""
 

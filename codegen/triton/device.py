@@ -262,6 +262,34 @@ UNITS_OF_CODES = tl.constexpr("""{
 """bf16 numbers of the eight codes in a word, times a step: codes number 2i and 2i + 1 are moved to the upper ends of a
 word's halves, where their signs are right, and the rest from there."""
 
+UNITS_OF_SPREAD = tl.constexpr("""{
+    .reg .b32 zero, step, near, far, n<4>;
+    mov.b32 step, {$9, $9}; mov.b32 zero, 0x80008000;
+    and.b32 n0, $8, 0x81C081C0;
+    shl.b32 n1, $8, 4; and.b32 n1, n1, 0x81C081C0;
+    shf.l.wrap.b32 n2, $8, $8, 10; and.b32 n2, n2, 0x81C081C0;
+    shr.u32 near, $8, 2; shl.b32 far, $8, 6; xor.b32 n3, near, far; and.b32 n3, n3, 0x81C081C0;
+    fma.rn.bf16x2 n0, n0, step, zero; mov.b32 {$0, $1}, n0;
+    fma.rn.bf16x2 n1, n1, step, zero; mov.b32 {$2, $3}, n1;
+    fma.rn.bf16x2 n2, n2, step, zero; mov.b32 {$4, $5}, n2;
+    fma.rn.bf16x2 n3, n3, step, zero; mov.b32 {$6, $7}, n3;
+}""")
+"""The same of codes in the order of `nemoc.ir.nvfp4.spread`."""
+
+NUMBERS_OF_SPREAD = tl.constexpr("""{
+    .reg .b32 zero, step, near, far, n<4>;
+    mov.b32 step, {$9, $9}; mov.b32 zero, 0x80008000;
+    and.b32 n0, $8, 0x81C081C0;
+    shl.b32 n1, $8, 4; and.b32 n1, n1, 0x81C081C0;
+    shf.l.wrap.b32 n2, $8, $8, 10; and.b32 n2, n2, 0x81C081C0;
+    shr.u32 near, $8, 2; shl.b32 far, $8, 6; xor.b32 n3, near, far; and.b32 n3, n3, 0x81C081C0;
+    fma.rn.bf16x2 n0, n0, step, zero; shl.b32 $0, n0, 16; and.b32 $1, n0, 0xFFFF0000;
+    fma.rn.bf16x2 n1, n1, step, zero; shl.b32 $2, n1, 16; and.b32 $3, n1, 0xFFFF0000;
+    fma.rn.bf16x2 n2, n2, step, zero; shl.b32 $4, n2, 16; and.b32 $5, n2, 0xFFFF0000;
+    fma.rn.bf16x2 n3, n3, step, zero; shl.b32 $6, n3, 16; and.b32 $7, n3, 0xFFFF0000;
+}""")
+"""f32 of the same."""
+
 PRODUCT_OF_EIGHTS = tl.constexpr("""{
     .reg .b32 a<8>, b<4>;
     mov.b32 a0, {$4, $5}; mov.b32 a1, {$12, $13}; mov.b32 a2, {$6, $7}; mov.b32 a3, {$14, $15};
@@ -364,11 +392,68 @@ def word_units(words, steps):
 
 
 @jit
+def spread_units(words, steps):
+    """As `word_units` of codes in the order of `nemoc.ir.nvfp4.spread`."""
+    if PTX:
+        pair: tl.constexpr = (tl.bfloat16, tl.bfloat16)
+        kinds: tl.constexpr = pair + pair + pair + pair
+        return tl.inline_asm_elementwise(
+            UNITS_OF_SPREAD,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,h",
+            [words, steps],
+            dtype=kinds,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        c0, c1 = bf16_halves(words & -0x7E3F7E40)
+        c2, c3 = bf16_halves((words << 4) & -0x7E3F7E40)
+        c4, c5 = bf16_halves(((words << 10) | ((words >> 22) & 0x3FF)) & -0x7E3F7E40)
+        c6, c7 = bf16_halves((((words >> 2) & 0x3FFFFFFF) ^ (words << 6)) & -0x7E3F7E40)
+        c0, c1, c2, c3 = c0 * steps, c1 * steps, c2 * steps, c3 * steps
+        c4, c5, c6, c7 = c4 * steps, c5 * steps, c6 * steps, c7 * steps
+        return c0, c1, c2, c3, c4, c5, c6, c7
+
+
+@jit
+def spread_numbers(words, steps):
+    """The same in f32."""
+    if PTX:
+        pair: tl.constexpr = (tl.float32, tl.float32)
+        kinds: tl.constexpr = pair + pair + pair + pair
+        return tl.inline_asm_elementwise(
+            NUMBERS_OF_SPREAD,
+            "=f,=f,=f,=f,=f,=f,=f,=f,r,h",
+            [words, steps],
+            dtype=kinds,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        c0, c1, c2, c3, c4, c5, c6, c7 = spread_units(words, steps)
+        c0, c1, c2, c3 = c0.to(tl.float32), c1.to(tl.float32), c2.to(tl.float32), c3.to(tl.float32)
+        c4, c5, c6, c7 = c4.to(tl.float32), c5.to(tl.float32), c6.to(tl.float32), c7.to(tl.float32)
+        return c0, c1, c2, c3, c4, c5, c6, c7
+
+
+@jit
+def steps_of_words(scales, rows: tl.constexpr, blocks: tl.constexpr):
+    """What `word_units` takes for the two words of each block, bf16 [rows, 2 blocks]: E4M3 bits [rows, blocks]."""
+    steps = unit_steps(scales)
+    return tl.reshape(tl.join(steps, steps), [rows, blocks * 2])
+
+
+@jit
 def nvfp4_word_units(words, scales, rows: tl.constexpr, blocks: tl.constexpr):
     """code · s · 2⁻⁷ in bf16, exact: eight codes in each word, i32 [rows, 2 blocks], and E4M3 bits [rows, blocks]."""
-    steps = unit_steps(scales)
-    steps = tl.reshape(tl.join(steps, steps), [rows, blocks * 2])
-    c0, c1, c2, c3, c4, c5, c6, c7 = word_units(words, steps)
+    c0, c1, c2, c3, c4, c5, c6, c7 = word_units(words, steps_of_words(scales, rows, blocks))
+    return in_order(c0, c1, c2, c3, c4, c5, c6, c7, rows, blocks * 16)
+
+
+@jit
+def nvfp4_spread_units(words, scales, rows: tl.constexpr, blocks: tl.constexpr):
+    """As `nvfp4_word_units` of codes in the order of `nemoc.ir.nvfp4.spread`."""
+    c0, c1, c2, c3, c4, c5, c6, c7 = spread_units(words, steps_of_words(scales, rows, blocks))
     return in_order(c0, c1, c2, c3, c4, c5, c6, c7, rows, blocks * 16)
 
 
@@ -642,6 +727,15 @@ def sum_of_eight(x, codes):
     x0, x1, x2, x3, x4, x5, x6, x7 = x
     c0, c1, c2, c3, c4, c5, c6, c7 = codes
     near = x0 * c0 + x1 * c1 + x2 * c2 + x3 * c3
+    return near + x4 * c4 + x5 * c5 + x6 * c6 + x7 * c7
+
+
+@jit
+def plus_eight(total, x, codes):
+    """total + Σ x · code of eight tiles each, f32."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = x
+    c0, c1, c2, c3, c4, c5, c6, c7 = codes
+    near = total + x0 * c0 + x1 * c1 + x2 * c2 + x3 * c3
     return near + x4 * c4 + x5 * c5 + x6 * c6 + x7 * c7
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemoc.codegen.triton.body import Body
-from nemoc.codegen.triton.operands import CODES, WHOLE, WORD_UNITS, Operand, Packed
+from nemoc.codegen.triton.operands import CODES, Operand, Packed
 from nemoc.codegen.triton.product_forms import Schedule
 from nemoc.codegen.triton.seen import Place
 from nemoc.codegen.triton.writer import joined_in_pairs
@@ -31,9 +31,6 @@ _AHEAD = 92
 _STRAIGHT, _TOGETHER = 24, 4
 """Steps of a program without a loop at most, and of a round of the loop of others."""
 
-LEFT_OUT = WORD_UNITS
-"""What sums have to be multiplied by, besides the scale of the weight."""
-
 
 @dataclass(frozen=True)
 class _Loaded:
@@ -50,9 +47,10 @@ class Fragments:
         body: what is written.
         schedule: of the form.
         x, w: the operands.
-        first: the number of the program's first row of weights.
-        features: rows of weights.
-        last: the number of the last row of x.
+        columns: the number of the program's first column.
+        features: rows of weights, of each group.
+        rows: the numbers of the program's first row of x, and of the last that there is.
+        group: whose weights they are; empty in a dense product.
     """
 
     def __init__(
@@ -61,9 +59,10 @@ class Fragments:
         schedule: Schedule,
         x: Operand,
         w: Packed,
-        first: str,
+        columns: str,
         features: int,
-        last: str,
+        rows: tuple[str, str],
+        group: str,
     ) -> None:
         self._body, self._writer, self._x, self._w = body, body.writer, x, w
         self._width = w.seen.width
@@ -73,31 +72,35 @@ class Fragments:
         lane = let("lane", f"tl.arange(0, {self._lanes})[:, None]")
         self._of_row = let("of_row", f"{lane} % 8")
         self._part = let("part", f"{lane} // 8")
-        every = f"{first} + tl.arange(0, {schedule.columns})[:, None]"
-        every = let("weight", f"tl.minimum({every}, {features - 1})")
+        self._group = group
+        of_group = let("first", f"{group} * {features}") if group else "0"
+        self._matrix = Place(of_group, "0", 1, 1)
+
+        def weight(number: str) -> str:
+            found = let("weight", f"tl.minimum({columns} + {number}, {features - 1})")
+            return let("weight", f"{of_group} + {found}") if group else found
+
+        every = weight(f"tl.arange(0, {schedule.columns})[:, None]")
         self._every = Place(every, "0", schedule.columns, 1)
         eights = range(schedule.columns // 8)
-        weights = [
-            f"tl.minimum({first} + {8 * n} + {self._of_row}, {features - 1})" for n in eights
-        ]
-        self._weights = [let("weight", text) for text in weights]
-        rows = [f"tl.minimum({8 * n} + {self._of_row}, {last})" for n in range(schedule.rows // 8)]
-        self._rows = [let("row", text) for text in rows]
+        self._weights = [weight(f"{8 * n} + {self._of_row}") for n in eights]
+        begin, last = rows
+        starts = [f"{begin} + {8 * n}" if group else f"{8 * n}" for n in range(schedule.rows // 8)]
+        self._rows = [let("row", f"tl.minimum({n} + {self._of_row}, {last})") for n in starts]
 
-    def sums(self) -> str:
-        """The tile of sums [rows, columns]; the kernel waits for former ones in between."""
+    def scaled_sums(self) -> str:
+        """The tile of sums [rows, columns] times the scale of weights; a dense kernel waits for former ones here."""
+        return self._w.scaled(self._sums(), self._matrix, self._w.left_out)
+
+    def _sums(self) -> str:
+        """The tile of sums without the scale."""
         steps = -(-self._width // (_STEP * self._warps))
         if steps > _STRAIGHT:
             return self._sums_of_loop(steps)
         each = 4 * len(self._weights)
-        held = min(steps, _HELD // each) if self._w.is_weight else 0
+        held = min(steps, _HELD // each) if self._w.is_weight or self._group else 0
         loaded = {step: self._load(step) for step in range(held)}
-        if held:
-            self._w.load_early()
-        else:
-            self._w.prefetch(self._every)
-        self._writer.wait_turn()
-        self._w.prepare_scale(WHOLE)
+        self._wait(bool(held))
         first = self._first_numbers(min(steps, (_AHEAD - held * each) // 4))
         sums = self._nothing()
         for step in range(steps):
@@ -107,12 +110,24 @@ class Fragments:
                 self._add(of_word, x or self._numbers(step, word), sums)
         return self._joined(sums)
 
+    def _wait(self, held: bool) -> None:
+        """Wait for former kernels, with codes loaded or asked for; of a group, which these tell, that has been done."""
+        if not self._group:
+            if held:
+                self._w.load_early()
+            else:
+                self._w.prefetch(self._every)
+            self._writer.wait_turn()
+        self._w.prepare_scale(self._matrix)
+        if held and self._group:
+            self._writer.let_next()
+
     def _first_numbers(self, steps: int) -> dict[int, list[str]]:
         """Of as many steps what is multiplied with the first word, loaded ahead of all else; of many rows nothing.
 
         Its lines have what is multiplied with the other words too, which then is in the first-level cache, or comes.
         """
-        if len(self._rows) > 1 or not self._body.is_operand(self._x.seen.value):
+        if self._group or len(self._rows) > 1 or not self._body.is_operand(self._x.seen.value):
             return {}
         found = {step: self._numbers(step, 0) for step in range(steps)}
         self._writer.let_next()
@@ -120,9 +135,7 @@ class Fragments:
 
     def _sums_of_loop(self, steps: int) -> str:
         """The same in a loop, since codes of all steps have no room in registers."""
-        self._w.prefetch(self._every)
-        self._writer.wait_turn()
-        self._w.prepare_scale(WHOLE)
+        self._wait(False)
         sums = self._nothing()
         with self._writer.loop("step", str(steps), step=_TOGETHER) as first:
             numbers = [f"({first} + {n})" for n in range(_TOGETHER)]
@@ -174,9 +187,10 @@ class Fragments:
         steps = [
             [fresh("steps", f"unit_steps({bits}[{half}])") for half in range(2)] for bits in halves
         ]
+        decode = "spread_units" if self._w.is_spread else "word_units"
         return [
             [
-                fresh("units", f"word_units({codes}[{word}], {of_row[word // 2]})")
+                fresh("units", f"{decode}({codes}[{word}], {of_row[word // 2]})")
                 for codes, of_row in zip(words, steps, strict=True)
             ]
             for word in range(4)

@@ -7,6 +7,7 @@ the target multiplies these, otherwise as bf16, which holds all its bits.
 
 from dataclasses import dataclass
 
+from nemoc.codegen.plan import RegionError
 from nemoc.codegen.triton.body import Body
 from nemoc.codegen.triton.row_ops import row_op, scale_of
 from nemoc.codegen.triton.seen import Place, Seen
@@ -121,8 +122,14 @@ class Packed(Operand):
             self.body.prefetch(Seen(value, seen.width // each), at)
 
     def parts(self, place: Place) -> tuple[str, str]:
-        """Tiles of codes by twos [rows, columns / 2] and of E4M3 bits [rows, columns / 16], for a tile of columns."""
+        """Tiles of codes by twos [rows, columns / 2] and of E4M3 bits [rows, columns / 16], for a tile of columns.
+
+        Raises:
+            RegionError: codes are not in the order of their elements.
+        """
         op, seen, at = self._source(place)
+        if self.is_spread:
+            raise RegionError(f"%{op.packed.name}: spread codes are read eight at a time")
         found = []
         for value, each in ((op.packed, 2), (op.scales, BLOCK)):
             width = seen.width // each
@@ -150,6 +157,12 @@ class Packed(Operand):
         # Scales first: the compiler lays out what follows as it does the tile that it meets last.
         bits = self.body.tile(*scales)
         return self.body.words(*words), bits
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether codes are as `spread_codes` orders them."""
+        op = self._decoder
+        return isinstance(op, DequantizeNvfp4) and op.spread
 
     @property
     def is_direct(self) -> bool:
@@ -184,7 +197,8 @@ class Packed(Operand):
     def tile(self, place: Place) -> str:
         if self.has_words:
             codes, scales = self.words(place)
-            text = f"nvfp4_word_units({codes}, {scales}, {place.rows}, {place.columns // BLOCK})"
+            decode = "nvfp4_spread_units" if self.is_spread else "nvfp4_word_units"
+            text = f"{decode}({codes}, {scales}, {place.rows}, {place.columns // BLOCK})"
         else:
             codes, scales = self.parts(place)
             text = f"nvfp4_units({codes}, {scales}, {place.rows}, {place.columns // BLOCK})"

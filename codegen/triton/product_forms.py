@@ -21,6 +21,7 @@ from nemoc.ir.ops import (
     Nvfp4BlockScales,
     QuantizeNvfp4,
     Sum,
+    TakeRows,
 )
 from nemoc.ir.types import Value
 
@@ -169,11 +170,18 @@ def skinny_forms(
 
     Rows of a grouped product are a few for each token, in different groups. Those of one token are single; those of
     more are mostly, until as many rows as a quarter of a form's for each group have been chosen.
+
+    Fragments (`fragment_forms`) decode spread codes in half of the instructions that a single row takes here. They are
+    for one row too then, unless the result is so narrow that most multiprocessors would have none of their programs, or
+    x is computed here, which fragments have in a launch of its own.
     """
     first = products[0]
     if not first.is_few or any(all(p.packed) and target.nvfp4_rows == 16 for p in products):
         return ()
-    most = 1 if fragment_forms(graph, products, target) else max(_SKINNY_ROWS)
+    fragments = fragment_forms(graph, products, target)
+    if fragments and _serve_single_rows(graph, first, target):
+        return ()
+    most = 1 if fragments else max(_SKINNY_ROWS)
     rows = [n for n in _SKINNY_ROWS if n <= most and all(_is_worth(p, n, target) for p in products)]
     if not rows:
         return ()
@@ -211,17 +219,47 @@ def fragment_forms(
     rows at a time. Such a program has no shared memory and no barrier in its loop, and asks for weights before former
     kernels have ended: on an H200 it took two thirds of the time of a tile of sixteen rows, which is decoded into
     shared memory, for four rows, and 0.86 to 0.97 of it for sixteen. With more rows each warp reads too much of x.
+
+    Of grouped products with spread codes, whose rows are in memory: there is one form, of tiles of eight rows, until as
+    many have been chosen as a quarter of a tile's for each group. Which group a program has is known only once former
+    kernels have ended, so that nothing is loaded before.
     """
     first = products[0]
-    dense = len(products) == 1 and first.is_few and first.offsets is None
-    if target.backend != "cuda" or not dense or first.packed != (False, True):
+    if target.backend != "cuda" or len(products) > 1 or not first.is_few:
+        return ()
+    if first.packed != (False, True) or first.x.dtype != DType.BF16:
         return ()
     op = graph.producers[first.w].op
     own = isinstance(op, DequantizeNvfp4) and {op.packed, op.scales} <= set(graph.inputs)
-    own = own and (first.x in graph.inputs or first.width <= LARGEST)
-    if not own or first.x.dtype != DType.BF16 or first.width % _LANE or first.features < 16:
+    if not own or first.width % _LANE or first.features < 16:
+        return ()
+    if first.offsets is not None:
+        of_one = evaluate_dim(first.count, {"B": 1})
+        fits = _is_spread(graph, first) and _is_in_memory(graph, first.x)
+        return ((8, max(of_one, 2 * first.groups)),) if fits else ()
+    if first.x not in graph.inputs and first.width > LARGEST:
         return ()
     return ((8, 8), (16, 16))
+
+
+def _serve_single_rows(graph: Graph, made: Product, target: GpuTarget) -> bool:
+    """Whether programs of fragments, which there are, take single rows as well."""
+    if made.offsets is not None:
+        return True
+    busy = 2 * made.features >= 16 * target.multiprocessors
+    return busy and _is_spread(graph, made) and made.x in graph.inputs
+
+
+def _is_spread(graph: Graph, made: Product) -> bool:
+    op = graph.producers[made.w].op
+    return isinstance(op, DequantizeNvfp4) and op.spread
+
+
+def _is_in_memory(graph: Graph, value: Value) -> bool:
+    """Whether rows are operands' as they are, if in another order."""
+    while value in graph.producers and isinstance(op := graph.producers[value].op, TakeRows):
+        value = op.table
+    return value in graph.inputs
 
 
 _LANE = 32

@@ -19,7 +19,7 @@ import sympy
 from nemoc.codegen.plan import Arg, Plan, RegionError, Site, Stage, View, dense_strides
 from nemoc.codegen.regions import as_region, body_of
 from nemoc.codegen.triton.body import Body
-from nemoc.codegen.triton.fragments import LEFT_OUT, Fragments
+from nemoc.codegen.triton.fragments import Fragments
 from nemoc.codegen.triton.operands import WHOLE, Fp8, Operand, Packed, operand
 from nemoc.codegen.triton.product_forms import (
     Product,
@@ -80,7 +80,7 @@ def emit_products(site: Site, target: GpuTarget) -> Plan:
             raise RegionError(f"rows of %{store.seen.value.name} are not those of the product")
     first, few = products[0], skinny_forms(graph, products, target)
     fragments = fragment_forms(graph, products, target)
-    scratch = _rows_apart(graph, first) if fragments else []
+    scratch = _rows_apart(graph, first) if fragments and first.offsets is None else []
     apart, added = Arg("scratch", 0) if scratch else None, Arg("scratch", len(scratch))
     stages, above, parts = list[Stage](), 0, 0
     for rows, most in (*few, *fragments, *tile_forms(graph, products, target)):
@@ -431,7 +431,7 @@ def _write_product(
     """The loop over the reduction, or over a part of it; returns the tile of sums."""
     writer, place, group = body.writer, tile.place, tile.group
     x, w = (operand(body, Seen(value, made.width)) for value in (made.x, made.w))
-    if early and not group and isinstance(w, Packed) and _is_early(schedule, w):
+    if early and isinstance(w, Packed) and _is_early(schedule, w, group):
         return _early_sums(body, made, schedule, tile, x, w)
     rows = replace(place, column="0", columns=1, mask="")
     feature = writer.let("weight", f"tl.trans({place.column})")
@@ -482,9 +482,9 @@ def _span_of_part(
     return start, writer.let("stop", f"tl.minimum({start} + {each}, {made.width})")
 
 
-def _is_early(schedule: Schedule, w: Packed) -> bool:
-    """Whether a dense product loads its weights before former kernels have ended."""
-    if schedule.skinny and schedule.rows == 1:
+def _is_early(schedule: Schedule, w: Packed, group: str) -> bool:
+    """Whether a program has its weights before it has anything else, if it can before former kernels have ended."""
+    if schedule.skinny and schedule.rows == 1 and not group:
         return can_hold(w, schedule.warps, schedule.columns)
     return schedule.fragments
 
@@ -493,10 +493,12 @@ def _early_sums(
     body: Body, made: Product, schedule: Schedule, tile: _Tile, x: Operand, w: Packed
 ) -> str:
     """As `_write_product`, for one of `_is_early`."""
-    first = f"tl.program_id(0) * {schedule.columns}"
+    blocks = -(-made.features // schedule.columns)
+    block = f"tl.program_id(0) % {blocks}" if tile.group else "tl.program_id(0)"
+    first = f"{block} * {schedule.columns}"
     if schedule.fragments:
-        sums = Fragments(body, schedule, x, w, first, made.features, tile.last).sums()
-        return w.scaled(sums, WHOLE, LEFT_OUT)
+        rows = (tile.start, tile.last)
+        return Fragments(body, schedule, x, w, first, made.features, rows, tile.group).scaled_sums()
     sums = held_sums(body, x, w, first, made.features, schedule)
     return w.scaled(x.scaled(sums, WHOLE, x.left_out), WHOLE, left_out(w))
 

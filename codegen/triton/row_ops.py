@@ -434,6 +434,8 @@ class _DequantizeNvfp4(RowOp[DequantizeNvfp4]):
         return [*_codes_and_scales(body, op, seen, place), scale_of(body, op, place)]
 
     def tile(self, body: "Body", op: DequantizeNvfp4, seen: Seen, place: Place) -> str:
+        if op.spread:
+            raise RegionError(f"%{op.packed.name}: spread codes are for products alone")
         by = "/" if DIALECTS[op.dialect].divides else "*"
         return _nvfp4_numbers(
             body, op, seen, place, f"{by} {body.tile(*scale_of(body, op, place))}"

@@ -62,6 +62,10 @@ def _block_terms(w: Packed, across: Place) -> str:
     """The same for each block of NVFP4, of which a weight's scale is taken after its products have been added."""
     writer, blocks = w.body.writer, across.columns // BLOCK
     words, scales = w.words(across)
+    if w.is_spread:
+        steps = writer.let("steps", f"steps_of_words({scales}, {across.rows}, {blocks})")
+        codes = writer.let("codes", f"spread_numbers({words}, {steps})")
+        return f"sums_of_blocks({{}}, {codes}, {across.rows}, {blocks})"
     codes = writer.let("codes", f"e2m1_eighths({words})")
     steps = writer.let("steps", f"from_e4m3({scales})")
     return f"sums_of_blocks({{}}, {codes}, {across.rows}, {blocks}) * {steps}"
@@ -89,7 +93,8 @@ def _joined(body: Body, sums: Sequence[str]) -> str:
 
 def left_out(w: Operand) -> float:
     """What sums of `skinny_sums` have to be multiplied by, besides the scale of the weight."""
-    return EIGHTHS if isinstance(w, Packed) and w.has_words else w.left_out
+    by_words = isinstance(w, Packed) and w.has_words and not w.is_spread
+    return EIGHTHS if by_words else w.left_out
 
 
 _WARP = 32 * 32
@@ -180,8 +185,11 @@ def held_sums(
 
 def _held_terms(w: Packed, rows: Sequence[str], words: str, bits: str) -> Iterator[str]:
     """Statements that add the products of four words of codes with rows of x, as formats of the sum's name."""
-    for word in range(len(rows)):
-        if word % 2:
+    for word, x in enumerate(rows):
+        if w.is_spread:
+            numbers = f"spread_numbers({words}[{word}], unit_steps({bits}[{word // 2}]))"
+            yield f"{{0}} = plus_eight({{0}}, {x}, {numbers})"
+        elif word % 2:
             terms = (
                 f"sum_of_eight({rows[n]}, e2m1_eighths({words}[{n}]))" for n in (word - 1, word)
             )

@@ -100,7 +100,7 @@ class KernelWriter:
         It keeps their order with this, and otherwise would have what was loaded before decoded first. Behind
         `wait_turn`, in every program.
         """
-        assert len(self._scopes) == 1 and self._turn
+        assert len(self._scopes) == 1
         self._wait = "wait()"
         self.line("let_next()")
 

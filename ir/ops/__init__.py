@@ -34,6 +34,7 @@ from nemoc.ir.ops.nvfp4 import (
     Nvfp4GlobalScale,
     Nvfp4ToFp8,
     QuantizeNvfp4,
+    SpreadCodes,
     SwizzleScales,
 )
 from nemoc.ir.ops.routing import GroupBy, GroupLimit, TopK
@@ -85,6 +86,7 @@ OPS: tuple[type[Op], ...] = (
     QuantizeNvfp4,
     DequantizeNvfp4,
     Nvfp4ToFp8,
+    SpreadCodes,
     SwizzleScales,
     Fp8Scale,
     QuantizeFp8,
@@ -157,6 +159,7 @@ __all__ = [
     "Silu",
     "Slice",
     "Softplus",
+    "SpreadCodes",
     "Square",
     "SsdScan",
     "SsdUpdate",

@@ -31,7 +31,9 @@ from nemoc.ir.nvfp4 import (
     decode,
     encode,
     error,
+    gathered,
     pack,
+    spread,
 )
 from nemoc.ir.op import Env, Op, RowSlice
 from nemoc.ir.ops.checks import expect_finite, expect_shapes, matrix_amax
@@ -163,7 +165,7 @@ class DequantizeNvfp4(Op):
 
     With `interleave = b` above 1 codes and scales are each as `interleave` lays them out, and the result is as it lays
     out what they stand for: u8 [..., ⌈N/b⌉, K/2, b], f8e4m3 [..., ⌈N/b⌉, K/16, b] -> f32 [..., ⌈N/b⌉, K, b].
-    Separable along the first axis.
+    `spread` codes are as `spread_codes` orders them. Separable along the first axis.
     """
 
     is_unpacking: ClassVar[bool] = True
@@ -173,9 +175,11 @@ class DequantizeNvfp4(Op):
     global_scale: Value
     dialect: str = "modelopt"
     interleave: int = 1
+    spread: bool = False
 
     def infer(self) -> TensorType:
         name, packed, b = self.mnemonic(), self.packed.type, self.interleave
+        expect(not self.spread or b == 1, f"{name}: interleave is {b}, expected 1 of spread codes")
         rank = 2 if b == 1 else 3
         expect(
             packed.dtype is DType.U8 and packed.rank >= rank and (b == 1 or packed.shape[-1] == b),
@@ -204,7 +208,8 @@ class DequantizeNvfp4(Op):
             bool(dialect.can_decode(g).all()),
             f"{self.mnemonic()}: global_scale is NaN, infinite or a divisor of 0",
         )
-        x = _blocks(decode(packed, dialect, wide))
+        codes = gathered(packed) if self.spread else packed
+        x = _blocks(decode(codes, dialect, wide))
         w = (x * dialect.step(s, g)).flatten(-2)
         return w if self.interleave == 1 else w.mT.contiguous()
 
@@ -258,6 +263,31 @@ class Nvfp4ToFp8(Op):
 
     def flops(self) -> Dim:
         return self.infer().elements
+
+
+@dataclass(frozen=True)
+class SpreadCodes(Op):
+    """The same codes in another order of bits, for less work in kernels: u8 [..., N, K/2] -> u8 [..., N, K/2].
+
+    What the order is says `nemoc.ir.nvfp4.spread`; K is a multiple of 16. Separable along the first axis.
+    """
+
+    packed: Value
+
+    def infer(self) -> TensorType:
+        type_ = self.packed.type
+        expect(
+            type_.dtype is DType.U8 and type_.rank >= 2,
+            f"spread_codes: packed is {type_}, expected u8 of rank ≥ 2",
+        )
+        _check_width("spread_codes", "packed", type_, BLOCK // 2)
+        return type_
+
+    def evaluate(self, env: Env, packed: torch.Tensor) -> torch.Tensor:
+        return spread(packed)
+
+    def slice_rows(self, start: int, stop: int) -> RowSlice:
+        return RowSlice(self, (range(start, stop),))
 
 
 @dataclass(frozen=True)

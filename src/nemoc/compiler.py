@@ -3,11 +3,13 @@
 source --models--> graph --passes--> functions --codegen--> kernels --runtime--> artifact
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from nemoc.passes import (
     run_pipeline,
 )
 from nemoc.passes.check import NumericCheck
+from nemoc.passes.quantize_nvfp4 import PROMPTS, QuantizeNvfp4
 from nemoc.passes.specialize_decode import SpecializeDecode
 from nemoc.progress import Progress
 from nemoc.quantizations import Quantize, quantization, read_passes
@@ -267,14 +270,13 @@ def functions(
     compute = _compute_type(dtype, name, model)
     classes = plugin_classes(plugins)
     first = quantization(model, quantize, scope, classes)
-    ctx = PassContext(
-        target_info(name, read_options().threads or 1),
-        model.parameters,
-        input_scales(model, first, calibration, progress),
-    )
     pipelines = {
         function: passes_of(function, name, pipeline, classes, first) for function in which
     }
+    info = target_info(name, read_options().threads or 1)
+    if any(map(_recodes_nvfp4, chain(*pipelines.values()))):
+        info = dataclasses.replace(info, spread_nvfp4=False)
+    ctx = PassContext(info, model.parameters, input_scales(model, first, calibration, progress))
     graphs = {}
     for i, function in enumerate(which):
         if progress is not None:
@@ -290,6 +292,11 @@ def functions(
             on_pass=None if on_pass is None else functools.partial(on_pass, function),
         )
     return Functions(model, name, compute, graphs, pipelines, tuple(ctx.remarks))
+
+
+def _recodes_nvfp4(made: Pass) -> bool:
+    """Whether FP8 is made of NVFP4 codes for prompts, from codes as they are; tokens read the same weights."""
+    return isinstance(made, QuantizeNvfp4) and made.mode == PROMPTS
 
 
 def plugin_classes(plugins: Iterable[str | type[Pass]]) -> tuple[type[Pass], ...]:

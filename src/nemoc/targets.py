@@ -102,6 +102,7 @@ def target_info(name: str, threads: int) -> TargetInfo:
         return TargetInfo(
             name=name,
             packed_weights=True,
+            spread_nvfp4=True,
             memory_bandwidth=gpu.bandwidth,
             on_chip_memory=min(gpu.shared, 1 << 20),
             threads=gpu.multiprocessors,

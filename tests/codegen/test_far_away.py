@@ -12,7 +12,22 @@ from support.far_away import Numbers, assert_within_tensors
 from support.regions import region
 
 EXPERTS, FEATURES = 512, 5120
-GROUPED = ("experts", "experts in NVFP4")
+GROUPED = ("experts", "experts in NVFP4", "experts in spread NVFP4")
+
+
+def experts_in_nvfp4(spread: str) -> str:
+    return f"""
+        input %x: bf16[2*B, 2048]
+        input %packed: u8[{EXPERTS}, {FEATURES}, 1024]
+        input %scales: f8e4m3[{EXPERTS}, {FEATURES}, 128]
+        input %scale: f32[{EXPERTS}]
+        input %offsets: i32[{EXPERTS + 1}] < 2*B + 1
+        %w = dequantize_nvfp4(%packed, %scales, %scale) {{spread={spread}}} : f32[{EXPERTS}, {FEATURES}, 2048]
+        %c = cast(%x) {{dtype=f32}} : f32[2*B, 2048]
+        %y = grouped_linear(%c, %w, %offsets) : f32[2*B, {FEATURES}]
+        return %y
+    """
+
 
 REGIONS = {
     "experts": f"""
@@ -22,17 +37,8 @@ REGIONS = {
         %y = grouped_linear(%x, %w, %offsets) : f32[2*B, {FEATURES}]
         return %y
     """,
-    "experts in NVFP4": f"""
-        input %x: bf16[2*B, 2048]
-        input %packed: u8[{EXPERTS}, {FEATURES}, 1024]
-        input %scales: f8e4m3[{EXPERTS}, {FEATURES}, 128]
-        input %scale: f32[{EXPERTS}]
-        input %offsets: i32[{EXPERTS + 1}] < 2*B + 1
-        %w = dequantize_nvfp4(%packed, %scales, %scale) : f32[{EXPERTS}, {FEATURES}, 2048]
-        %c = cast(%x) {{dtype=f32}} : f32[2*B, 2048]
-        %y = grouped_linear(%c, %w, %offsets) : f32[2*B, {FEATURES}]
-        return %y
-    """,
+    "experts in NVFP4": experts_in_nvfp4("false"),
+    "experts in spread NVFP4": experts_in_nvfp4("true"),
     "a cache written": """
         input %x: f32[B, 1, 1024]
         input %cache: bf16[B, C, 8, 128]
@@ -92,9 +98,17 @@ def test_the_last_program_with_work_stays_within_its_tensors(name: str) -> None:
     assert_within_tensors(site, emit(site, gpu_target("cuda:sm_90")), sizes, last, integers)
 
 
-@pytest.mark.parametrize("batch,rows", [(1, 1), (2, 2)])
-def test_few_rows_reach_the_last_expert(batch: int, rows: int) -> None:
-    op = region(REGIONS["experts in NVFP4"])
+@pytest.mark.parametrize(
+    "name,batch,rows",
+    [
+        ("experts in NVFP4", 1, 1),
+        ("experts in NVFP4", 2, 2),
+        ("experts in spread NVFP4", 1, 2),
+        ("experts in spread NVFP4", 2, 4),
+    ],
+)
+def test_few_rows_reach_the_last_expert(name: str, batch: int, rows: int) -> None:
+    op = region(REGIONS[name])
     (offsets,) = (i for i, value in enumerate(op.body.inputs) if value.name == "offsets")
     integers = {Arg("operand", offsets): lambda at: np.where(at == EXPERTS, 2 * batch, 0)}
 

@@ -12,6 +12,7 @@ from nemoc.ir.ops import (
     Nvfp4ToFp8,
     QuantizeFp8,
     QuantizeNvfp4,
+    SpreadCodes,
     SwizzleScales,
 )
 
@@ -25,6 +26,7 @@ WITHOUT: dict[type[Op], str] = {
     Nvfp4GlobalScale: _FOLDED,
     Nvfp4BlockScales: _FOLDED,
     QuantizeNvfp4: _FOLDED,
+    SpreadCodes: _FOLDED,
     SwizzleScales: _FOLDED,
     Nvfp4ToFp8: "beside activations in FP8, which no CPU kernel makes",
 }

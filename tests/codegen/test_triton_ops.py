@@ -20,6 +20,7 @@ from nemoc.ir.ops import (
     Fused,
     Interleave,
     RoundToInt8,
+    SpreadCodes,
     SwizzleScales,
 )
 from nemoc.ir.region import evaluate_op
@@ -36,6 +37,7 @@ WITHOUT: dict[type[Op], str] = {
     Fused: "lowered by its body",
     Interleave: _FOLDED,
     RoundToInt8: "for integer products, which CPUs have kernels for",
+    SpreadCodes: _FOLDED,
     SwizzleScales: _FOLDED,
 }
 

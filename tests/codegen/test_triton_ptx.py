@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from nemoc.codegen.triton import device
-from nemoc.ir.nvfp4 import DIALECTS, decode
+from nemoc.ir.nvfp4 import DIALECTS, decode, spread
 from support.ptx import run_ptx
 
 
@@ -51,6 +51,22 @@ def test_units_of_codes_are_codes_times_a_step() -> None:
     for j in range(8):
         units = torch.from_numpy(found[j].view(np.int16)).view(torch.bfloat16)
         assert torch.equal(units, expected[:, j])
+
+
+def test_units_and_numbers_of_spread_codes_are_those_of_the_codes() -> None:
+    word, scale = words(5000), scales()
+    scale = scale[torch.arange(5000) % len(scale)]
+    step = bits((scale.double() * 2.0**119).bfloat16())
+    packed = torch.from_numpy(word.view(np.uint8).reshape(-1, 4).copy())
+    ordered = spread(packed).numpy().view(np.uint32)[:, 0]
+    expected = (codes(word) * scale.double()[:, None] * 2.0**-7).bfloat16()
+    units = run_ptx(device.UNITS_OF_SPREAD.value, 8, ordered, step)
+    numbers = run_ptx(device.NUMBERS_OF_SPREAD.value, 8, ordered, step)
+    for j in range(8):
+        unit = torch.from_numpy(units[j].view(np.int16)).view(torch.bfloat16)
+        assert torch.equal(unit, expected[:, j])
+        number = torch.from_numpy(numbers[j].view(np.float32))
+        assert torch.equal(number, expected[:, j].float())
 
 
 def test_fp8_of_a_block_is_what_is_nearest_to_codes_times_a_step() -> None:

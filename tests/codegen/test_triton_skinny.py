@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from nemoc.codegen.triton.target import GPUS, INTERPRETER, gpu_target
 from nemoc.codegen.triton.writer import GpuKernel
 from nemoc.ir import parse
 from nemoc.ir.dims import evaluate_dim
-from nemoc.ir.nvfp4 import DIALECTS, decode
+from nemoc.ir.nvfp4 import DIALECTS, decode, spread
 from nemoc.ir.ops import Fused
 from support.gpu_kernels import (
     assembly,
@@ -52,14 +53,17 @@ def packed(*shape: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return codes.to(torch.uint8), scales.to(torch.float8_e4m3fn), whole
 
 
-def dense(width: int, features: int, x: str = "bf16", dialect: str = "modelopt") -> Site:
-    """Rows times a weight in NVFP4."""
+def dense(
+    width: int, features: int, x: str = "bf16", dialect: str = "modelopt", spread: bool = False
+) -> Site:
+    """Rows times a weight in NVFP4; any bits are codes, `spread` or not."""
+    attributes = f'dialect="{dialect}", spread={str(spread).lower()}'
     return region(f"""
       input %x: {x}[B, {width}]
       input %q: u8[{features}, {width // 2}]
       input %s: f8e4m3[{features}, {width // 16}]
       input %g: f32[]
-      %w = dequantize_nvfp4(%q, %s, %g) {{dialect="{dialect}"}} : f32[{features}, {width}]
+      %w = dequantize_nvfp4(%q, %s, %g) {{{attributes}}} : f32[{features}, {width}]
       %y = linear(%x, %w) : f32[B, {features}]
       return %y
     """)
@@ -95,8 +99,11 @@ def both_packed() -> Site:
     """)
 
 
-def experts(width: int, features: int, groups: int, each: int, x: str = "bf16") -> Site:
+def experts(
+    width: int, features: int, groups: int, each: int, x: str = "bf16", spread: bool = False
+) -> Site:
     """Products of gathered rows with groups' weights in NVFP4, and what follows them."""
+    order = f"{{spread={str(spread).lower()}}}"
     return region(f"""
       input %table: {x}[B, {width}]
       input %token: i32[{each}*B] < B
@@ -106,7 +113,7 @@ def experts(width: int, features: int, groups: int, each: int, x: str = "bf16") 
       input %offsets: i32[{groups + 1}]
       %x = take_rows(%table, %token) : {x}[{each}*B, {width}]
       %wide = cast(%x) {{dtype=f32}} : f32[{each}*B, {width}]
-      %w = dequantize_nvfp4(%q, %s, %g) : f32[{groups}, {features}, {width}]
+      %w = dequantize_nvfp4(%q, %s, %g) {order} : f32[{groups}, {features}, {width}]
       %y = grouped_linear(%wide, %w, %offsets) : f32[{each}*B, {features}]
       %r = relu(%y) : f32[{each}*B, {features}]
       %z = square(%r) : f32[{each}*B, {features}]
@@ -126,7 +133,8 @@ def taken(plan: Plan, batch: int) -> list[int]:
 @pytest.mark.parametrize("width,features", [(32, 5), (176, 40), (1856, 7)])
 def test_products_with_nvfp4_weights(batch: int, x: str, width: int, features: int) -> None:
     operands = (draw(batch, width, seed=batch, dtype=x), *packed(features, width, seed=2))
-    for site in (dense(width, features, x), stored(dense(width, features, x))):
+    spread = dense(width, features, x, spread=True)
+    for site in (dense(width, features, x), spread, stored(spread)):
         check_kernel(site, {"B": batch}, *operands, target=SM_90)
 
 
@@ -138,8 +146,23 @@ def test_products_whose_weights_are_decoded_in_fragments(
     batch: int, width: int, features: int
 ) -> None:
     operands = (draw(batch, width, seed=batch, dtype="bf16"), *packed(features, width, seed=24))
-    for site in (dense(width, features), stored(dense(width, features))):
+    plain, spread = dense(width, features), dense(width, features, spread=True)
+    for site in (plain, stored(plain), spread, stored(spread)):
         check_kernel(site, {"B": batch}, *operands, target=SM_90)
+
+
+@pytest.mark.parametrize("width", [32, 672])
+def test_a_single_row_of_a_wide_result_is_multiplied_in_fragments_too(width: int) -> None:
+    site = stored(dense(width, 1072, spread=True))
+    plan = emit(site, SM_90)
+    assert taken(plan, 1) == taken(plan, 8)
+    operands = (draw(1, width, seed=32, dtype="bf16"), *packed(1072, width, seed=33))
+    check_kernel(site, {"B": 1}, *operands, plan=plan)
+
+
+def test_a_single_row_of_a_narrow_result_is_not() -> None:
+    plan = emit(stored(dense(672, 1040, spread=True)), SM_90)
+    assert taken(plan, 1) != taken(plan, 2)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +175,7 @@ def test_products_whose_weights_are_decoded_in_fragments(
 )
 def test_other_fragments(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"nemoc.codegen.triton.{setting}", 1)
-    site = stored(dense(1376, 24))
+    site = stored(dense(1376, 24, spread=True))
     for batch in (2, 16):
         operands = (draw(batch, 1376, seed=25, dtype="bf16"), *packed(24, 1376, seed=26))
         check_kernel(site, {"B": batch}, *operands, target=SM_90)
@@ -189,9 +212,12 @@ def test_every_code_times_every_scale_is_exact() -> None:
     scales = bits[:, None].view(torch.float8_e4m3fn)
     numbers = decode(codes, DIALECTS["modelopt"], torch.float64) * scales.double()
     # Twice as wide there are fragments, and rows that are loaded early.
-    narrow, wide = (dense(16, 254), 1, (1, 2, 16)), (stored(dense(32, 254)), 2, (1, 2))
-    for site, wider, batches in (narrow, wide):
-        tensors = (codes.repeat(1, wider), scales.repeat(1, wider), torch.tensor(1.0))
+    narrow, wide = ((16, 1, (1, 2, 16)), (32, 2, (1, 2)))
+    for (width, wider, batches), is_spread in product((narrow, wide), (False, True)):
+        site = dense(width, 254, spread=is_spread)
+        site = stored(site) if wider > 1 else site
+        stored_codes = spread(codes) if is_spread else codes
+        tensors = (stored_codes.repeat(1, wider), scales.repeat(1, wider), torch.tensor(1.0))
         for batch in batches:
             x = torch.eye(16 * wider)[-batch:].bfloat16()
             (found,) = run_site(site, emit(site, SM_90), {"B": batch}, (x, *tensors))
@@ -201,7 +227,7 @@ def test_every_code_times_every_scale_is_exact() -> None:
 def test_a_block_whose_scale_is_nan_is_nan() -> None:
     codes, scales, whole = packed(16, 32, seed=7)
     scales.view(torch.uint8)[1, 1] = 0x7F
-    for site in (dense(32, 16), stored(dense(32, 16))):
+    for site in (dense(32, 16), stored(dense(32, 16)), stored(dense(32, 16, spread=True))):
         for batch in (1, 2, 3):
             operands = (draw(batch, 32, seed=8, dtype="bf16"), codes, scales, whole)
             (found,) = run_watched(site, emit(site, SM_90), {"B": batch}, operands)
@@ -280,17 +306,49 @@ def test_products_that_are_added_and_a_residual(batch: int) -> None:
     check_kernel(site, {"B": batch}, *operands, target=SM_90)
 
 
-@pytest.mark.parametrize("batch,x", [*((n, "bf16") for n in range(1, 10)), (1, "f32"), (3, "f32")])
-def test_groups_of_few_rows_some_of_them_empty(batch: int, x: str) -> None:
-    groups, each = 6, 2
+def chosen(batch: int, groups: int, each: int, width: int, x: str) -> list[torch.Tensor]:
+    """Rows, which of them are chosen, and where each group's choices begin; the first and the last group have none."""
     generator = torch.Generator().manual_seed(batch)
-    picked = torch.randint(1, groups - 1, (each * batch,), generator=generator)  # ends stay empty
+    picked = torch.randint(1, groups - 1, (each * batch,), generator=generator)
     offsets = torch.bincount(picked, minlength=groups).cumsum(0).int()
     offsets = torch.cat([torch.zeros(1, dtype=torch.int32), offsets])
     token = torch.randint(0, batch, (each * batch,), generator=generator, dtype=torch.int32)
-    operands = (draw(batch, 48, seed=18, dtype=x), token, *packed(groups, 34, 48, seed=19))
-    site = experts(48, 34, groups, each, x)
-    check_kernel(site, {"B": batch}, *operands, offsets, target=SM_90)
+    return [draw(batch, width, seed=18, dtype=x), token, offsets]
+
+
+@pytest.mark.parametrize("batch,x", [*((n, "bf16") for n in range(1, 10)), (1, "f32"), (3, "f32")])
+def test_groups_of_few_rows_some_of_them_empty(batch: int, x: str) -> None:
+    rows, token, offsets = chosen(batch, 6, 2, 48, x)
+    for ordered in (False, True):
+        site = experts(48, 34, 6, 2, x, spread=ordered)
+        operands = (rows, token, *packed(6, 34, 48, seed=19), offsets)
+        check_kernel(site, {"B": batch}, *operands, target=SM_90)
+
+
+@pytest.mark.parametrize(
+    "batch,each,groups", [(1, 2, 6), (6, 2, 6), (7, 2, 6), (5, 4, 12), (1, 1, 3)]
+)
+@pytest.mark.parametrize("width", [32, 1376])
+def test_groups_of_few_rows_are_multiplied_in_fragments(
+    batch: int, each: int, groups: int, width: int
+) -> None:
+    site = experts(width, 34, groups, each, spread=True)
+    plan = emit(site, SM_90)
+    assert len(plan.stages) == 2
+    assert taken(plan, batch) == [int(batch * each > 2 * groups)]
+    rows, token, offsets = chosen(batch, groups, each, width, "bf16")
+    operands = (rows, token, *packed(groups, 34, width, seed=34), offsets)
+    check_kernel(site, {"B": batch}, *operands, plan=plan)
+
+
+def test_codes_of_a_group_are_all_asked_for_before_the_next_kernel_may_start() -> None:
+    made = emit(experts(2688, 1856, 128, 6, spread=True), SM_90).stages[0].kernel
+    assert isinstance(made, GpuKernel)
+    (binary,) = compile_variants([Variant(made, (True,) * len(made.pointers))], SM_90).values()
+    names = instructions(binary.code)
+    early = names[names.index("ACQBULK") : names.index("PREEXIT")]
+    assert early.count("LDG.E.128") == 2 * 6
+    assert binary.report.spilled == 0 and binary.report.occupancy.warps >= 16
 
 
 def test_activations_are_quantized_behind_a_product_of_one_row() -> None:
@@ -358,8 +416,9 @@ def kernels(site: Site) -> list[GpuKernel]:
 
 
 def test_nothing_spills_and_four_programs_share_a_multiprocessor() -> None:
-    packed_row = dense(2688, 10304)
+    packed_row, spread = dense(2688, 10304), dense(2688, 256, spread=True)
     sites = (packed_row, stored(packed_row), plain(2688, 10304), experts(1856, 2688, 128, 6))
+    sites += (spread, stored(spread), experts(1856, 2688, 128, 6, spread=True))
     wanted = [Variant(k, (True,) * len(k.pointers)) for site in sites for k in kernels(site)]
     for binary in compile_variants(wanted, SM_90).values():
         assert binary.report.spilled == 0
@@ -417,7 +476,9 @@ def test_a_single_row_asks_for_weights_in_nvfp4_before_it_waits(tmp_path: Path) 
 def test_weights_in_nvfp4_are_loaded_before_former_kernels_have_ended(
     width: int, features: int, tmp_path: Path
 ) -> None:
-    made = [stage.kernel for stage in emit(stored(dense(width, features)), SM_90).stages[:3]]
+    plain, spread = (stored(dense(width, features, spread=spread)) for spread in (False, True))
+    made = [stage.kernel for stage in emit(plain, SM_90).stages[:3]]
+    made += [stage.kernel for stage in emit(spread, SM_90).stages[:2]]
     for kernel in made:
         assert isinstance(kernel, GpuKernel)
         answer = compiled(kernel, SM_90, tmp_path)
@@ -450,9 +511,26 @@ def test_a_single_row_decodes_and_multiplies_nvfp4_in_five_instructions_a_weight
     assert len(loop_instructions(binary.code)) <= 5.1 * weights_of_a_thread
 
 
+@pytest.mark.parametrize("width,features", [(2688, 10304), (4096, 2688)])
+def test_fragments_of_spread_codes_take_two_and_a_half_instructions_a_weight(
+    width: int, features: int
+) -> None:
+    counts = []
+    for ordered in (False, True):
+        plan = emit(stored(dense(width, features, spread=ordered)), SM_90)
+        made = plan.stages[taken(plan, 8)[0]].kernel
+        assert isinstance(made, GpuKernel)
+        (binary,) = compile_variants([Variant(made, (True,) * len(made.pointers))], SM_90).values()
+        steps = -(-width // (128 * made.warps))
+        counts.append(len(instructions(binary.code)) / (steps * 64))
+        assert binary.report.spilled == 0
+    assert counts[0] > 3.4 and counts[1] < 2.5
+
+
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_what_is_read_of_x_is_loaded_before_anything_is_decoded(stage: int) -> None:
-    made = emit(stored(dense(2688, 256)), SM_90).stages[stage].kernel
+def test_what_is_read_of_x_is_loaded_before_anything_is_decoded(stage: int, ordered: bool) -> None:
+    made = emit(stored(dense(2688, 256, spread=ordered)), SM_90).stages[stage].kernel
     assert isinstance(made, GpuKernel)
     (binary,) = compile_variants([Variant(made, (True,) * len(made.pointers))], SM_90).values()
     names = [re.split(r"[. ;]", text)[0] for text in instructions(binary.code)]

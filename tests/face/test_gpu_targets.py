@@ -18,6 +18,9 @@ from nemoc.codegen.triton.target import GPUS, INTERPRETER, gpu_target
 from nemoc.gpu import REPORT
 from nemoc.ir import DType, print_graph
 from nemoc.ir.dims import evaluate_dim
+from nemoc.ir.ops import DequantizeNvfp4, Fused
+from nemoc.passes import preset
+from nemoc.passes.spread_nvfp4 import SpreadNvfp4
 from nemoc.runtime.launches import LAUNCHES, read_launches
 from nemoc.verification import NARROW_BOUND, kernel_rows
 from support.checkpoints import VARIANTS, write_checkpoint
@@ -207,9 +210,10 @@ def test_what_is_loaded_before_former_kernels_have_ended_are_weights() -> None:
 
 
 def test_fp8_for_prompts_is_made_of_the_codes_that_decode_reads() -> None:
+    kept = [p for p in preset("cuda", "prefill") if not isinstance(p, SpreadNvfp4)]
     found, plain = (
-        compiler.functions("sample", "cuda:sm_90", quantize=name).graphs
-        for name in ("nvfp4-fp8-prompts", "nvfp4")
+        compiler.functions("sample", "cuda:sm_90", pipeline, quantize=name).graphs
+        for name, pipeline in (("nvfp4-fp8-prompts", None), ("nvfp4", kept))
     )
     assert found["decode"] == plain["decode"]
     mine, theirs = ({w.name: w.type for w in bind_weights(g)[1]} for g in (found, plain))
@@ -217,6 +221,17 @@ def test_fp8_for_prompts_is_made_of_the_codes_that_decode_reads() -> None:
     scales = [type_ for name, type_ in mine.items() if name not in theirs]
     assert {type_.dtype for type_ in scales} == {DType.F32}
     assert max(int(type_.elements) for type_ in scales) <= 32  # one for each expert at most
+
+
+def test_codes_of_nvfp4_are_spread_for_gpus_and_stored_once() -> None:
+    for quantize, order in (("nvfp4", True), ("nvfp4-fp8-prompts", False)):
+        graphs = compiler.functions("sample", "cuda:sm_90", quantize=quantize).graphs
+        bodies = [n.op.body for g in graphs.values() for n in g.nodes if isinstance(n.op, Fused)]
+        ops = [n.op for body in bodies for n in body.nodes if isinstance(n.op, DequantizeNvfp4)]
+        assert {op.spread for op in ops} == {order}
+        _, weights = bind_weights(graphs)
+        codes = [w.name.partition("-")[0] for w in weights if w.type.dtype is DType.U8]
+        assert len(codes) == len(set(codes)) > 10
 
 
 def test_rows_of_prompts_alone_become_fp8_from_the_weights_that_decode_reads_too() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nemoc.ir import Builder, DType, Env, Graph, IRError, NemocError, TensorType, Value, ops
 from nemoc.ir.folding import stream
 from nemoc.ir.interpreter import interpret
-from nemoc.ir.nvfp4 import DIALECTS, decode
+from nemoc.ir.nvfp4 import DIALECTS, decode, gathered, spread
 from nemoc.ir.ops.fp8 import dequantized_fp8, nvfp4_in_fp8
 from nemoc.ir.ops.nvfp4 import quantized
 from nemoc.ir.params import InMemory
@@ -300,6 +300,39 @@ def test_blocks_of_rows_are_unpacked_where_they_are(lead: tuple[int, ...], diale
     assert torch.equal(op.evaluate(ENV, *blocks, g), interleaved(written.dequantized))
 
 
+def test_spread_codes_are_pairs_of_bf16_numbers_behind_a_shift_and_a_mask() -> None:
+    generator = torch.Generator().manual_seed(40)
+    packed = torch.randint(0, 256, (1000, 4), generator=generator).to(torch.uint8)
+    for row, w in zip(packed, spread(packed).view(torch.int32)[:, 0].tolist(), strict=True):
+        w %= 1 << 32
+        pairs = w, w << 4, w << 10 | w >> 22, w >> 2 ^ w << 6
+        halves = [pair >> shift & 0x81C0 for pair in pairs for shift in (0, 16)]
+        bits = torch.tensor([half - (half >> 15 << 16) for half in halves], dtype=torch.int16)
+        numbers = bits.view(torch.bfloat16).double() * 2.0**126
+        assert numbers.tolist() == decode(row, DIALECTS["torchao"], torch.float64).tolist()
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_spread_codes_stand_for_the_same_weights(lead: tuple[int, ...]) -> None:
+    written = _round_trip(
+        torch.randn(*lead, 5, 48, generator=torch.Generator().manual_seed(41)), "torchao"
+    )
+    ordered = ops.SpreadCodes(_value(written.packed)).evaluate(ENV, written.packed)
+    assert not torch.equal(ordered, written.packed) and torch.equal(
+        gathered(ordered), written.packed
+    )
+    parts = ordered, written.scales, written.global_scale
+    op = ops.DequantizeNvfp4(*map(_value, parts), "torchao", spread=True)
+    assert torch.equal(op.evaluate(ENV, *parts), written.dequantized)
+
+
+def test_spread_codes_are_not_laid_out_in_blocks() -> None:
+    written = _round_trip(torch.ones(16, 32), "modelopt")
+    parts = map(_value, (written.packed, written.scales, written.global_scale))
+    with pytest.raises(IRError, match="interleave is 8, expected 1 of spread codes"):
+        ops.DequantizeNvfp4(*parts, interleave=8, spread=True).infer()
+
+
 def test_blocks_of_other_heights_are_refused() -> None:
     tensors = torch.zeros(2, 8, 4, dtype=torch.uint8), torch.ones(2, 1, 4), torch.tensor(1.0)
     codes, s, g = tensors[0], tensors[1].to(torch.float8_e4m3fn), tensors[2]
@@ -483,7 +516,7 @@ def test_slices_have_the_bits_of_the_whole(
     w = b.param("w", dtype, (*([experts] if experts else []), rows, blocks * 16))
     packed, s, g = quantized(b, w, dialect, four_over_six)
     again = b(ops.DequantizeNvfp4(packed, s, g, dialect))
-    graph = b.finish([packed, s, g, again, b(ops.SwizzleScales(s))])
+    graph = b.finish([packed, s, g, again, b(ops.SwizzleScales(s)), b(ops.SpreadCodes(packed))])
     generator = torch.Generator().manual_seed(rows)
     tensor = torch.randn([int(d) for d in w.shape], generator=generator).to(dtype.torch)
     _check_slices(graph, tensor, budget)

@@ -417,6 +417,22 @@ OP_SAMPLES: dict[str, Samples] = {
             ),
         ),
     ),
+    "spread_codes": Samples(
+        (
+            "param %q: u8[5, 16] < 256\n%y = spread_codes(%q) : u8[5, 16]",
+            "param %q: u8[2, 3, 8] < 256\n%y = spread_codes(%q) : u8[2, 3, 8]",
+        ),
+        (
+            (
+                "param %q: u8[8]\n%y = spread_codes(%q) : u8[8]",
+                "packed is u8[8], expected u8 of rank",
+            ),
+            (
+                "param %q: u8[2, 12]\n%y = spread_codes(%q) : u8[2, 12]",
+                "expected whole blocks of 8",
+            ),
+        ),
+    ),
     "swizzle_scales": Samples(
         (
             "param %s: f8e4m3[130, 6]\n%y = swizzle_scales(%s) : f8e4m3[2, 2, 32, 4, 4]",

@@ -17,6 +17,7 @@ _INTEGERS: dict[str, Callable[..., np.ndarray]] = {
     "xor.b32": lambda a, b: a ^ b,
     "shl.b32": lambda a, b: a << b,
     "shr.u32": lambda a, b: a >> b,
+    "shf.l.wrap.b32": lambda low, high, by: high << by | low >> 32 - by,
 }
 
 
