@@ -262,33 +262,31 @@ UNITS_OF_CODES = tl.constexpr("""{
 """bf16 numbers of the eight codes in a word, times a step: codes number 2i and 2i + 1 are moved to the upper ends of a
 word's halves, where their signs are right, and the rest from there."""
 
-UNITS_OF_SPREAD = tl.constexpr("""{
+PAIRS_OF_SPREAD = """{
     .reg .b32 zero, step, near, far, n<4>;
     mov.b32 step, {$9, $9}; mov.b32 zero, 0x80008000;
-    and.b32 n0, $8, 0x81C081C0;
-    shl.b32 n1, $8, 4; and.b32 n1, n1, 0x81C081C0;
-    shf.l.wrap.b32 n2, $8, $8, 10; and.b32 n2, n2, 0x81C081C0;
+    and.b32 n0, $8, 0x81C081C0; fma.rn.bf16x2 n0, n0, step, zero;
+    shl.b32 n1, $8, 4; and.b32 n1, n1, 0x81C081C0; fma.rn.bf16x2 n1, n1, step, zero;
+    shf.l.wrap.b32 n2, $8, $8, 10; and.b32 n2, n2, 0x81C081C0; fma.rn.bf16x2 n2, n2, step, zero;
     shr.u32 near, $8, 2; shl.b32 far, $8, 6; xor.b32 n3, near, far; and.b32 n3, n3, 0x81C081C0;
-    fma.rn.bf16x2 n0, n0, step, zero; mov.b32 {$0, $1}, n0;
-    fma.rn.bf16x2 n1, n1, step, zero; mov.b32 {$2, $3}, n1;
-    fma.rn.bf16x2 n2, n2, step, zero; mov.b32 {$4, $5}, n2;
-    fma.rn.bf16x2 n3, n3, step, zero; mov.b32 {$6, $7}, n3;
-}""")
-"""The same of codes in the order of `nemoc.ir.nvfp4.spread`."""
+    fma.rn.bf16x2 n3, n3, step, zero;
+"""
+"""The same of codes in the order of `nemoc.ir.nvfp4.spread`, still in pairs."""
 
-NUMBERS_OF_SPREAD = tl.constexpr("""{
-    .reg .b32 zero, step, near, far, n<4>;
-    mov.b32 step, {$9, $9}; mov.b32 zero, 0x80008000;
-    and.b32 n0, $8, 0x81C081C0;
-    shl.b32 n1, $8, 4; and.b32 n1, n1, 0x81C081C0;
-    shf.l.wrap.b32 n2, $8, $8, 10; and.b32 n2, n2, 0x81C081C0;
-    shr.u32 near, $8, 2; shl.b32 far, $8, 6; xor.b32 n3, near, far; and.b32 n3, n3, 0x81C081C0;
-    fma.rn.bf16x2 n0, n0, step, zero; shl.b32 $0, n0, 16; and.b32 $1, n0, 0xFFFF0000;
-    fma.rn.bf16x2 n1, n1, step, zero; shl.b32 $2, n1, 16; and.b32 $3, n1, 0xFFFF0000;
-    fma.rn.bf16x2 n2, n2, step, zero; shl.b32 $4, n2, 16; and.b32 $5, n2, 0xFFFF0000;
-    fma.rn.bf16x2 n3, n3, step, zero; shl.b32 $6, n3, 16; and.b32 $7, n3, 0xFFFF0000;
-}""")
-"""f32 of the same."""
+UNITS_OF_SPREAD = tl.constexpr(
+    PAIRS_OF_SPREAD
+    + "mov.b32 {$0, $1}, n0; mov.b32 {$2, $3}, n1; mov.b32 {$4, $5}, n2; mov.b32 {$6, $7}, n3; }"
+)
+"""bf16 of these pairs."""
+
+NUMBERS_OF_SPREAD = tl.constexpr(
+    PAIRS_OF_SPREAD
+    + """
+    shl.b32 $0, n0, 16; and.b32 $1, n0, 0xFFFF0000; shl.b32 $2, n1, 16; and.b32 $3, n1, 0xFFFF0000;
+    shl.b32 $4, n2, 16; and.b32 $5, n2, 0xFFFF0000; shl.b32 $6, n3, 16; and.b32 $7, n3, 0xFFFF0000;
+}"""
+)
+"""f32 of these pairs."""
 
 PRODUCT_OF_EIGHTS = tl.constexpr("""{
     .reg .b32 a<8>, b<4>;

@@ -77,9 +77,15 @@ class Packed:
 
 
 def emit_dequantize_nvfp4(site: Site, target: CpuTarget) -> Plan:
-    """A weight unpacked, for whoever needs it as a whole: one code after the other."""
+    """A weight unpacked, for whoever needs it as a whole: one code after the other.
+
+    Raises:
+        RegionError: codes are in the order of bits that is for GPUs.
+    """
     op = site.op
     assert isinstance(op, DequantizeNvfp4)
+    if op.spread:
+        raise RegionError(f"%{op.packed.name}: spread codes are for GPUs, expected those of files")
     writer = KernelWriter("dequantize_nvfp4")
     codes = writer.buffer("codes", site.arg("packed"), site.view(site.arg("packed")))
     scales = writer.buffer("scales", site.arg("scales"), site.view(site.arg("scales")))

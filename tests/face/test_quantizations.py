@@ -130,6 +130,21 @@ def test_no_cpu_kernel_quantizes_activations_to_fp8(small: Model, quantize: str)
 
 
 @pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("cpu", "spread codes are for GPUs, expected those of files"),
+        ("triton-interpret", "spread codes are for products alone"),
+    ],
+)
+def test_spread_codes_are_refused_where_no_kernel_reads_them(
+    small: Model, target: str, says: str
+) -> None:
+    pipeline = "canonicalize,spread-nvfp4{always=true},fold-constants"
+    with pytest.raises(NemocError, match=says):
+        compile(small, target, "nvfp4", pipeline=pipeline)
+
+
+@pytest.mark.parametrize(
     ("quantize", "scope", "says"),
     [
         ("int4", None, "quantize is 'int4', expected one of nvfp4, "),
