@@ -362,6 +362,16 @@ def unit_steps(scales):
 
 
 @jit
+def units_by(text: tl.constexpr, words, steps):
+    """Eight tiles, bf16, that assembly makes of words (i32) and steps (bf16)."""
+    pair: tl.constexpr = (tl.bfloat16, tl.bfloat16)
+    kinds: tl.constexpr = pair + pair + pair + pair
+    return tl.inline_asm_elementwise(
+        text, "=h,=h,=h,=h,=h,=h,=h,=h,r,h", [words, steps], dtype=kinds, is_pure=True, pack=1
+    )
+
+
+@jit
 def word_units(words, steps):
     """Eight tiles, bf16: number j of the eight codes in each word (i32) times the scale · 2⁻⁷ behind its step, exact.
 
@@ -369,16 +379,7 @@ def word_units(words, steps):
     2⁻¹²⁶ times as large. 2⁻⁷ keeps scales times 2¹¹⁹ finite.
     """
     if PTX:
-        pair: tl.constexpr = (tl.bfloat16, tl.bfloat16)
-        kinds: tl.constexpr = pair + pair + pair + pair
-        return tl.inline_asm_elementwise(
-            UNITS_OF_CODES,
-            "=h,=h,=h,=h,=h,=h,=h,=h,r,h",
-            [words, steps],
-            dtype=kinds,
-            is_pure=True,
-            pack=1,
-        )
+        return units_by(UNITS_OF_CODES, words, steps)
     else:
         c0, c4 = bf16_halves(((words << 12) & -0x7FFF8000) | ((words << 6) & 0x01C001C0))
         c1, c5 = bf16_halves(((words << 8) & -0x7FFF8000) | ((words << 2) & 0x01C001C0))
@@ -393,16 +394,7 @@ def word_units(words, steps):
 def spread_units(words, steps):
     """As `word_units` of codes in the order of `nemoc.ir.nvfp4.spread`."""
     if PTX:
-        pair: tl.constexpr = (tl.bfloat16, tl.bfloat16)
-        kinds: tl.constexpr = pair + pair + pair + pair
-        return tl.inline_asm_elementwise(
-            UNITS_OF_SPREAD,
-            "=h,=h,=h,=h,=h,=h,=h,=h,r,h",
-            [words, steps],
-            dtype=kinds,
-            is_pure=True,
-            pack=1,
-        )
+        return units_by(UNITS_OF_SPREAD, words, steps)
     else:
         c0, c1 = bf16_halves(words & -0x7E3F7E40)
         c2, c3 = bf16_halves((words << 4) & -0x7E3F7E40)
