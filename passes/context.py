@@ -16,8 +16,8 @@ class TargetInfo:
     Attributes:
         name: as the user writes it: `reference`, `cpu`, `cpu:znver3`, ...
         linear_interleave: rows per block in which matrix kernels want weights stored; 1 leaves weights as on disk.
-        spread_nvfp4: whether kernels make fewer instructions of NVFP4 codes that `spread_codes` has ordered.
         packed_weights: whether kernels unpack quantized weights as they read them; else they are stored unpacked.
+        spread_nvfp4: whether kernels decode NVFP4 in fewer instructions if `spread_codes` has ordered its bits.
         memory_bandwidth: bytes per second from main memory.
         launch_cost: seconds to start a kernel, or to pass a barrier between phases.
         on_chip_memory: bytes that one core or multiprocessor keeps near.

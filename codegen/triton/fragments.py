@@ -26,7 +26,7 @@ _HELD = 80
 """Registers of a thread that hold codes which are loaded before former kernels have ended."""
 
 _AHEAD = 92
-"""Registers for these and for what is loaded ahead of x: with more there is less room for programs side by side."""
+"""Registers for these and for what is loaded of x ahead of its use: with more, fewer programs run side by side."""
 
 _STRAIGHT, _TOGETHER = 24, 4
 """Steps of a program without a loop at most, and of a round of the loop of others."""

@@ -133,7 +133,8 @@ def taken(plan: Plan, batch: int) -> list[int]:
 @pytest.mark.parametrize("width,features", [(32, 5), (176, 40), (1856, 7)])
 def test_products_with_nvfp4_weights(batch: int, x: str, width: int, features: int) -> None:
     operands = (draw(batch, width, seed=batch, dtype=x), *packed(features, width, seed=2))
-    for site in (dense(width, features, x), stored(dense(width, features, x, spread=True))):
+    plain, spread = dense(width, features, x), dense(width, features, x, spread=True)
+    for site in (plain, stored(plain), stored(spread)):
         check_kernel(site, {"B": batch}, *operands, target=SM_90)
 
 
@@ -145,7 +146,8 @@ def test_products_whose_weights_are_decoded_in_fragments(
     batch: int, width: int, features: int
 ) -> None:
     operands = (draw(batch, width, seed=batch, dtype="bf16"), *packed(features, width, seed=24))
-    for site in (dense(width, features), stored(dense(width, features, spread=True))):
+    plain, spread = dense(width, features), dense(width, features, spread=True)
+    for site in (plain, stored(plain), stored(spread)):
         check_kernel(site, {"B": batch}, *operands, target=SM_90)
 
 

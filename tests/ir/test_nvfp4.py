@@ -280,7 +280,7 @@ def test_four_over_six_leaves_room_in_the_tensor_scale(dialect: str) -> None:
     assert g == pytest.approx(512 if dialect == "compressed-tensors" else 1 / 512)
 
 
-# -- refusals --
+# -- layouts --
 
 
 @every_dialect
@@ -331,6 +331,9 @@ def test_spread_codes_are_not_laid_out_in_blocks() -> None:
     parts = map(_value, (written.packed, written.scales, written.global_scale))
     with pytest.raises(IRError, match="interleave is 8, expected 1 of spread codes"):
         ops.DequantizeNvfp4(*parts, interleave=8, spread=True).infer()
+
+
+# -- refusals --
 
 
 def test_blocks_of_other_heights_are_refused() -> None:
