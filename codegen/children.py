@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from nemoc.codegen.threads import usable_processors
 from nemoc.ir.errors import NemocError
 
 
@@ -47,11 +48,7 @@ class Children:
     @property
     def processes(self) -> int:
         """The number of jobs."""
-        if self.jobs is not None:
-            return self.jobs
-        if hasattr(os, "sched_getaffinity"):
-            return len(os.sched_getaffinity(0))
-        return os.cpu_count() or 1
+        return len(usable_processors()) if self.jobs is None else self.jobs
 
 
 def answers(

@@ -116,8 +116,8 @@ class Kernel:
     Attributes:
         name: a word for the op and a hash of the source; equal names mean equal kernels.
         source: the text of the function.
-        tasks: how many tasks make up one launch, in B, L, C; tasks write disjoint memory. Each thread takes one
-            consecutive range of them.
+        tasks: how many tasks make up one launch, in B, L, C; tasks write disjoint memory. On CPUs a
+            thread's are consecutive, but for the last ones, which go to whoever is free.
     """
 
     name: str
@@ -244,7 +244,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class StepFunction:
-    """An exported function `(arena pointers..., B: int, L: int, C: int)`.
+    """An exported function of pointers to arenas, B, L and C, and of what else a backend needs.
 
     Attributes:
         name: the exported name.

@@ -1,6 +1,11 @@
 """What holds for the threads of TVM's pool, whether they run a program or a kernel alone."""
 
 import os
+from collections.abc import Callable
+
+SHARE_CORES, ONE_CORE_EACH = -3, -2
+"""TVM's thread pool modes in which threads may run on any of the given cores, or each stays on one of them; without
+cores it may put all threads on one."""
 
 
 def let_idle_threads_sleep() -> None:
@@ -10,3 +15,21 @@ def let_idle_threads_sleep() -> None:
     milliseconds, and the process does not end before its threads are through with theirs.
     """
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "1000")
+
+
+def usable_processors() -> list[int]:
+    """Numbers of the processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def use_threads(configure: Callable[..., object], count: int, mode: int = SHARE_CORES) -> None:
+    """Have what the calling thread runs share so many threads, on the cores that this process may use.
+
+    Args:
+        configure: TVM's function `runtime.config_threadpool`. It keeps a pool for each thread that calls it.
+        count: how many threads; never more than the pool had when it was made.
+        mode: of TVM's pool.
+    """
+    configure(mode, count, [str(processor) for processor in usable_processors()])

@@ -1,7 +1,7 @@
 """The `cpu` target: step functions in a shared library, loaded with TVM's small runtime and no compiler.
 
-A step function takes pointers to weights, state, scratch, its inputs and its output, then B, L and C. Scratch is
-allocated once; a step allocates its logits and nothing else.
+A step function takes pointers to weights, state, scratch, its inputs and its output, then B, L and C and how many
+threads it has. Scratch is allocated once; a step allocates its logits and nothing else.
 """
 
 import ctypes
@@ -15,19 +15,15 @@ from typing import Any
 
 import torch
 
-from nemoc.codegen.threads import let_idle_threads_sleep
+from nemoc.codegen.threads import let_idle_threads_sleep, use_threads
 from nemoc.ir.errors import NemocError
 from nemoc.runtime.backend import Opened
-from nemoc.runtime.machine import usable_processors
 from nemoc.runtime.program import PREFILL_ALL, Program
 from nemoc.runtime.state import State
 from nemoc.runtime.weights import PackedWeights
 
 LIBRARY = "kernels/step.so"
 """The library's name within an artifact."""
-
-_SHARE_CORES = -3
-"""TVM's thread pool mode in which threads may run on any of the given cores."""
 
 
 def kernel_record(scratch: int) -> dict[str, Any]:
@@ -123,6 +119,7 @@ class CpuBackend:
                 batch,
                 length,
                 state.capacity,
+                self.threads,
             )
         return logits
 
@@ -183,7 +180,5 @@ _configured = threading.local()
 def _use_threads(count: int) -> None:
     if getattr(_configured, "count", None) == count:
         return
-    cores = [str(p) for p in usable_processors()]
-    configure = _runtime().get_global_func("runtime.config_threadpool")
-    configure(_SHARE_CORES, count, cores)
+    use_threads(_runtime().get_global_func("runtime.config_threadpool"), count)
     _configured.count = count

@@ -1,13 +1,13 @@
 """What a machine must offer to run a library: its architecture and instruction-set extensions."""
 
 import contextlib
-import os
 import platform
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemoc.codegen.threads import usable_processors
 from nemoc.runtime.scalars import check_count
 
 _EXTENSIONS = re.compile(
@@ -110,10 +110,3 @@ def thread_count(threads: int | None) -> int:
         NemocError: it is no integer from 1.
     """
     return core_count() if threads is None else check_count("threads", threads)
-
-
-def usable_processors() -> list[int]:
-    """Numbers of the processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))

@@ -22,7 +22,7 @@ from nemoc.runtime.program import DECODE, FUNCTIONS, PREFILL, Bounds, Generation
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 FORMAT = "nemoc artifact"
-VERSION = 1
+VERSION = 2
 """Version of the format; raised whenever an older nemoc could misread a newer artifact."""
 
 GRAPHS = {name: f"graphs/{name}.ir" for name in FUNCTIONS}

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tvm
@@ -16,6 +16,7 @@ from tvm import tirx
 from tvm.support import cc
 
 from nemoc.codegen.object_store import ObjectStore
+from nemoc.codegen.tvm.claim import claim_source, compile_claim
 from nemoc.codegen.tvm.reader import read_module
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.ir.errors import NemocError
@@ -84,22 +85,28 @@ def build_library(
     linker = find_linker()
     with tempfile.TemporaryDirectory(prefix="nemoc-") as folder:
         objects = []
-        for number, part in enumerate(_parts(source)):
+        for number, (part, compiler) in enumerate(_parts(source, target)):
             objects.append(str(Path(folder) / f"{number}.o"))
-            _write_object(part, target, Path(objects[-1]), store)
+            _write_object(part, compiler, target, Path(objects[-1]), store)
         if store is not None:
             store.prune()
         cc.create_shared(str(path), objects, cc=linker)
 
 
-def _write_object(source: str, target: CpuTarget, path: Path, store: ObjectStore | None) -> None:
+Compiler = Callable[[str, CpuTarget], tvm.runtime.Module]
+"""What turns a text into a compiled module."""
+
+
+def _write_object(
+    source: str, compiler: Compiler, target: CpuTarget, path: Path, store: ObjectStore | None
+) -> None:
     """Write a compiled module, from the store if that has it."""
     key = _key(source, target)
     stored = store.get(key) if store is not None else None
     if stored is not None:
         path.write_bytes(stored)
         return
-    compile_module(source, target).write_to_file(str(path))
+    compiler(source, target).write_to_file(str(path))
     if store is not None:
         store.put(key, path.read_bytes())
 
@@ -121,10 +128,12 @@ def _compiler() -> tuple[str, ...]:
     )
 
 
-def _parts(source: str) -> Iterator[str]:
+def _parts(source: str, target: CpuTarget) -> Iterator[tuple[str, Compiler]]:
     """The text of a module as several, with one function each, wherever in the module that stands."""
     head, *functions = _FUNCTION.split(source)
-    return (f"{head}{text.rstrip()}\n" for text in functions)
+    for text in functions:
+        yield f"{head}{text.rstrip()}\n", compile_module
+    yield claim_source(target), compile_claim
 
 
 def find_linker() -> str:

@@ -23,7 +23,7 @@ import tvm_ffi
 
 from nemoc.codegen.guarded import Buffer, arguments, run_guarded
 from nemoc.codegen.plan import Address, Arg, Launch, Plan, Site, StepFunction
-from nemoc.codegen.threads import let_idle_threads_sleep
+from nemoc.codegen.threads import SHARE_CORES, let_idle_threads_sleep, use_threads
 from nemoc.codegen.tvm.build import build_library
 from nemoc.codegen.tvm.step import module_source
 from nemoc.codegen.tvm.target import CpuTarget, cpu_target
@@ -118,24 +118,16 @@ def _caller() -> ThreadPoolExecutor:
     """The thread that calls kernels: TVM keeps a pool of workers per thread, as large as it was first made."""
     caller = ThreadPoolExecutor(max_workers=1)
     with mock.patch.dict(os.environ, TVM_NUM_THREADS="2"):
-        caller.submit(use_threads, 2).result()
+        caller.submit(start_threads, 2).result()
     return caller
 
 
-SHARE_CORES, ONE_CORE_EACH = -3, -2
-"""TVM's thread pool modes in which threads may run on any of the given cores, or each stays on one of them; without
-cores it may put all threads on one."""
-
-
-def use_threads(count: int, mode: int = SHARE_CORES) -> None:
-    """Have what the calling thread runs share so many threads, on the cores that this process may use."""
+def start_threads(count: int, mode: int = SHARE_CORES) -> None:
+    """`use_threads` of kernels, before and after the pool is made."""
     let_idle_threads_sleep()
-    given = hasattr(os, "sched_getaffinity")
-    cores = sorted(os.sched_getaffinity(0)) if given else range(os.cpu_count() or 1)
-    configure = tvm.get_global_func("runtime.config_threadpool")
-    configure(mode, count, [str(core) for core in cores])
+    use_threads(tvm.get_global_func("runtime.config_threadpool"), count, mode)
 
 
 def _call(function: Callable[..., None], threads: int, args: tuple[object, ...]) -> None:
-    use_threads(threads)
-    function(*args)
+    start_threads(threads)
+    function(*args, threads)

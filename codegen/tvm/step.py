@@ -1,29 +1,60 @@
-"""The step function: all phases of a step in one parallel region with a barrier after each."""
+"""The step function: all phases of a step in one parallel region with a barrier after each.
+
+Memory is read fastest where a thread reads one stretch of it, so each thread has a consecutive share of a launch's
+tasks. It claims them one by one, and when none is left claims tasks of the other shares: threads that are not equally
+fast, or lose their core for a while, wait for each other no longer than a task takes. Which thread carries out a task
+changes nothing in what the task computes.
+"""
 
 from collections.abc import Iterable
 
 from nemoc.codegen.plan import Launch, StepFunction
+from nemoc.codegen.tvm.claim import CLAIM, LINE
 from nemoc.codegen.tvm.writer import offset_text, size_text
 
 
 def step_source(step: StepFunction) -> str:
-    """The text of a step function."""
+    """The text of a step function: `(arena pointers..., B, L, C, threads)`.
+
+    In memory of its own, rows of a line for each thread, it keeps the claims of each launch of a phase, in two sets of
+    rows that phases use in turn, and in one more row the task that each thread is at.
+    """
+    most = max(map(len, step.phases), default=0)
     pointers = "".join(f"{a}: T.handle, " for a in step.arenas)
-    head = (
-        "    @T.prim_func(s_tir=True)\n"
-        f"    def {step.name}({pointers}B: T.int32, L: T.int32, C: T.int32):\n"
-        '        with T.attr(0, "pragma_parallel_launch_point", 1):\n'
-    )
-    return head + "".join(map(_phase, step.phases))
+    text = f"""\
+    @T.prim_func(s_tir=True)
+    def {step.name}({pointers}B: T.int32, L: T.int32, C: T.int32, threads: T.int32):
+        with T.attr(0, "device_type", 1), T.attr(0, "device_id", 0):
+            memory = T.alloc_buffer(({2 * most + 1} * threads * {LINE},), "int32")
+            for line in range({2 * most} * threads):
+                memory[line * {LINE}] = 0
+            with T.attr(0, "pragma_parallel_launch_point", 1):
+"""
+    for number, launches in enumerate(step.phases):
+        here, there = number % 2 * most, (number + 1) % 2 * most
+        following = step.phases[number + 1] if number + 1 < len(step.phases) else ()
+        text += _phase(launches, here, range(there, there + len(following)), 2 * most)
+    return text
 
 
-def _phase(launches: Iterable[Launch]) -> str:
-    """Loops that follow each other: a thread goes on to the next one while others still have tasks of those before."""
-    barrier = '            with T.attr(0, "pragma_parallel_barrier_when_finish", 1):\n'
-    return barrier + "".join(map(_loop, launches))
+def _phase(launches: Iterable[Launch], first: int, cleared: Iterable[int], at: int) -> str:
+    """A phase: loops that follow each other, so that a thread goes on while others are still at tasks of those before.
+
+    Args:
+        launches: of the phase.
+        first: the row of claims of the first of them; those of the others follow.
+        cleared: the rows of the next phase. They are those of the phase before, which all threads have left.
+        at: the row of the tasks that threads are at.
+    """
+    clear = (f"{'':24}{_line(row, 'thread')} = 0\n" for row in cleared)
+    loops = (_loop(launch, row, at) for row, launch in enumerate(launches, first))
+    return f"""\
+                with T.attr(0, "pragma_parallel_barrier_when_finish", 1):
+                    for thread in T.parallel(threads):
+{"".join((*clear, *loops))}"""
 
 
-def _loop(launch: Launch) -> str:
+def _loop(launch: Launch, row: int, at: int) -> str:
     kernel = launch.kernel
     pointers = ", ".join(
         a.arena
@@ -31,10 +62,17 @@ def _loop(launch: Launch) -> str:
         else f"T.handle_add_byte_offset({a.arena}, {offset_text(a.offset)})"
         for a in launch.buffers
     )
-    return (
-        f"                for task in T.parallel({size_text(kernel.tasks)}):\n"
-        f"                    T.evaluate(Module.{kernel.name}(task, {pointers}, B, L, C))\n"
-    )
+    claims, task = _line(row, "0"), _line(at, "thread")
+    claim = f"T.address_of({claims}), T.address_of({task}), {size_text(kernel.tasks)}"
+    return f"""\
+                        while T.call_extern("int32", "{CLAIM}", {claim}, thread, threads) != 0:
+                            T.evaluate(Module.{kernel.name}({task}, {pointers}, B, L, C))
+"""
+
+
+def _line(row: int, thread: str) -> str:
+    """The first number of a thread's line in a row."""
+    return f"memory[({row} * threads + {thread}) * {LINE}]"
 
 
 def module_source(steps: Iterable[StepFunction]) -> str:

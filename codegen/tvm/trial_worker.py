@@ -36,8 +36,9 @@ from nemoc.codegen.guarded import Buffer, KernelFault, Views, bits, run_views
 from nemoc.codegen.object_store import ObjectStore
 from nemoc.codegen.plan import Arg, View
 from nemoc.codegen.storage import ALIGNMENT
+from nemoc.codegen.threads import ONE_CORE_EACH
 from nemoc.codegen.tvm.build import build_library
-from nemoc.codegen.tvm.harness import ONE_CORE_EACH, use_threads
+from nemoc.codegen.tvm.harness import start_threads
 from nemoc.codegen.tvm.target import cpu_target
 from nemoc.ir.dtypes import DType
 
@@ -57,6 +58,7 @@ class Subject:
 
     Attributes:
         sizes: B, L and C.
+        threads: how many kernels run on.
         operands, results: their views, of fixed sizes.
         warm: for each operand, whether a step has just computed it.
         tensors: `operand0` and so on by value, and `expected0` and so on: what results should be, floats in f64.
@@ -64,6 +66,7 @@ class Subject:
     """
 
     sizes: tuple[int, int, int]
+    threads: int
     operands: tuple[View, ...]
     results: tuple[View, ...]
     warm: tuple[bool, ...]
@@ -71,11 +74,12 @@ class Subject:
     outputs: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> "Subject":
+    def read(cls, folder: Path, threads: int) -> "Subject":
         """What the laboratory wrote."""
         site = json.loads((folder / "site.json").read_text("utf-8"))
         return cls(
             tuple(site["sizes"]),
+            threads,
             tuple(map(_view, site["operands"])),
             tuple(map(_view, site["results"])),
             tuple(site["warm"]),
@@ -146,7 +150,9 @@ def _outputs(subject: Subject, candidate: Candidate) -> tuple[torch.Tensor, ...]
     operands = [subject.tensors[f"operand{i}"] for i in range(len(subject.operands))]
 
     def call(buffers: Mapping[Arg, Buffer]) -> None:
-        candidate.function(*(buffers[arg].pointer for arg in views), *subject.sizes)
+        candidate.function(
+            *(buffers[arg].pointer for arg in views), *subject.sizes, subject.threads
+        )
 
     all_views = Views(subject.operands, subject.results, candidate.scratch, candidate.updates)
     return run_views(all_views, {}, operands, call)
@@ -214,7 +220,7 @@ def _call(
     function = candidate.function
 
     def call(held: Sequence[torch.Tensor] = held) -> object:
-        return function(*pointers, *subject.sizes)
+        return function(*pointers, *subject.sizes, subject.threads)
 
     return call
 
@@ -246,8 +252,8 @@ def _view(record: Mapping[str, Any]) -> View:
 
 
 @functools.lru_cache(maxsize=1)
-def _subject(folder: str) -> Subject:
-    return Subject.read(Path(folder))
+def _subject(folder: str, threads: int) -> Subject:
+    return Subject.read(Path(folder), threads)
 
 
 def answer(request: Mapping[str, Any], setup: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,7 +263,7 @@ def answer(request: Mapping[str, Any], setup: Mapping[str, Any]) -> dict[str, An
         target, library = cpu_target(setup["target"]), Path(request["library"])
         build_library(source, target, library, ObjectStore(store))
         return {}
-    subject = _subject(request["subject"])
+    subject = _subject(request["subject"], setup["threads"])
     if request["do"] == "check":
         return check(subject, Candidate.of(request["candidate"]), Candidate.of(request["default"]))
     candidates = [Candidate.of(record) for record in request["candidates"]]
@@ -266,7 +272,7 @@ def answer(request: Mapping[str, Any], setup: Mapping[str, Any]) -> dict[str, An
 
 def _start(setup: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     torch.set_num_threads(setup["threads"])
-    use_threads(setup["threads"], ONE_CORE_EACH)
+    start_threads(setup["threads"], ONE_CORE_EACH)
     return functools.partial(answer, setup=setup)
 
 

@@ -18,7 +18,7 @@ from nemoc.ir.dims import B
 from nemoc.ir.dtypes import DType
 
 WIDTH = 40
-BYTES_PER_LAUNCH = 200
+BYTES_PER_LAUNCH = 300
 """More machine code than a launch takes that calls its kernel, and less than one that holds a copy of it."""
 
 
@@ -30,7 +30,7 @@ def kernel(stem: str) -> Stage:
     y = writer.buffer("y", Arg("result", 0), view)
     with writer.loop("j", WIDTH) as j:
         value = writer.value("v", writer.load(x, f"task, {j}"))
-        for _ in range(3):
+        for _ in range(60):
             writer.line(f"{value} = {value} * {value}")
         writer.store(y, f"task, {j}", value)
     return writer.finish(B)

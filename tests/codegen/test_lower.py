@@ -191,7 +191,7 @@ def check_step(graph: Graph) -> None:
         *(arguments[v.name] for v in graph.inputs),
         *outputs,
     ]
-    step(*(ctypes.c_void_p(m.data_ptr()) for m in memory), *sizes.values())
+    step(*(ctypes.c_void_p(m.data_ptr()) for m in memory), *sizes.values(), 2)
     for found, wanted in zip(outputs, expected.outputs, strict=True):
         torch.testing.assert_close(found, wanted.contiguous(), rtol=1e-6, atol=1e-6)
     assert torch.equal(state, _block(state_layout, expected.states))

@@ -1,5 +1,6 @@
 """Step functions: phases in order, any number of tasks and threads, no compiler at run time."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import sympy
 from nemoc.codegen.plan import Address, Arg, Launch, Stage, StepFunction, View
 from nemoc.codegen.tvm import build
 from nemoc.codegen.tvm.build import build_library, find_linker
+from nemoc.codegen.tvm.claim import CLAIM
 from nemoc.codegen.tvm.step import module_source, step_source
 from nemoc.codegen.tvm.target import cpu_target
 from nemoc.codegen.tvm.writer import KernelWriter, offset_text, size_text
@@ -50,23 +52,47 @@ def braid_step(name: str, phases: int) -> StepFunction:
     return StepFunction(name, ("a", "b", "c", "d"), (there, back) * (phases // 2))
 
 
-RUN = """
+def waiting_step(name: str) -> StepFunction:
+    """Eight tasks; the first waits until all others have run, or some seconds. They count themselves in x[0]."""
+    writer = KernelWriter("waiting")
+    x = writer.buffer("x", Arg("operand", 0), View(DType.I32, (9,), (1,)))
+
+    def claim(tasks: int) -> str:
+        places = f"T.address_of({x}[0]), T.address_of({x}[1 + task])"
+        return f'T.evaluate(T.call_extern("int32", "{CLAIM}", {places}, {tasks}, 0, 1))'
+
+    with writer.block("if task > 0:"):
+        writer.line(claim(8))
+    with writer.block("if task == 0:"):
+        rounds = writer.value("rounds", "0", dtype="int32")
+        with writer.block(f"while {writer.load(x, '0')} < 7 and {rounds} < 1000000000:"):
+            writer.line(claim(0))  # so that it is loaded again
+            writer.line(f"{rounds} = {rounds} + 1")
+        writer.store(x, "1", writer.load(x, "0"))
+    launch = Launch(writer.finish(8).kernel, (Address("a"),))
+    return StepFunction(name, ("a",), ((launch,),))
+
+
+START = """
 import ctypes, os, sys
 from importlib.util import find_spec
 from pathlib import Path
 
-library, threads = sys.argv[1], sys.argv[2]
-os.environ["TVM_NUM_THREADS"] = threads
+library, pool, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+os.environ["TVM_NUM_THREADS"] = pool
 import numpy as np
 import tvm_ffi
 
 runtime = Path(find_spec("tvm").origin).parent / "lib" / "libtvm_runtime.so"
 ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
 module = tvm_ffi.load_module(library)
+"""
+
+RUN = """
 for rows in (1, 2, 3, 7, 50):
     x = np.arange(rows * {width}, dtype=np.int32).reshape(rows, {width})
     a, b = x.copy(), np.full(rows * {width} + 16, -1, dtype=np.int32)
-    module["ring"](ctypes.c_void_p(a.ctypes.data), ctypes.c_void_p(b.ctypes.data), rows, 1, 4)
+    module["ring"](ctypes.c_void_p(a.ctypes.data), ctypes.c_void_p(b.ctypes.data), rows, 1, 4, threads)
     for _ in range({phases}):
         x = x + np.roll(x, -1, axis=0)
     assert np.array_equal(a, x), ("ring", rows)
@@ -74,7 +100,7 @@ for rows in (1, 2, 3, 7, 50):
     x = np.arange(2 * rows * {width}, dtype=np.int32).reshape(2, rows, {width})
     a, b, c, d = x[0].copy(), np.full_like(x[0], -1), np.full_like(x[0], -1), x[1].copy()
     pointers = (ctypes.c_void_p(array.ctypes.data) for array in (a, b, c, d))
-    module["braid"](*pointers, rows, 1, 4)
+    module["braid"](*pointers, rows, 1, 4, threads)
     for _ in range({phases}):
         x = x + np.roll(x, -1, axis=1)
     swapped = {phases} // 2 % 2
@@ -85,21 +111,27 @@ assert not compiler
 print("ok")
 """
 
+WAIT = """
+for _ in range(20):
+    a = np.array([0, *[-1] * 8], dtype=np.int32)
+    module["waiting"](ctypes.c_void_p(a.ctypes.data), 1, 1, 1, threads)
+    assert a[:2].tolist() == [7, 7] and sorted(a[2:]) == list(range(7)), a
+print("ok")
+"""
+
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("library") / "ring.so"
-    steps = [ring_step("ring", 6), braid_step("braid", 6)]
+    steps = [ring_step("ring", 6), braid_step("braid", 6), waiting_step("waiting")]
     build_library(module_source(steps), cpu_target(), path)
     return path
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_phases_see_each_others_writes_without_the_compiler(library: Path, threads: int) -> None:
-    """In a process of its own: the compiler is never loaded, and there may be more threads than tasks or cores."""
-    script = textwrap.dedent(RUN).replace("{width}", str(WIDTH)).replace("{phases}", "6")
+def run(library: Path, script: str, pool: int, threads: int) -> None:
+    """Run a script in a process of its own, whose pool has some threads, with steps for some threads."""
     done = subprocess.run(
-        [sys.executable, "-c", script, str(library), str(threads)],
+        [sys.executable, "-c", START + script, str(library), str(pool), str(threads)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -107,40 +139,60 @@ def test_phases_see_each_others_writes_without_the_compiler(library: Path, threa
     assert done.stdout.strip() == "ok", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("pool", "threads"), [(1, 1), (2, 2), (5, 5), (1, 3), (2, 3), (5, 2)], ids=str
+)
+def test_phases_see_each_others_writes_without_the_compiler(
+    library: Path, pool: int, threads: int
+) -> None:
+    """The compiler is never loaded; there may be more threads than tasks or cores, or others than the step is for."""
+    run(library, RUN.replace("{width}", str(WIDTH)).replace("{phases}", "6"), pool, threads)
+
+
+def test_a_thread_takes_tasks_that_another_does_not_get_to(library: Path) -> None:
+    run(library, WAIT, 2, 2)
+
+
 def test_source_of_a_step() -> None:
     step = ring_step("ring", 2)
     name = step.launches[0].kernel.name
     second = 'T.handle_add_byte_offset(b, (T.int64(16) * T.Cast("int64", C)))'
+    mine = "memory[(2 * threads + thread) * 32]"
+
+    def loop(row: int, x: str, y: str) -> str:
+        claims = f"T.address_of(memory[({row} * threads + 0) * 32]), T.address_of({mine})"
+        claim = f'T.call_extern("int32", "nemoc_claim", {claims}, B, thread, threads)'
+        return f"""\
+                    while {claim} != 0:
+                        T.evaluate(Module.{name}({mine}, {x}, {y}, B, L, C))
+"""
+
     head = "@T.prim_func(s_tir=True)\ndef ring(a: T.handle, b: T.handle, "
     wanted = f"""\
-{head}B: T.int32, L: T.int32, C: T.int32):
-    with T.attr(0, "pragma_parallel_launch_point", 1):
-        with T.attr(0, "pragma_parallel_barrier_when_finish", 1):
-            for task in T.parallel(B):
-                T.evaluate(Module.{name}(task, a, {second}, B, L, C))
-        with T.attr(0, "pragma_parallel_barrier_when_finish", 1):
-            for task in T.parallel(B):
-                T.evaluate(Module.{name}(task, {second}, a, B, L, C))
-"""
+{head}B: T.int32, L: T.int32, C: T.int32, threads: T.int32):
+    with T.attr(0, "device_type", 1), T.attr(0, "device_id", 0):
+        memory = T.alloc_buffer((3 * threads * 32,), "int32")
+        for line in range(2 * threads):
+            memory[line * 32] = 0
+        with T.attr(0, "pragma_parallel_launch_point", 1):
+            with T.attr(0, "pragma_parallel_barrier_when_finish", 1):
+                for thread in T.parallel(threads):
+                    memory[(1 * threads + thread) * 32] = 0
+{loop(0, "a", second)}\
+            with T.attr(0, "pragma_parallel_barrier_when_finish", 1):
+                for thread in T.parallel(threads):
+{loop(1, second, "a")}"""
     assert step_source(step) == textwrap.indent(wanted, "    ")
 
 
-def test_source_of_launches_side_by_side() -> None:
-    """One barrier behind both loops."""
-    step = braid_step("braid", 2)
-    name = step.launches[0].kernel.name
-
-    def phase(x: str, y: str, u: str, v: str) -> str:
-        return f"""\
-        with T.attr(0, "pragma_parallel_barrier_when_finish", 1):
-            for task in T.parallel(B):
-                T.evaluate(Module.{name}(task, {x}, {y}, B, L, C))
-            for task in T.parallel(B):
-                T.evaluate(Module.{name}(task, {u}, {v}, B, L, C))
-"""
-
-    wanted = textwrap.indent(phase("a", "b", "d", "c") + phase("c", "a", "b", "d"), "    ")
-    assert "".join(step_source(step).splitlines(keepends=True)[3:]) == wanted
+def test_launches_side_by_side_have_one_barrier_behind_them() -> None:
+    """And claims of their own, in rows that phases use in turn."""
+    text = step_source(braid_step("braid", 4))
+    _, *phases = text.split('T.attr(0, "pragma_parallel_barrier_when_finish", 1)')
+    rows = [re.findall(r"address_of\(memory\[\((\d) \* threads \+ 0\)", p) for p in phases]
+    assert rows == [["0", "1"], ["2", "3"]] * 2
+    cleared = [re.findall(r"memory\[\((\d) \* threads \+ thread\) \* 32\] = 0", p) for p in phases]
+    assert cleared == [["2", "3"], ["0", "1"], ["2", "3"], []]
 
 
 def test_launches_of_all_phases_in_order() -> None:

@@ -19,6 +19,7 @@ import torch
 
 from nemoc.ir import NemocError
 from nemoc.runtime import Bounds, Contents, Executable, Generation, Machine, build, load
+from nemoc.runtime.manifest import VERSION
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -175,8 +176,10 @@ def test_checking_headers_only_still_checks_the_weights_header(copy: Path) -> No
 
 
 def test_other_versions_and_formats_are_refused(copy: Path) -> None:
-    rewrite_manifest(copy, lambda data: data.update(version=2))
-    refused(copy, "manifest.json: format version is 2, this nemoc reads version 1; compile the")
+    for other in (VERSION - 1, VERSION + 1):
+        rewrite_manifest(copy, lambda data, other=other: data.update(version=other))
+        said = f"format version is {other}, this nemoc reads version {VERSION}; compile the"
+        refused(copy, f"manifest.json: {said}")
     rewrite_manifest(copy, lambda data: data.update(format="something"))
     refused(copy, "manifest.json: format is 'something', expected 'nemoc artifact'")
 

@@ -1,7 +1,8 @@
 """Machines: the names of LLVM and Linux meet, and what is missing is said."""
 
+from nemoc.codegen.threads import usable_processors
 from nemoc.runtime import Machine
-from nemoc.runtime.machine import core_count, usable_processors
+from nemoc.runtime.machine import core_count
 
 
 def test_names_of_llvm_become_those_of_linux() -> None:

@@ -1,7 +1,6 @@
 """`nemoc doctor`: what nemoc needs of a machine, what this one has, and what to do about the difference."""
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import sys
@@ -13,6 +12,7 @@ import psutil
 import torch
 
 from nemoc import __version__
+from nemoc.codegen.threads import usable_processors
 from nemoc.codegen.triton.target import GPUS
 from nemoc.ir import NemocError
 from nemoc.options import read_options
@@ -98,7 +98,7 @@ def _linker() -> Finding:
 
 def _processor() -> Finding:
     features = torch.backends.cpu.get_cpu_capability()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(usable_processors())
     slow = features in ("DEFAULT", "NO AVX")
     advice = (
         "kernels will use narrow vectors: neither AVX2, AVX-512 nor NEON was found" if slow else ""
