@@ -1,12 +1,17 @@
-"""Quantized releases on disk, written once."""
+"""Models that several files of tests read, made once."""
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from nemoc.models import open_model
+from nemoc.models import ModelConfig, open_model
+from support.checkpoints import write_checkpoint
+from support.gguf_files import SHAPES, Source
+from support.quantized import WIDE
 from support.releases import RELEASES, Written
 
 
@@ -31,3 +36,16 @@ def written(request: pytest.FixtureRequest, releases: dict[str, Written]) -> Wri
 def copy(releases: dict[str, Written], tmp_path: Path) -> Callable[[str], Path]:
     """Copies a release to damage it."""
     return lambda name: Path(shutil.copytree(releases[name].directory, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def gguf_sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
+    """Models of `SHAPES`, f32."""
+    found = {}
+    for name, changes in SHAPES.items():
+        directory = tmp_path_factory.mktemp(name)
+        write_checkpoint(directory, **(WIDE | changes))
+        config = replace(ModelConfig.from_file(directory), mtp_layers=(), chunk_size=128)
+        tensors = load_file(directory / "model.safetensors")
+        found[name] = replace(config, num_nextn_predict_layers=0, bos_token_id=None), tensors
+    return found

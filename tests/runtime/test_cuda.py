@@ -27,7 +27,6 @@ from nemoc.runtime.cuda import CudaBackend, Recordings, read_kernels
 from nemoc.runtime.cuda_device import CudaDevice
 from nemoc.runtime.cuda_driver import CudaDriver, DriverError
 from nemoc.runtime.launches import LAUNCHES, Binary, LaunchRecord
-from nemoc.runtime.sampling import Sampler
 from support.fake_cuda import FakeDevice, FakeKernel, FakeLaunch, FakeLibrary, tensor_at
 
 IDS = torch.randint(3, 97, (3, 80), generator=torch.Generator().manual_seed(0))
@@ -600,70 +599,6 @@ def test_further_targets_come_with_what_runs_them(
         assert torch.equal(found.generate(IDS[:1], 3), exe.generate(IDS[:1], 3))
 
 
-@pytest.mark.parametrize(
-    ("target", "found", "runs"),
-    [
-        ("cuda:sm_80", (8, 0), True),
-        ("cuda:sm_80", (8, 9), True),
-        ("cuda:sm_86", (8, 0), False),
-        ("cuda:sm_80", (9, 0), False),
-        ("cuda:sm_90", (9, 0), True),
-        ("cuda:sm_90", (10, 0), False),
-        ("cuda:sm_100", (10, 0), True),
-        ("cuda:sm_100", (10, 3), False),
-        ("cuda:sm_120", (12, 0), True),
-    ],
-)
-def test_code_runs_on_devices_of_its_kind(target: str, found: tuple[int, int], runs: bool) -> None:
-    assert cuda_device._runs(cuda_device._capability(target, "x"), found) is runs
-
-
-def test_a_device_that_fits_is_found_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    devices = {0: (8, 0), 1: (9, 0), 2: (9, 0)}
-    monkeypatch.setattr(cuda_device, "_capabilities", lambda: devices)
-    monkeypatch.setattr(cuda_device, "CudaDevice", lambda index: index)
-    for current, expected in ((0, 1), (1, 1), (2, 2)):
-        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
-        assert cuda_device.find_device("cuda:sm_90", "x") == expected
-    with pytest.raises(NemocError, match="x: target is 'cuda:sm_9', expected one such as"):
-        cuda_device.find_device("cuda:sm_9", "x")
-
-
-def test_the_model_is_that_of_the_device_that_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    devices = {0: (8, 0), 1: (9, 0), 2: (9, 0)}
-    monkeypatch.setattr(cuda_device, "_capabilities", lambda: devices)
-    monkeypatch.setattr(cuda_device, "CudaDevice", lambda index: index)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
-    for current, expected in ((0, 1), (1, 1), (2, 2)):
-        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
-        assert cuda_device.device_at_hand("cuda:sm_90") == (expected, f"GPU {expected}")
-        assert cuda_device.find_device("cuda:sm_90", "x") == expected
-    assert cuda_device.device_at_hand("cuda:sm_100") is None
-
-
-@pytest.mark.parametrize(
-    "target", ["", "cpu", "reference", "hip:gfx942", "cuda", "cuda:", "cuda:sm_9", "cuda:sm_90a"]
-)
-def test_what_names_no_cuda_device_has_no_model(
-    target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda_device, "_capabilities", lambda: {0: (9, 0)})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
-    assert cuda_device.device_at_hand("cuda:sm_90") == (0, "GPU")
-    assert cuda_device.device_at_hand(target) is None
-
-
-def test_without_devices_there_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*index: int) -> None:
-        raise RuntimeError("no CUDA GPUs are available")
-
-    monkeypatch.setattr(cuda_device, "_capabilities", dict)
-    monkeypatch.setattr(torch.cuda, "current_device", refuse)
-    monkeypatch.setattr(torch.cuda, "get_device_name", refuse)
-    assert cuda_device.device_at_hand("cuda:sm_90") is None
-
-
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built with CUDA")
 def test_a_torch_without_cuda_is_named(saved: Path) -> None:
     with pytest.raises(
@@ -689,26 +624,3 @@ def test_a_driver_that_is_missing_or_old_is_named(
     device.library.failures["cuGetErrorString"] = 1
     with pytest.raises(DriverError, match=r"CUDA: cuInit: unknown error \(error 100\)"):
         CudaDriver(device.library)
-
-
-def one_by_one(sampler: Sampler, logits: torch.Tensor) -> Iterator[int]:
-    """Sampling row by row, written differently: the least p of which the nucleus has that share below."""
-    for row, generator in zip(logits, sampler._generators, strict=True):
-        scaled = (row.double() - row.double().amax()) / sampler._temperature
-        ordered, tokens = scaled.softmax(-1).sort(descending=True, stable=True)
-        upto = ordered.cumsum(-1)
-        kept = int(((upto - ordered) < sampler._top_p).sum())
-        point = torch.rand((), generator=generator, dtype=torch.float64) * upto[kept - 1]
-        chosen = int(torch.searchsorted(upto[:kept], point, right=True))
-        yield int(tokens[min(chosen, kept - 1)])
-
-
-@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
-@pytest.mark.parametrize("vocabulary", [7, 1000])
-def test_rows_are_sampled_together_as_one_by_one(top_p: float, vocabulary: int) -> None:
-    logits = 3 * torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(1))
-    together, alone = (Sampler(5, 0.8, top_p, seed=3) for _ in range(2))
-    for turn in range(40):
-        found = together.sample(logits + turn)
-        assert found.tolist() == list(one_by_one(alone, logits + turn))
-    assert found.device.type == "cpu"

@@ -1,7 +1,7 @@
 """Sampling and generation: repeatable, each row by itself, ended by ids and texts."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -198,3 +198,26 @@ def test_logits_that_are_no_numbers_are_refused(temperature: float) -> None:
     logits[1, 2] = torch.nan
     with pytest.raises(NemocError, match="row 1: the model's logits are not finite numbers"):
         Sampler(3, temperature).sample(logits)
+
+
+def one_by_one(sampler: Sampler, logits: torch.Tensor) -> Iterator[int]:
+    """Sampling row by row, written differently: the least p of which the nucleus has that share below."""
+    for row, generator in zip(logits, sampler._generators, strict=True):
+        scaled = (row.double() - row.double().amax()) / sampler._temperature
+        ordered, tokens = scaled.softmax(-1).sort(descending=True, stable=True)
+        upto = ordered.cumsum(-1)
+        kept = int(((upto - ordered) < sampler._top_p).sum())
+        point = torch.rand((), generator=generator, dtype=torch.float64) * upto[kept - 1]
+        chosen = int(torch.searchsorted(upto[:kept], point, right=True))
+        yield int(tokens[min(chosen, kept - 1)])
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("vocabulary", [7, 1000])
+def test_rows_are_sampled_together_as_one_by_one(top_p: float, vocabulary: int) -> None:
+    logits = 3 * torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(1))
+    together, alone = (Sampler(5, 0.8, top_p, seed=3) for _ in range(2))
+    for turn in range(40):
+        found = together.sample(logits + turn)
+        assert found.tolist() == list(one_by_one(alone, logits + turn))
+    assert found.device.type == "cpu"

@@ -10,8 +10,20 @@ import torch
 
 from nemoc.models import ModelConfig
 from nemoc.models.reference import from_disk
+from support.quantized import Tensors
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+
+Source = tuple[ModelConfig, Tensors]
+"""A model as a checkpoint holds it."""
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "latent": {"hybrid_override_pattern": "MEM*ME"},
+    "moe": {"hybrid_override_pattern": "ME*M", "moe_latent_size": None},
+    "dense": {"hybrid_override_pattern": "M*-M"},
+    "both": {"hybrid_override_pattern": "ME*-"},
+}
+"""Changes to `WIDE`."""
 
 
 def arrays(tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> Arrays:
