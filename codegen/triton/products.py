@@ -386,18 +386,17 @@ def _grouped_tile(body: Body, made: Product, schedule: Schedule) -> _Tile:
     if groups.mask:
         tiles = writer.let("tiles", f"tl.where({groups.mask}, {tiles}, 0)")
     ends = writer.let("ends", f"tl.cumsum({tiles}, axis=1)")
-    group = writer.let("group", f"tl.sum(({ends} <= {tile}).to(tl.int32))")
+    # How many groups have all their tiles before this one, and how many tiles that is, in one number, since all that
+    # goes over the groups makes warps wait for each other. Where the group begins and ends is loaded again.
+    base = 2 * columns
+    passed = f"{ends}.to(tl.int64) * {base} + {following}"
+    found = writer.let("found", f"tl.max(tl.where({ends} <= {tile}, {passed}, 0))")
+    group = writer.let("group", f"({found} % {base}).to(tl.int32)")
+    before = writer.let("before", f"({found} // {base}).to(tl.int32)")
     _stop_behind(writer, group, made.groups)
-    mine = writer.let("mine", f"{groups.column} == {group}")
-
-    def of_mine(values: str) -> str:
-        return writer.let("own", f"tl.sum(tl.where({mine}, {values}, 0))")
-
-    first = of_mine(start)
-    within = writer.let("within", f"{tile} - {of_mine(f'{ends} - {tiles}')}")
-    begin = writer.let("begin", f"{first} + {within} * {schedule.rows}")
+    first, end = (body.tile(one, Place("0", at, 1, 1)) for at in (group, f"({group} + 1)"))
+    begin = writer.let("begin", f"{first} + ({tile} - {before}) * {schedule.rows}")
     number = writer.let("number", f"{begin} + tl.arange(0, {schedule.rows})[:, None]")
-    end = of_mine(stop)
     last = writer.let("last", f"{end} - 1")
     row = writer.let("row", f"tl.minimum({number}, {last})")
     exists = writer.let("exists", f"{number} < {end}")

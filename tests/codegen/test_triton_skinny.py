@@ -342,12 +342,14 @@ def test_groups_of_few_rows_are_multiplied_in_fragments(
 
 
 def test_codes_of_a_group_are_all_asked_for_before_the_next_kernel_may_start() -> None:
+    """Until then warps have waited for each other four times: for a running sum over groups, and for a maximum."""
     made = emit(experts(2688, 1856, 128, 6, spread=True), SM_90).stages[0].kernel
     assert isinstance(made, GpuKernel)
     (binary,) = compile_variants([Variant(made, (True,) * len(made.pointers))], SM_90).values()
     names = instructions(binary.code)
     early = names[names.index("ACQBULK") : names.index("PREEXIT")]
     assert early.count("LDG.E.128") == 2 * 6
+    assert sum(name.startswith("BAR") for name in early) <= 4
     assert binary.report.spilled == 0 and binary.report.occupancy.warps >= 16
 
 
