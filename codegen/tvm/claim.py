@@ -22,7 +22,7 @@ apart."""
 
 
 def claim_source(target: CpuTarget) -> str:
-    """The function's text: it goes through the shares, from the thread's own on.
+    """The function's text: it goes through the shares that are not empty, from the thread's own on.
 
     Barriers order what threads do otherwise, so that counting need not. A share that is used up is only looked at:
     those who find it so do not take its line out of each other's caches.
@@ -31,15 +31,20 @@ def claim_source(target: CpuTarget) -> str:
 target triple = "{target.triple}"
 
 define hidden i32 @{CLAIM}(ptr %claims, ptr %task, i32 %tasks, i32 %thread, i32 %threads) nounwind {{
-entry:
+  %some = icmp ugt i32 %tasks, 0
+  br i1 %some, label %begin, label %none
+
+begin:
   %each = udiv i32 %tasks, %threads
   %rest = urem i32 %tasks, %threads
+  %few = icmp ult i32 %tasks, %threads
+  %shares = select i1 %few, i32 %tasks, i32 %threads
   br label %look
 
 look:
-  %turn = phi i32 [ 0, %entry ], [ %next_turn, %next ]
+  %turn = phi i32 [ 0, %begin ], [ %next_turn, %next ]
   %number = add i32 %thread, %turn
-  %owner = urem i32 %number, %threads
+  %owner = urem i32 %number, %shares
   %has_more = icmp ult i32 %owner, %rest
   %more = zext i1 %has_more to i32
   %count = add i32 %each, %more
@@ -56,7 +61,7 @@ claim:
 
 next:
   %next_turn = add i32 %turn, 1
-  %goes_on = icmp ult i32 %next_turn, %threads
+  %goes_on = icmp ult i32 %next_turn, %shares
   br i1 %goes_on, label %look, label %none
 
 found:

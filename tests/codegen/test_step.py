@@ -89,14 +89,14 @@ module = tvm_ffi.load_module(library)
 """
 
 RUN = """
-for rows in (1, 2, 3, 7, 50):
+for rows in (0, 1, 2, 3, 7, 50):
     x = np.arange(rows * {width}, dtype=np.int32).reshape(rows, {width})
     a, b = x.copy(), np.full(rows * {width} + 16, -1, dtype=np.int32)
     module["ring"](ctypes.c_void_p(a.ctypes.data), ctypes.c_void_p(b.ctypes.data), rows, 1, 4, threads)
     for _ in range({phases}):
         x = x + np.roll(x, -1, axis=0)
     assert np.array_equal(a, x), ("ring", rows)
-for rows in (1, 2, 3, 7, 50):
+for rows in (0, 1, 2, 3, 7, 50):
     x = np.arange(2 * rows * {width}, dtype=np.int32).reshape(2, rows, {width})
     a, b, c, d = x[0].copy(), np.full_like(x[0], -1), np.full_like(x[0], -1), x[1].copy()
     pointers = (ctypes.c_void_p(array.ctypes.data) for array in (a, b, c, d))
