@@ -1,4 +1,4 @@
-"""The memory plan of scratch: where each buffer of a step lies in one arena, so that no step allocates."""
+"""The memory plan of scratch: where each buffer of a step lies in one arena, so that no step allocates any."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

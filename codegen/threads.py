@@ -1,7 +1,8 @@
-"""What holds for the threads of TVM's pool, whether they run a program or a kernel alone."""
+"""The processors of this process, and the threads of TVM's pool, whether they run a program or a kernel alone."""
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 SHARE_CORES, ONE_CORE_EACH = -3, -2
 """TVM's thread pool modes in which threads may run on any of the given cores, or each stays on one of them; without
@@ -24,12 +25,19 @@ def usable_processors() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def use_threads(configure: Callable[..., object], count: int, mode: int = SHARE_CORES) -> None:
+def use_threads(
+    find: Callable[[str], Callable[..., Any]], count: int, mode: int = SHARE_CORES
+) -> int:
     """Have what the calling thread runs share so many threads, on the cores that this process may use.
 
     Args:
-        configure: TVM's function `runtime.config_threadpool`. It keeps a pool for each thread that calls it.
-        count: how many threads; never more than the pool had when it was made.
+        find: finds TVM's functions by name. TVM keeps a pool for each thread that calls it.
+        count: how many threads are wanted.
         mode: of TVM's pool.
+
+    Returns:
+        How many there are: no more than processors, or than the environment allows.
     """
-    configure(mode, count, [str(processor) for processor in usable_processors()])
+    processors = [str(processor) for processor in usable_processors()]
+    find("runtime.config_threadpool")(mode, min(count, len(processors)), processors)
+    return int(find("runtime.NumThreads")())

@@ -1,7 +1,8 @@
 """The `cpu` target: step functions in a shared library, loaded with TVM's small runtime and no compiler.
 
 A step function takes pointers to weights, state, scratch, its inputs and its output, then B, L and C and how many
-threads it has. Scratch is allocated once; a step allocates its logits and nothing else.
+threads it has. Scratch is allocated once; a step allocates its logits, and in TVM's pool what its threads claim tasks
+in.
 """
 
 import ctypes
@@ -111,7 +112,7 @@ class CpuBackend:
         logits = torch.empty((*shape, self._vocab), dtype=torch.float32)
         given = {"tokens": tokens, "valid": valid}
         with self._lock:
-            _use_threads(self.threads)
+            threads = _use_threads(self.threads)
             self._functions[function](
                 *map(_pointer, (self._weights, state.arena, self._scratch)),
                 *(_pointer(given[name]) for name in self._inputs[function]),
@@ -119,7 +120,7 @@ class CpuBackend:
                 batch,
                 length,
                 state.capacity,
-                self.threads,
+                threads,
             )
         return logits
 
@@ -174,11 +175,13 @@ def _not_installed() -> NemocError:
 
 
 _configured = threading.local()
-"""How many threads the pool of this thread has: TVM keeps a pool for each thread that calls it."""
+"""How many threads were wanted in the pool of this thread, and how many there are: TVM keeps one for each thread that
+calls it."""
 
 
-def _use_threads(count: int) -> None:
-    if getattr(_configured, "count", None) == count:
-        return
-    use_threads(_runtime().get_global_func("runtime.config_threadpool"), count)
-    _configured.count = count
+def _use_threads(count: int) -> int:
+    if getattr(_configured, "wanted", None) != count:
+        _configured.found = use_threads(_runtime().get_global_func, count)
+        _configured.wanted = count
+    found: int = _configured.found
+    return found

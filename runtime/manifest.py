@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 FORMAT = "nemoc artifact"
 VERSION = 2
-"""Version of the format; raised whenever an older nemoc could misread a newer artifact."""
+"""Version of the format; raised whenever one nemoc could misread the artifact of another."""
 
 GRAPHS = {name: f"graphs/{name}.ir" for name in FUNCTIONS}
 """For each function that there may be, the file with its graph."""

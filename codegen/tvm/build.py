@@ -24,6 +24,9 @@ from nemoc.ir.errors import NemocError
 _FUNCTION = re.compile(r"^(?=    @T\.prim_func)", re.MULTILINE)
 """Where a function of a module's text begins."""
 
+Compiler = Callable[[str, CpuTarget], tvm.runtime.Module]
+"""What turns a text into a compiled module."""
+
 
 def lower_module(source: str, target: CpuTarget) -> tvm.IRModule:
     """Read module text and lower it to what LLVM code generation takes.
@@ -93,10 +96,6 @@ def build_library(
         cc.create_shared(str(path), objects, cc=linker)
 
 
-Compiler = Callable[[str, CpuTarget], tvm.runtime.Module]
-"""What turns a text into a compiled module."""
-
-
 def _write_object(
     source: str, compiler: Compiler, target: CpuTarget, path: Path, store: ObjectStore | None
 ) -> None:
@@ -120,7 +119,7 @@ def _key(source: str, target: CpuTarget) -> str:
 @functools.cache
 def _compiler() -> tuple[str, ...]:
     """What compiles text: TVM, LLVM, and the sources that stand before them."""
-    own = (Path(__file__), Path(inspect.getfile(read_module)))
+    own = (Path(__file__), *(Path(inspect.getfile(f)) for f in (read_module, compile_claim)))
     return (
         tvm.__version__,
         str(tvm.get_global_func("target.llvm_version_major")()),
@@ -129,7 +128,7 @@ def _compiler() -> tuple[str, ...]:
 
 
 def _parts(source: str, target: CpuTarget) -> Iterator[tuple[str, Compiler]]:
-    """The text of a module as several, with one function each, wherever in the module that stands."""
+    """Texts of one function each, and what compiles them: those of a module, and the one that all its steps call."""
     head, *functions = _FUNCTION.split(source)
     for text in functions:
         yield f"{head}{text.rstrip()}\n", compile_module

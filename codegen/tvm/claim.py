@@ -24,8 +24,8 @@ apart."""
 def claim_source(target: CpuTarget) -> str:
     """The function's text: it goes through the shares that are not empty, from the thread's own on.
 
-    Barriers order what threads do otherwise, so that counting need not. A share that is used up is only looked at:
-    those who find it so do not take its line out of each other's caches.
+    All else that threads share is ordered by barriers, so counting orders nothing. A share that is used up is only
+    looked at: those who find it so do not take its line out of each other's caches.
     """
     return f"""\
 target triple = "{target.triple}"
@@ -79,7 +79,7 @@ none:
 
 
 def compile_claim(source: str, target: CpuTarget) -> tvm.runtime.Module:
-    """The compiled function, for the platform that its text names."""
+    """The compiled function, for any CPU of the platform that its text names, with the platform's own data layout."""
     with tempfile.TemporaryDirectory(prefix="nemoc-") as folder:
         path = Path(folder) / "claim.ll"
         path.write_text(source)

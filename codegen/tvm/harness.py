@@ -122,12 +122,11 @@ def _caller() -> ThreadPoolExecutor:
     return caller
 
 
-def start_threads(count: int, mode: int = SHARE_CORES) -> None:
-    """`use_threads` of kernels, before and after the pool is made."""
+def start_threads(count: int, mode: int = SHARE_CORES) -> int:
+    """Set up the pool in which kernels run, which the first call makes; how many threads it has."""
     let_idle_threads_sleep()
-    use_threads(tvm.get_global_func("runtime.config_threadpool"), count, mode)
+    return use_threads(tvm.get_global_func, count, mode)
 
 
 def _call(function: Callable[..., None], threads: int, args: tuple[object, ...]) -> None:
-    start_threads(threads)
-    function(*args, threads)
+    function(*args, start_threads(threads))

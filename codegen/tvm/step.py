@@ -2,8 +2,8 @@
 
 Memory is read fastest where a thread reads one stretch of it, so each thread has a consecutive share of a launch's
 tasks. It claims them one by one, and when none is left claims tasks of the other shares: threads that are not equally
-fast, or lose their core for a while, wait for each other no longer than a task takes. Which thread carries out a task
-changes nothing in what the task computes.
+fast, or lose their core for a while, wait for each other no longer than for the task at hand. Which thread carries out
+a task changes nothing in what the task computes.
 """
 
 from collections.abc import Iterable
@@ -12,6 +12,9 @@ from nemoc.codegen.plan import Launch, StepFunction
 from nemoc.codegen.tvm.claim import CLAIM, LINE
 from nemoc.codegen.tvm.writer import offset_text, size_text
 
+_NAMES = frozenset(("memory", "line", "thread", "threads", "B", "L", "C"))
+"""What a step function calls its own."""
+
 
 def step_source(step: StepFunction) -> str:
     """The text of a step function: `(arena pointers..., B, L, C, threads)`.
@@ -19,14 +22,16 @@ def step_source(step: StepFunction) -> str:
     In memory of its own, rows of a line for each thread, it keeps the claims of each launch of a phase, in two sets of
     rows that phases use in turn, and in one more row the task that each thread is at.
     """
+    assert not _NAMES.intersection(step.arenas), f"{step.name}: arenas are called {step.arenas}"
     most = max(map(len, step.phases), default=0)
+    first = len(next(iter(step.phases), ()))
     pointers = "".join(f"{a}: T.handle, " for a in step.arenas)
     text = f"""\
     @T.prim_func(s_tir=True)
     def {step.name}({pointers}B: T.int32, L: T.int32, C: T.int32, threads: T.int32):
         with T.attr(0, "device_type", 1), T.attr(0, "device_id", 0):
             memory = T.alloc_buffer(({2 * most + 1} * threads * {LINE},), "int32")
-            for line in range({2 * most} * threads):
+            for line in range({first} * threads):
                 memory[line * {LINE}] = 0
             with T.attr(0, "pragma_parallel_launch_point", 1):
 """

@@ -272,8 +272,8 @@ def answer(request: Mapping[str, Any], setup: Mapping[str, Any]) -> dict[str, An
 
 def _start(setup: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     torch.set_num_threads(setup["threads"])
-    start_threads(setup["threads"], ONE_CORE_EACH)
-    return functools.partial(answer, setup=setup)
+    threads = start_threads(setup["threads"], ONE_CORE_EACH)
+    return functools.partial(answer, setup={**setup, "threads": threads})
 
 
 if __name__ == "__main__":

@@ -23,14 +23,14 @@ BYTES_PER_LAUNCH = 300
 
 
 def kernel(stem: str) -> Stage:
-    """Task i of B: y[i] = x[i] squared three times, small enough that LLVM would copy it to its callers."""
+    """Task i of B: y[i] = x[i] squared thirty times, small enough that LLVM would copy it to its callers."""
     writer = KernelWriter(stem)
     view = View(DType.F32, (B, WIDTH), (WIDTH, 1))
     x = writer.buffer("x", Arg("operand", 0), view)
     y = writer.buffer("y", Arg("result", 0), view)
     with writer.loop("j", WIDTH) as j:
         value = writer.value("v", writer.load(x, f"task, {j}"))
-        for _ in range(60):
+        for _ in range(30):
             writer.line(f"{value} = {value} * {value}")
         writer.store(y, f"task, {j}", value)
     return writer.finish(B)
@@ -39,11 +39,11 @@ def kernel(stem: str) -> Stage:
 def step(name: str, launches: int) -> StepFunction:
     """A step that launches two kernels in turn, with a barrier after each."""
     kernels = kernel("one").kernel, kernel("other").kernel
-    places = Address("memory"), Address("memory", 4096)
+    places = Address("arena"), Address("arena", 4096)
     phases = tuple(
         (Launch(kernels[i % 2], (places[i % 2], places[(i + 1) % 2])),) for i in range(launches)
     )
-    return StepFunction(name, ("memory",), phases)
+    return StepFunction(name, ("arena",), phases)
 
 
 @pytest.fixture(scope="module")

@@ -46,10 +46,10 @@ def _module(op: Op) -> str:
     """The text of a module that runs an op's plan once."""
     plan = emit(Site.dense(op), cpu_target("cpu:x86-64-v3"))
     launches = tuple(
-        Launch(s.kernel, tuple(Address("memory", 64 * i) for i, _ in enumerate(s.args)))
+        Launch(s.kernel, tuple(Address("arena", 64 * i) for i, _ in enumerate(s.args)))
         for s in plan.stages
     )
-    return module_source([StepFunction("step", ("memory",), (launches,))])
+    return module_source([StepFunction("step", ("arena",), (launches,))])
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.mnemonic())

@@ -52,6 +52,15 @@ def braid_step(name: str, phases: int) -> StepFunction:
     return StepFunction(name, ("a", "b", "c", "d"), (there, back) * (phases // 2))
 
 
+def uneven_step(name: str) -> StepFunction:
+    """One launch and two in turn: a ring between a and b, and one between c and d, three times each."""
+    kernel = ring_kernel().kernel
+    a, b, c, d = map(Address, "abcd")
+    ab, ba, cd, dc = (Launch(kernel, pair) for pair in ((a, b), (b, a), (c, d), (d, c)))
+    phases = ((ab,), (ba, cd), (dc,), (ab, cd))
+    return StepFunction(name, ("a", "b", "c", "d"), phases)
+
+
 def waiting_step(name: str) -> StepFunction:
     """Eight tasks; the first waits until all others have run, or some seconds. They count themselves in x[0]."""
     writer = KernelWriter("waiting")
@@ -105,6 +114,14 @@ for rows in (0, 1, 2, 3, 7, 50):
         x = x + np.roll(x, -1, axis=1)
     swapped = {phases} // 2 % 2
     assert np.array_equal(a, x[swapped]) and np.array_equal(d, x[1 - swapped]), ("braid", rows)
+for rows in (0, 1, 2, 3, 7, 50):
+    x = np.arange(2 * rows * {width}, dtype=np.int32).reshape(2, rows, {width})
+    a, b, c, d = x[0].copy(), np.full_like(x[0], -1), x[1].copy(), np.full_like(x[0], -1)
+    pointers = (ctypes.c_void_p(array.ctypes.data) for array in (a, b, c, d))
+    module["uneven"](*pointers, rows, 1, 4, threads)
+    for _ in range(3):
+        x = x + np.roll(x, -1, axis=1)
+    assert np.array_equal(b, x[0]) and np.array_equal(d, x[1]), ("uneven", rows)
 assert "tvm" not in sys.modules
 compiler = [line for line in open("/proc/self/maps") if "libtvm_compiler" in line]
 assert not compiler
@@ -123,7 +140,8 @@ print("ok")
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("library") / "ring.so"
-    steps = [ring_step("ring", 6), braid_step("braid", 6), waiting_step("waiting")]
+    steps = [ring_step("ring", 6), braid_step("braid", 6), uneven_step("uneven")]
+    steps.append(waiting_step("waiting"))
     build_library(module_source(steps), cpu_target(), path)
     return path
 
@@ -145,7 +163,7 @@ def run(library: Path, script: str, pool: int, threads: int) -> None:
 def test_phases_see_each_others_writes_without_the_compiler(
     library: Path, pool: int, threads: int
 ) -> None:
-    """The compiler is never loaded; there may be more threads than tasks or cores, or others than the step is for."""
+    """The compiler is never loaded; there may be more threads than tasks or cores, or a pool of another size."""
     run(library, RUN.replace("{width}", str(WIDTH)).replace("{phases}", "6"), pool, threads)
 
 
@@ -172,7 +190,7 @@ def test_source_of_a_step() -> None:
 {head}B: T.int32, L: T.int32, C: T.int32, threads: T.int32):
     with T.attr(0, "device_type", 1), T.attr(0, "device_id", 0):
         memory = T.alloc_buffer((3 * threads * 32,), "int32")
-        for line in range(2 * threads):
+        for line in range(1 * threads):
             memory[line * 32] = 0
         with T.attr(0, "pragma_parallel_launch_point", 1):
             with T.attr(0, "pragma_parallel_barrier_when_finish", 1):

@@ -1,4 +1,4 @@
-"""Models that several files of tests read, made once."""
+"""Models that several files of tests read."""
 
 import shutil
 from collections.abc import Callable
@@ -49,3 +49,9 @@ def gguf_sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
         tensors = load_file(directory / "model.safetensors")
         found[name] = replace(config, num_nextn_predict_layers=0, bos_token_id=None), tensors
     return found
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a GGUF file is to be."""
+    return tmp_path / "model.gguf"

@@ -21,11 +21,6 @@ from support.quantized import WIDE, Tensors
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "model.gguf"
-
-
 # Element types.
 
 

@@ -28,11 +28,6 @@ def whole(gguf_sources: dict[str, Source], tmp_path_factory: pytest.TempPathFact
     return path.read_bytes()
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "model.gguf"
-
-
 def _refusal(path: Path) -> str:
     with pytest.raises(NemocError) as caught:
         open_model(path)

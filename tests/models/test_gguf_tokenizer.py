@@ -17,11 +17,6 @@ from support.gguf_files import Source, write_file
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "model.gguf"
-
-
 _TEXTS = (
     "def main():\n    return x[1] + 12345\n",
     "it's they'll I'M ½ ²³ é日本語 🙂\u200d x\u00a0y",

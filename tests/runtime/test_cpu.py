@@ -172,6 +172,13 @@ def test_a_library_that_is_none_is_refused(
         load(copy)
 
 
+def test_there_are_no_more_threads_than_processors(cpu: Executable, saved: Path) -> None:
+    results = []
+    for exe in (cpu, load(saved, threads=1 << 32)):
+        results.append(exe.prefill(IDS[:2], exe.new_state(2)))
+    assert torch.equal(*results)
+
+
 def test_no_threads_are_refused(saved: Path) -> None:
     with pytest.raises(NemocError, match="threads is 0, expected at least 1"):
         load(saved, threads=0)
