@@ -92,13 +92,14 @@ class KernelWriter:
         counts. Every program has to come here.
         """
         assert len(self._scopes) == 1
+        assert self._turn or self._wait == "wait_turn()", "the next kernel may have been launched"
         self._turn = self._turn or len(self._lines)
 
     def let_next(self) -> None:
         """Let the next kernel be launched here, behind loads that the assembler is not to put off.
 
         It keeps their order with this, and otherwise would have what was loaded before decoded first. Behind
-        `wait_turn`, in every program.
+        `wait_turn`, if that is called, in every program.
         """
         assert len(self._scopes) == 1
         self._wait = "wait()"

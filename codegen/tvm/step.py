@@ -24,14 +24,14 @@ def step_source(step: StepFunction) -> str:
     """
     assert not _NAMES.intersection(step.arenas), f"{step.name}: arenas are called {step.arenas}"
     most = max(map(len, step.phases), default=0)
-    first = len(next(iter(step.phases), ()))
+    zeroed = len(step.phases[0]) if step.phases else 0
     pointers = "".join(f"{a}: T.handle, " for a in step.arenas)
     text = f"""\
     @T.prim_func(s_tir=True)
     def {step.name}({pointers}B: T.int32, L: T.int32, C: T.int32, threads: T.int32):
         with T.attr(0, "device_type", 1), T.attr(0, "device_id", 0):
             memory = T.alloc_buffer(({2 * most + 1} * threads * {LINE},), "int32")
-            for line in range({first} * threads):
+            for line in range({zeroed} * threads):
                 memory[line * {LINE}] = 0
             with T.attr(0, "pragma_parallel_launch_point", 1):
 """
