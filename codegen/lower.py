@@ -16,6 +16,7 @@ from nemoc.codegen.memory import Lifetime, plan_memory
 from nemoc.codegen.plan import (
     Address,
     Arg,
+    Job,
     Kernel,
     Launch,
     LayoutError,
@@ -177,11 +178,13 @@ class _Launch:
         places: for each pointer parameter, where it points to.
         written: the memory that it may write: all that its plan writes, since a plan does not say which of its stages
             write what they share.
+        job: what it is a part of.
     """
 
     kernel: Kernel
     places: tuple[_Place, ...]
     written: frozenset[_Memory]
+    job: int
 
     @property
     def memories(self) -> frozenset[_Memory]:
@@ -212,6 +215,7 @@ class _Lowering:
         self._arenas = arena_names(graph)
         self._places: dict[Value, _Place] = {}
         self._launches: list[_Launch] = []
+        self._jobs: list[Job] = []
         self._last_use = _last_uses(graph)
         self._slots: dict[Value, _Place] = {}
         self._bind_arguments(weights, state)
@@ -238,7 +242,7 @@ class _Lowering:
             phases[phase].append(launch)
         size = self._plan_scratch(phases)
         placed = tuple(tuple(map(_placed, launches)) for launches in phases)
-        return StepFunction(self._name, self._arenas, placed), size
+        return StepFunction(self._name, self._arenas, placed, tuple(self._jobs)), size
 
     def _plan_scratch(self, phases: Sequence[Sequence[_Launch]]) -> int:
         """Give scratch its offsets; returns the bytes that it takes."""
@@ -314,7 +318,13 @@ class _Lowering:
             if number not in places:
                 places[number] = self._output_place(value) or _scratch(view)
             self._put(value, places[number])
-        self._launch(plan, operands, places)
+        self._launch(Job(node.op, self._largest_weight(node)), plan, operands, places)
+
+    def _largest_weight(self, node: Node) -> str:
+        """The name of the largest weight that a node reads, empty if it reads none."""
+        stored = (v for v in node.op.distinct_operands if self._places[v].memory.arena == WEIGHTS)
+        largest = max(stored, key=lambda v: int(v.type.bytes), default=None)
+        return "" if largest is None else largest.name
 
     def _plan(self, index: int, node: Node, results: tuple[View, ...]) -> tuple[Plan, list[_Place]]:
         """The plan of a node, and its operands' places: a dense copy where the kernels cannot have the operand itself.
@@ -367,9 +377,11 @@ class _Lowering:
         value = Value("x", TensorType(source.view.dtype, source.view.shape))
         op = Cast(value, source.view.dtype)
         plan = self._emit(Site(op, (source.view,), (target.view,)))
-        self._launch(plan, [source], {0: target})
+        self._launch(Job(op), plan, [source], {0: target})
 
-    def _launch(self, plan: Plan, operands: list[_Place], results: Mapping[int, _Place]) -> None:
+    def _launch(
+        self, job: Job, plan: Plan, operands: list[_Place], results: Mapping[int, _Place]
+    ) -> None:
         scratch = [_scratch(view) for view in plan.scratch]
         written = {p.memory for p in (*results.values(), *scratch)}
 
@@ -381,10 +393,11 @@ class _Lowering:
                     return results[arg.index]
             return scratch[arg.index]
 
+        self._jobs.append(job)
         for stage in plan.stages:
             places = tuple(map(place, stage.args))
             writes = frozenset(p.memory for p in places if p.memory in written)
-            self._launches.append(_Launch(stage.kernel, places, writes))
+            self._launches.append(_Launch(stage.kernel, places, writes, len(self._jobs) - 1))
 
     def _finish_results(self) -> None:
         """Copy to their places the outputs and next states that are not there yet.
@@ -423,7 +436,8 @@ def _dense_scratch(place: _Place) -> _Place:
 def _placed(launch: _Launch) -> Launch:
     """A launch by addresses, once memory is planned."""
     places = ((p.memory, p.offset) for p in launch.places)
-    return Launch(launch.kernel, tuple(Address(m.arena, dim(m.offset + o)) for m, o in places))
+    buffers = tuple(Address(m.arena, dim(m.offset + o)) for m, o in places)
+    return Launch(launch.kernel, buffers, launch.job)
 
 
 def _last_uses(graph: Graph) -> dict[Value, int]:

@@ -236,10 +236,30 @@ class Address:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel applied to tensors in memory, one address per pointer parameter."""
+    """A kernel applied to tensors in memory.
+
+    Attributes:
+        kernel: the kernel.
+        buffers: one address for each pointer parameter.
+        job: which of the step function's jobs it is a part of.
+    """
 
     kernel: Kernel
     buffers: tuple[Address, ...]
+    job: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """An op that a step function carries out by one launch or several.
+
+    Attributes:
+        op: the op.
+        weight: the name of the largest stored weight among its operands; empty if there is none.
+    """
+
+    op: Op
+    weight: str = ""
 
 
 @dataclass(frozen=True)
@@ -251,11 +271,13 @@ class StepFunction:
         arenas: the pointer parameters in order.
         phases: what it runs: the launches of one phase in any order or at once, and each sees everything that those of
             earlier phases wrote.
+        jobs: what the launches are parts of; none where nobody asks.
     """
 
     name: str
     arenas: tuple[str, ...]
     phases: tuple[tuple[Launch, ...], ...]
+    jobs: tuple[Job, ...] = ()
 
     @property
     def launches(self) -> tuple[Launch, ...]:

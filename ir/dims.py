@@ -6,6 +6,7 @@ and compare with `==`; a constant is always a plain `int`.
 
 import ast
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
@@ -121,6 +122,67 @@ def format_dim(value: Dim) -> str:
     return str(value)
 
 
+def estimate_text(text: str, env: Mapping[str, int]) -> float:
+    """What `estimate` gives for a closed form as `format_dim` prints it, read from anywhere and never as Python.
+
+    Args:
+        text: integers, symbols, + - * / **, floor, ceiling, Min, Max, sqrt, log, exp.
+        env: the values of the symbols.
+
+    Raises:
+        IRError: the text is no such form, has another symbol, or has no finite value there.
+    """
+    tree = _expression(text, _LONGEST_FORM)
+    try:
+        found = _number(tree, text, env)
+    except (ArithmeticError, ValueError, RecursionError) as error:
+        raise IRError(f"closed form {text[:60]!r} has no value: {error}") from None
+    if isinstance(found, complex) or not math.isfinite(found):
+        raise IRError(f"closed form {text[:60]!r} is {found}, expected a finite number")
+    return found
+
+
+_LONGEST_FORM = 4000
+"""Characters of the longest closed form that is read."""
+
+_NUMERIC: dict[str, tuple[Callable[..., float], range]] = {
+    "floor": (math.floor, range(1, 2)),
+    "ceiling": (math.ceil, range(1, 2)),
+    "Min": (min, range(2, 5)),
+    "Max": (max, range(2, 5)),
+    "sqrt": (math.sqrt, range(1, 2)),
+    "log": (math.log, range(1, 2)),
+    "exp": (math.exp, range(1, 2)),
+}
+"""Functions of closed forms, and with how many arguments."""
+
+
+def _number(node: ast.expr, text: str, env: Mapping[str, int]) -> float:
+    match node:
+        case ast.Constant(value=int(number)) if not isinstance(number, bool):
+            return float(number)
+        case ast.Name(id=name) if name in env:
+            return float(env[name])
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_number(operand, text, env)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            found: float = _OPERATORS[type(op)](*(_number(n, text, env) for n in (left, right)))
+            return found
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _NUMERIC:
+            function, arity = _NUMERIC[name]
+            if len(args) in arity:
+                return float(function(*(_number(a, text, env) for a in args)))
+    raise IRError(f"closed form {text[:60]!r} cannot be read")
+
+
+_OPERATORS: dict[type[ast.operator], Callable[[float, float], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
+
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -146,12 +208,7 @@ def parse_dim(text: str) -> Dim:
     Raises:
         IRError: the text is no dimension.
     """
-    if len(text) > _LONGEST:
-        raise IRError(f"dimension {text[:20]!r}... cannot be read: it has {len(text)} characters")
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise IRError(f"dimension {text!r} cannot be read") from None
+    tree = _expression(text, _LONGEST)
     _check_size(tree, text)
     value = dim(_from_ast(tree, text))
     if not isinstance(value, int) and not value.free_symbols:
@@ -161,6 +218,16 @@ def parse_dim(text: str) -> Dim:
 
 _LONGEST = 400
 """Characters of the longest dimension that is read; beyond, nesting could exhaust the parser."""
+
+
+def _expression(text: str, longest: int) -> ast.expr:
+    """The syntax tree of text from anywhere."""
+    if len(text) > longest:
+        raise IRError(f"dimension {text[:20]!r}... cannot be read: it has {len(text)} characters")
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise IRError(f"dimension {text!r} cannot be read") from None
 
 
 def _from_ast(node: ast.expr, text: str) -> Any:

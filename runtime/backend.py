@@ -1,10 +1,11 @@
 """What a target must offer to run a program, and what it is given to do so."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -14,6 +15,7 @@ from nemoc.ir.parser import Signature, parse
 from nemoc.runtime.manifest import Manifest
 from nemoc.runtime.program import Program
 from nemoc.runtime.state import State
+from nemoc.runtime.step_times import StepTimes
 from nemoc.runtime.weights import PackedWeights
 
 
@@ -39,6 +41,22 @@ class Backend(Protocol):
         Returns:
             float32 logits: [B, V], or [B, L, V] from `prefill_all`; on the backend's device, so that tokens can be
             chosen there and logits that nobody else wants stay there. The caller owns them.
+        """
+        ...
+
+
+@runtime_checkable
+class TimedBackend(Backend, Protocol):
+    """A backend that can say how long launches take."""
+
+    def timed(self, phases: Mapping[str, Sequence[int]]) -> AbstractContextManager[list[StepTimes]]:
+        """Let steps note how long their launches take, until the context ends.
+
+        Args:
+            phases: for each function, how many launches each of its phases has.
+
+        Returns:
+            What each step took that has run within the context, in order.
         """
         ...
 

@@ -1,16 +1,18 @@
 """The `cpu` target: step functions in a shared library, loaded with TVM's small runtime and no compiler.
 
-A step function takes pointers to weights, state, scratch, its inputs and its output, then B, L and C and how many
-threads it has. Scratch is allocated once; a step allocates its logits, and in TVM's pool what its threads claim tasks
-in.
+A step function takes pointers to weights, state, scratch, its inputs and its output, then B, L and C, how many threads
+it has, and where they note the time, if anybody wants to know. Scratch is allocated once; a step allocates its logits,
+and in TVM's pool what its threads claim tasks in.
 """
 
 import ctypes
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from nemoc.ir.errors import NemocError
 from nemoc.runtime.backend import Opened
 from nemoc.runtime.program import PREFILL_ALL, Program
 from nemoc.runtime.state import State
+from nemoc.runtime.step_times import StepTimes, launch_seconds
 from nemoc.runtime.weights import PackedWeights
 
 LIBRARY = "kernels/step.so"
@@ -95,6 +98,7 @@ class CpuBackend:
         self._weights = weights.data
         self._scratch = _allocate(library, scratch)
         self._lock = threading.Lock()
+        self._clock: _Clock | None = None
 
     def allocate(self, size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.uint8)
@@ -113,7 +117,8 @@ class CpuBackend:
         given = {"tokens": tokens, "valid": valid}
         with self._lock:
             threads = _use_threads(self.threads)
-            self._functions[function](
+            step = partial(
+                self._functions[function],
                 *map(_pointer, (self._weights, state.arena, self._scratch)),
                 *(_pointer(given[name]) for name in self._inputs[function]),
                 _pointer(logits),
@@ -122,7 +127,52 @@ class CpuBackend:
                 state.capacity,
                 threads,
             )
+            if self._clock is None:
+                step(None)
+            else:
+                self._clock.run(function, (batch, length, state.capacity), threads, step)
         return logits
+
+    @contextmanager
+    def timed(self, phases: Mapping[str, Sequence[int]]) -> Iterator[list[StepTimes]]:
+        clock = _Clock(phases)
+        with self._lock:
+            self._clock = clock
+        try:
+            yield clock.found
+        finally:
+            with self._lock:
+                self._clock = None
+
+
+class _Clock:
+    """Notes how long launches take.
+
+    Args:
+        phases: for each function, how many launches each phase has.
+
+    Attributes:
+        found: what each step took.
+    """
+
+    def __init__(self, phases: Mapping[str, Sequence[int]]) -> None:
+        self._phases = phases
+        self.found: list[StepTimes] = []
+
+    def run(
+        self,
+        function: str,
+        sizes: tuple[int, int, int],
+        threads: int,
+        step: Callable[[ctypes.c_void_p], object],
+    ) -> None:
+        """Run a step, which takes the address of its marks."""
+        phases = self._phases[function]
+        marks = torch.zeros(threads, sum(phases) + len(phases), dtype=torch.int64)
+        started = time.perf_counter()
+        step(_pointer(marks))
+        seconds = time.perf_counter() - started
+        self.found.append(StepTimes(function, sizes, seconds, *launch_seconds(marks, phases)))
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import cast
@@ -9,8 +10,10 @@ from typing import cast
 import torch
 
 from nemoc.ir.errors import NemocError
+from nemoc.ir.json_file import read_json
 from nemoc.runtime import inputs
-from nemoc.runtime.backend import Backend
+from nemoc.runtime.backend import Backend, TimedBackend
+from nemoc.runtime.costs import COSTS, CostRecord
 from nemoc.runtime.files import as_path
 from nemoc.runtime.generation import Endings, generate_tokens
 from nemoc.runtime.manifest import FileRecord, Manifest
@@ -18,7 +21,8 @@ from nemoc.runtime.program import DECODE, PREFILL, PREFILL_ALL, Program
 from nemoc.runtime.sampling import Sampler
 from nemoc.runtime.scalars import as_integer, check_count, check_integer
 from nemoc.runtime.state import State
-from nemoc.runtime.store import check_unreplaced, copy_artifact, share_weights
+from nemoc.runtime.step_times import StepTimes
+from nemoc.runtime.store import check_unreplaced, checked_path, copy_artifact, share_weights
 from nemoc.runtime.tokenizer import Tokenizer
 
 Stop = int | str | Sequence[int | str] | None
@@ -197,6 +201,44 @@ class Executable:
         prefill = partial(self.prefill, ids, state, counted)
         decode = partial(self._decode, state)
         return generate_tokens(prefill, decode, sampler, endings, max_new_tokens)
+
+    @cached_property
+    def costs(self) -> CostRecord | None:
+        """What the launches of each function are parts of; none where the target launches nothing.
+
+        Raises:
+            NemocError: another artifact has replaced this one, or the record is damaged.
+        """
+        if COSTS not in self._manifest.files:
+            return None
+        check_unreplaced(self.folder, self._manifest)
+        path = checked_path(self.folder, COSTS, self._manifest.files[COSTS])
+        return CostRecord.from_json(read_json(path), str(path))
+
+    @property
+    def times_launches(self) -> bool:
+        """Whether `timed` can be used on this target."""
+        return isinstance(self._backend, TimedBackend)
+
+    @contextmanager
+    def timed(self) -> Iterator[list[StepTimes]]:
+        """Let steps note how long each of their launches takes, until the context ends.
+
+            with executable.timed() as steps:
+                executable.prefill(ids, state)
+            steps[0].launches  # seconds, in the order of executable.costs.functions["prefill"].launches
+
+        Raises:
+            NemocError: launches are not timed on this target.
+        """
+        costs = self.costs
+        if costs is None or not isinstance(self._backend, TimedBackend):
+            raise NemocError(
+                f"{self.program.name}: launches are not timed on {self.program.target}"
+            )
+        phases = {name: [len(p) for p in f.phases] for name, f in costs.functions.items()}
+        with self._backend.timed(phases) as steps:
+            yield steps
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the artifact under a name; an artifact of that name is replaced, anything else is not.

@@ -22,7 +22,7 @@ from nemoc.runtime.program import DECODE, FUNCTIONS, PREFILL, Bounds, Generation
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 FORMAT = "nemoc artifact"
-VERSION = 2
+VERSION = 3
 """Version of the format; raised whenever one nemoc could misread the artifact of another."""
 
 GRAPHS = {name: f"graphs/{name}.ir" for name in FUNCTIONS}

@@ -16,7 +16,8 @@ from tvm import tirx
 from tvm.support import cc
 
 from nemoc.codegen.object_store import ObjectStore
-from nemoc.codegen.tvm.claim import claim_source, compile_claim
+from nemoc.codegen.tvm.claim import claim_source
+from nemoc.codegen.tvm.clock import mark_source
 from nemoc.codegen.tvm.reader import read_module
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.ir.errors import NemocError
@@ -60,6 +61,14 @@ def lower_module(source: str, target: CpuTarget) -> tvm.IRModule:
 def compile_module(source: str, target: CpuTarget) -> tvm.runtime.Module:
     """The compiled module; `inspect_source("asm")` of it gives the assembly."""
     return tvm.get_global_func("target.build.llvm")(lower_module(source, target), target.llvm)
+
+
+def compile_llvm(source: str, target: CpuTarget) -> tvm.runtime.Module:
+    """A compiled text of LLVM's, for any CPU of the platform that it names, with the platform's own data layout."""
+    with tempfile.TemporaryDirectory(prefix="nemoc-") as folder:
+        path = Path(folder) / "module.ll"
+        path.write_text(source)
+        return tvm.get_global_func("ffi.Module.load_from_file.ll")(str(path), "ll")
 
 
 def build_library(
@@ -119,7 +128,7 @@ def _key(source: str, target: CpuTarget) -> str:
 @functools.cache
 def _compiler() -> tuple[str, ...]:
     """What compiles text: TVM, LLVM, and the sources that stand before them."""
-    own = (Path(__file__), *(Path(inspect.getfile(f)) for f in (read_module, compile_claim)))
+    own = (Path(__file__), Path(inspect.getfile(read_module)))
     return (
         tvm.__version__,
         str(tvm.get_global_func("target.llvm_version_major")()),
@@ -128,11 +137,12 @@ def _compiler() -> tuple[str, ...]:
 
 
 def _parts(source: str, target: CpuTarget) -> Iterator[tuple[str, Compiler]]:
-    """Texts of one function each, and what compiles them: those of a module, and the one that all its steps call."""
+    """Texts of one function each, and what compiles them: those of a module, and those that all its steps call."""
     head, *functions = _FUNCTION.split(source)
     for text in functions:
         yield f"{head}{text.rstrip()}\n", compile_module
-    yield claim_source(target), compile_claim
+    for text in (claim_source(target), mark_source(target)):
+        yield text, compile_llvm
 
 
 def find_linker() -> str:

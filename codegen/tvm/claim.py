@@ -1,9 +1,4 @@
-"""Claiming tasks: the one function of a library that TIR cannot express, in LLVM's own language."""
-
-import tempfile
-from pathlib import Path
-
-import tvm
+"""Claiming tasks, in LLVM's own language: TIR has no atomic operations."""
 
 from nemoc.codegen.tvm.target import CpuTarget
 
@@ -76,11 +71,3 @@ none:
   ret i32 0
 }}
 """
-
-
-def compile_claim(source: str, target: CpuTarget) -> tvm.runtime.Module:
-    """The compiled function, for any CPU of the platform that its text names, with the platform's own data layout."""
-    with tempfile.TemporaryDirectory(prefix="nemoc-") as folder:
-        path = Path(folder) / "claim.ll"
-        path.write_text(source)
-        return tvm.get_global_func("ffi.Module.load_from_file.ll")(str(path), "ll")

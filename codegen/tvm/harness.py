@@ -129,4 +129,4 @@ def start_threads(count: int, mode: int = SHARE_CORES) -> int:
 
 
 def _call(function: Callable[..., None], threads: int, args: tuple[object, ...]) -> None:
-    function(*args, start_threads(threads))
+    function(*args, start_threads(threads), None)

@@ -151,7 +151,7 @@ def _outputs(subject: Subject, candidate: Candidate) -> tuple[torch.Tensor, ...]
 
     def call(buffers: Mapping[Arg, Buffer]) -> None:
         candidate.function(
-            *(buffers[arg].pointer for arg in views), *subject.sizes, subject.threads
+            *(buffers[arg].pointer for arg in views), *subject.sizes, subject.threads, None
         )
 
     all_views = Views(subject.operands, subject.results, candidate.scratch, candidate.updates)
@@ -220,7 +220,7 @@ def _call(
     function = candidate.function
 
     def call(held: Sequence[torch.Tensor] = held) -> object:
-        return function(*pointers, *subject.sizes, subject.threads)
+        return function(*pointers, *subject.sizes, subject.threads, None)
 
     return call
 

@@ -43,6 +43,7 @@ from nemoc.progress import Progress
 from nemoc.quantizations import Quantize, quantization, read_passes
 from nemoc.runtime import Bounds, Contents, Executable, Generation, Machine, build
 from nemoc.runtime import load as load_artifact
+from nemoc.runtime.costs import COSTS, CostRecord
 from nemoc.runtime.cpu import LIBRARY, kernel_record
 from nemoc.runtime.machine import thread_count
 from nemoc.runtime.scalars import check_count
@@ -408,6 +409,7 @@ def _generate(
             LIBRARY: compiled.library,
             "kernels/step.py": compiled.source,
             "kernels/launches.txt": describe(compiled.program.functions),
+            COSTS: CostRecord.of(compiled.program.functions).to_text(),
             **chosen.files(),
         },
     )
@@ -445,6 +447,7 @@ def _generate_gpu(
         **chosen.files(),
         "kernels/step.py": gpu_source(program, target),
         "kernels/launches.txt": describe(program.functions),
+        COSTS: CostRecord.of(program.functions).to_text(),
     }
     if target != INTERPRETER:
         store = KernelStore(read_options().cache / "kernels")

@@ -18,7 +18,7 @@ from nemoc.ir.dims import B
 from nemoc.ir.dtypes import DType
 
 WIDTH = 40
-BYTES_PER_LAUNCH = 300
+BYTES_PER_LAUNCH = 350
 """More machine code than a launch takes that calls its kernel, and less than one that holds a copy of it."""
 
 

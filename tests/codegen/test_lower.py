@@ -1,7 +1,9 @@
 """Graphs lowered, compiled and run as steps, against the interpreter."""
 
 import ctypes
+import dataclasses
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,7 +193,7 @@ def check_step(graph: Graph) -> None:
         *(arguments[v.name] for v in graph.inputs),
         *outputs,
     ]
-    step(*(ctypes.c_void_p(m.data_ptr()) for m in memory), *sizes.values(), 2)
+    step(*(ctypes.c_void_p(m.data_ptr()) for m in memory), *sizes.values(), 2, None)
     for found, wanted in zip(outputs, expected.outputs, strict=True):
         torch.testing.assert_close(found, wanted.contiguous(), rtol=1e-6, atol=1e-6)
     assert torch.equal(state, _block(state_layout, expected.states))
@@ -362,3 +364,27 @@ def test_scratch_suffices_for_every_shape_within_the_bounds(
 def test_corners_bound_tokens_and_leave_out_what_others_cover() -> None:
     assert [(c["B"], c["L"]) for c in corner_sizes(4, 10, 7)] == [(1, 10), (2, 5), (3, 4), (4, 3)]
     assert [(c["B"], c["L"]) for c in corner_sizes(64, 4, 7)] == [(1, 4), (3, 2), (64, 1)]
+
+
+def test_launches_say_which_op_they_are_a_part_of() -> None:
+    """The product, the copy that it asked for, and what uses it; the largest of its weights by name."""
+    graph = product_of_a_transposed_operand(Builder("step"))
+    weights = Layout.of((p.name, p.type) for p in graph.params)
+    (step,) = lower_program({"step": graph}, weights, CORNERS, emit_here).functions
+    jobs = [
+        (step.jobs[launch.job].op.mnemonic(), step.jobs[launch.job].weight)
+        for launch in step.launches
+    ]
+    assert jobs == [("cast", ""), ("linear", "w"), ("add", "")]
+    assert step.jobs[1].op is graph.nodes[1].op
+
+
+def test_launches_of_one_plan_are_parts_of_one_op() -> None:
+    def twice(site: Site) -> Plan:
+        plan = emit_here(site)
+        return dataclasses.replace(plan, stages=plan.stages * 2)
+
+    graph = two_chains(Builder("step"))
+    (step,) = lower_program({"step": graph}, Layout.of(()), CORNERS, twice).functions
+    parts = Counter(launch.job for launch in step.launches)
+    assert parts == dict.fromkeys(range(len(graph.nodes)), 2)

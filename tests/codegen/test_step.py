@@ -12,7 +12,8 @@ import sympy
 from nemoc.codegen.plan import Address, Arg, Launch, Stage, StepFunction, View
 from nemoc.codegen.tvm import build
 from nemoc.codegen.tvm.build import build_library, find_linker
-from nemoc.codegen.tvm.claim import CLAIM
+from nemoc.codegen.tvm.claim import CLAIM, claim_source
+from nemoc.codegen.tvm.clock import mark_source
 from nemoc.codegen.tvm.step import module_source, step_source
 from nemoc.codegen.tvm.target import cpu_target
 from nemoc.codegen.tvm.writer import KernelWriter, offset_text, size_text
@@ -101,7 +102,7 @@ RUN = """
 for rows in (0, 1, 2, 3, 7, 50):
     x = np.arange(rows * {width}, dtype=np.int32).reshape(rows, {width})
     a, b = x.copy(), np.full(rows * {width} + 16, -1, dtype=np.int32)
-    module["ring"](ctypes.c_void_p(a.ctypes.data), ctypes.c_void_p(b.ctypes.data), rows, 1, 4, threads)
+    module["ring"](ctypes.c_void_p(a.ctypes.data), ctypes.c_void_p(b.ctypes.data), rows, 1, 4, threads, None)
     for _ in range({phases}):
         x = x + np.roll(x, -1, axis=0)
     assert np.array_equal(a, x), ("ring", rows)
@@ -109,7 +110,7 @@ for rows in (0, 1, 2, 3, 7, 50):
     x = np.arange(2 * rows * {width}, dtype=np.int32).reshape(2, rows, {width})
     a, b, c, d = x[0].copy(), np.full_like(x[0], -1), np.full_like(x[0], -1), x[1].copy()
     pointers = (ctypes.c_void_p(array.ctypes.data) for array in (a, b, c, d))
-    module["braid"](*pointers, rows, 1, 4, threads)
+    module["braid"](*pointers, rows, 1, 4, threads, None)
     for _ in range({phases}):
         x = x + np.roll(x, -1, axis=1)
     swapped = {phases} // 2 % 2
@@ -118,7 +119,7 @@ for rows in (0, 1, 2, 3, 7, 50):
     x = np.arange(2 * rows * {width}, dtype=np.int32).reshape(2, rows, {width})
     a, b, c, d = x[0].copy(), np.full_like(x[0], -1), x[1].copy(), np.full_like(x[0], -1)
     pointers = (ctypes.c_void_p(array.ctypes.data) for array in (a, b, c, d))
-    module["uneven"](*pointers, rows, 1, 4, threads)
+    module["uneven"](*pointers, rows, 1, 4, threads, None)
     for _ in range(3):
         x = x + np.roll(x, -1, axis=1)
     assert np.array_equal(b, x[0]) and np.array_equal(d, x[1]), ("uneven", rows)
@@ -131,8 +132,25 @@ print("ok")
 WAIT = """
 for _ in range(20):
     a = np.array([0, *[-1] * 8], dtype=np.int32)
-    module["waiting"](ctypes.c_void_p(a.ctypes.data), 1, 1, 1, threads)
+    module["waiting"](ctypes.c_void_p(a.ctypes.data), 1, 1, 1, threads, None)
     assert a[:2].tolist() == [7, 7] and sorted(a[2:]) == list(range(7)), a
+print("ok")
+"""
+
+
+MARKS = """
+import time
+
+marks = np.full((threads, 10), -1, dtype=np.int64)
+x = np.zeros((4, 50 * {width}), dtype=np.int32)
+pointers = [ctypes.c_void_p(array.ctypes.data) for array in x]
+before = time.monotonic_ns()
+module["uneven"](*pointers, 50, 1, 4, threads, ctypes.c_void_p(marks.ctypes.data))
+after = time.monotonic_ns()
+assert (before <= marks).all() and (marks <= after).all(), marks
+assert (np.diff(marks, axis=1) >= 0).all(), marks
+begins, ends = marks[:, [2, 5, 7]], marks[:, [1, 4, 6]]  # of phases of 1, 2, 1 and 2 launches
+assert (ends.max(0) <= begins.min(0)).all(), marks
 print("ok")
 """
 
@@ -171,11 +189,30 @@ def test_a_thread_takes_tasks_that_another_does_not_get_to(library: Path) -> Non
     run(library, WAIT, 2, 2)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_note_when_phases_begin_and_launches_end(library: Path, threads: int) -> None:
+    run(library, MARKS.replace("{width}", str(WIDTH)), 2, threads)
+
+
+@pytest.mark.parametrize("name", ["cpu:x86-64-v3", "cpu:apple-m1", "cpu:neoverse-n1"])
+def test_what_all_steps_call_compiles_for_other_cpus(name: str, tmp_path: Path) -> None:
+    target = cpu_target(name)
+    for number, source in enumerate((claim_source(target), mark_source(target))):
+        path = tmp_path / f"{number}.o"
+        build.compile_llvm(source, target).write_to_file(str(path))
+        assert path.stat().st_size > 0
+
+
 def test_source_of_a_step() -> None:
     step = ring_step("ring", 2)
     name = step.launches[0].kernel.name
     second = 'T.handle_add_byte_offset(b, (T.int64(16) * T.Cast("int64", C)))'
     mine = "memory[(2 * threads + thread) * 32]"
+
+    def mark(number: int) -> str:
+        return f"""\
+                    T.evaluate(T.call_extern("int32", "nemoc_mark", times, thread * 4 + {number}))
+"""
 
     def loop(row: int, x: str, y: str) -> str:
         claims = f"T.address_of(memory[({row} * threads + 0) * 32]), T.address_of({mine})"
@@ -187,7 +224,7 @@ def test_source_of_a_step() -> None:
 
     head = "@T.prim_func(s_tir=True)\ndef ring(a: T.handle, b: T.handle, "
     wanted = f"""\
-{head}B: T.int32, L: T.int32, C: T.int32, threads: T.int32):
+{head}B: T.int32, L: T.int32, C: T.int32, threads: T.int32, times: T.handle):
     with T.attr(0, "device_type", 1), T.attr(0, "device_id", 0):
         memory = T.alloc_buffer((3 * threads * 32,), "int32")
         for line in range(1 * threads):
@@ -195,11 +232,12 @@ def test_source_of_a_step() -> None:
         with T.attr(0, "pragma_parallel_launch_point", 1):
             with T.attr(0, "pragma_parallel_barrier_when_finish", 1):
                 for thread in T.parallel(threads):
+{mark(0)}\
                     memory[(1 * threads + thread) * 32] = 0
-{loop(0, "a", second)}\
+{loop(0, "a", second)}{mark(1)}\
             with T.attr(0, "pragma_parallel_barrier_when_finish", 1):
                 for thread in T.parallel(threads):
-{loop(1, second, "a")}"""
+{mark(2)}{loop(1, second, "a")}{mark(3)}"""
     assert step_source(step) == textwrap.indent(wanted, "    ")
 
 

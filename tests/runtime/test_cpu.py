@@ -16,6 +16,7 @@ from nemoc.codegen.lower import corner_sizes
 from nemoc.codegen.storage import weight_layout
 from nemoc.ir import NemocError
 from nemoc.runtime import LIBRARY, Contents, Executable, Machine, build, kernel_record, load
+from nemoc.runtime.costs import COSTS, CostRecord
 
 if importlib.util.find_spec("tvm") is None:
     pytest.skip("needs apache-tvm", allow_module_level=True)
@@ -46,7 +47,11 @@ def cpu_contents(contents: Callable[..., Contents]) -> Contents:
         target="cpu",
         machine=Machine.host(),
         kernels=kernel_record(compiled.program.scratch_bytes),
-        files={LIBRARY: compiled.library, "kernels/step.py": compiled.source},
+        files={
+            LIBRARY: compiled.library,
+            "kernels/step.py": compiled.source,
+            COSTS: CostRecord.of(compiled.program.functions).to_text(),
+        },
     )
 
 
@@ -73,6 +78,53 @@ def test_logits_and_states_are_those_of_the_interpreter(cpu: Executable, exe: Ex
     for name, tensor in theirs.tensors.items():
         if name.endswith((".conv", ".ssm")):
             assert error(mine.tensors[name], tensor) < 1e-5, name
+
+
+def test_steps_say_how_long_their_launches_took(cpu: Executable) -> None:
+    costs = cpu.costs
+    assert costs is not None
+    state = cpu.new_state(3)
+    with cpu.timed() as steps:
+        found = cpu.prefill(IDS, state, LENGTHS)
+        cpu.decode(NEXT, state)
+    assert [(s.function, s.sizes) for s in steps] == [
+        ("prefill", (3, 64, 200)),
+        ("prefill", (3, 16, 200)),
+        ("decode", (3, 1, 200)),
+    ]
+    for step in steps:
+        assert len(step.launches) == len(costs.functions[step.function].launches)
+        assert min(step.launches) >= 0.0
+        assert 0.0 < sum(step.launches) <= step.seconds
+        assert 0.0 <= step.waiting <= step.seconds
+    again = cpu.new_state(3)
+    assert torch.equal(cpu.prefill(IDS, again, LENGTHS), found)
+    assert len(steps) == 3
+
+
+def test_ops_behind_launches_have_costs_at_any_size(cpu: Executable) -> None:
+    costs = cpu.costs
+    assert costs is not None
+    for name in ("prefill", "decode"):
+        function = costs.functions[name]
+        sizes = {"B": 2, "L": 1 if name == "decode" else 9, "C": 200, "T": 5}
+        found = [cost for op in function.ops if (cost := op.at(sizes)) is not None]
+        assert len(found) == len(function.ops)
+        assert all(flops >= 0.0 and moved > 0.0 for flops, moved in found)
+        assert any(op.weight.startswith("layers.0.mixer.in_proj") for op in function.ops)
+
+
+def test_a_damaged_record_of_costs_is_refused(saved: Path, tmp_path: Path) -> None:
+    exe = load(shutil.copytree(saved, tmp_path / "model.nemoc"))
+    (exe.folder / COSTS).write_text("{}")
+    with pytest.raises(NemocError, match=r"costs\.json: has 2 bytes"):
+        _ = exe.costs
+
+
+def test_an_artifact_without_launches_has_no_times(exe: Executable) -> None:
+    assert exe.costs is None
+    with pytest.raises(NemocError, match=r"not timed on reference"), exe.timed():
+        pass
 
 
 def test_rows_of_unequal_length_equal_each_row_alone(cpu: Executable) -> None:
