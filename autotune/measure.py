@@ -75,18 +75,22 @@ class Roofs:
         return max(moved / self.bandwidth, flops / self.arithmetic)
 
 
-def measured_roofs(threads: int, rounds: int = 5) -> Roofs:
+def measured_roofs(threads: int, size: int = 1 << 28, rounds: int = 5) -> Roofs:
     """What so many threads reach with plain reading, and with torch's product of square matrices of f32.
 
-    Each is the best of the rounds. Products of other sizes may be faster than torch's of these: arithmetic is taken for
-    a quarter faster.
+    Each is the best of the rounds. Products of other sizes may be faster than torch's of these.
+
+    Args:
+        threads: of torch.
+        size: bytes that are read.
+        rounds: of each.
     """
     before, n = torch.get_num_threads(), 1024
     torch.set_num_threads(threads)
     try:
         a = torch.rand(n, n)
         product = interleaved({"product": lambda: a @ a}, rounds)["product"]
-        return Roofs(read_bandwidth(1 << 28, rounds), 1.25 * 2 * n**3 / min(product.seconds))
+        return Roofs(read_bandwidth(size, rounds), 2 * n**3 / min(product.seconds))
     finally:
         torch.set_num_threads(before)
 

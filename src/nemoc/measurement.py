@@ -1,20 +1,25 @@
 """How fast an executable runs here, beside what the machine's memory could deliver."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nemoc.autotune.measure import interleaved, read_bandwidth
+from nemoc.autotune.gpu_clock import EventClock, measure_roofs
+from nemoc.autotune.measure import Roofs, interleaved, measured_roofs
 from nemoc.ir import IRError, NemocError
 from nemoc.ir.fusion import inline
 from nemoc.ir.parser import parse
+from nemoc.kernel_times import StepReport, step_report
 from nemoc.models.summary import step_work
 from nemoc.options import read_options
 from nemoc.runtime import Executable
+from nemoc.runtime.cuda_device import device_at_hand
+from nemoc.runtime.machine import thread_count
 from nemoc.runtime.manifest import GRAPHS
-from nemoc.runtime.program import DECODE
+from nemoc.runtime.program import DECODE, PREFILL
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,10 @@ class BenchReport:
         prefill_spread, decode_spread: half the quartile distance relative to the median.
         decode_bytes_per_token: weights as the artifact has them, state and cache that a token must move at least, in
             bytes; None if the model has ops of a user's own.
-        memory_bandwidth: bytes per second that reading memory reached in the same run.
-        threads: of the executable.
+        roofs: what the device reached in the same run.
+        device: what that is, in words.
+        steps: the prompt and a token in the middle of those decoded, kernel by kernel; empty on targets that do not
+            time launches.
     """
 
     prefill_tokens: int
@@ -39,31 +46,42 @@ class BenchReport:
     prefill_spread: float
     decode_spread: float
     decode_bytes_per_token: int | None
-    memory_bandwidth: float
-    threads: int
+    roofs: Roofs
+    device: str
+    steps: Mapping[str, StepReport]
 
     @property
     def bandwidth_share(self) -> float | None:
         """Part of the memory bandwidth that decoding used, counting only bytes that it must move."""
         if self.decode_bytes_per_token is None:
             return None
-        return self.decode_bytes_per_token * self.decode_tokens_per_second / self.memory_bandwidth
+        return self.decode_bytes_per_token * self.decode_tokens_per_second / self.roofs.bandwidth
 
     def to_json(self) -> dict[str, Any]:
         """JSON data."""
-        return dataclasses.asdict(self) | {"bandwidth_share": self.bandwidth_share}
+        data = dataclasses.asdict(self) | {"bandwidth_share": self.bandwidth_share}
+        for name, step in self.steps.items():
+            data["steps"][name]["outside"] = step.outside
+            for row, kernel in zip(data["steps"][name]["kernels"], step.kernels, strict=True):
+                row["roofline"] = kernel.roofline
+        return data
 
 
 def bench(
-    executable: Executable, prefill: int = 256, decode: int = 32, rounds: int = 5
+    executable: Executable,
+    prefill: int = 256,
+    decode: int = 32,
+    rounds: int = 5,
+    threads: int | None = None,
 ) -> BenchReport:
-    """Measure prefill and decode of random tokens.
+    """Measure prefill and decode of random tokens, and each of their kernels.
 
     Args:
         executable: what to measure.
         prefill: tokens of the prompt.
         decode: tokens decoded behind the prompt in each round.
-        rounds: timed rounds; prefill and decode take turns.
+        rounds: timed rounds; prefill and decode take turns. As many again time each launch.
+        threads: that the executable was loaded with, as for `nemoc.load`.
 
     Raises:
         NemocError: the executable's context is too short for that.
@@ -89,6 +107,22 @@ def bench(
             token = executable.decode(token, state).argmax(-1)
 
     timings = interleaved({"prefill": run_prefill, "decode": run_decode}, rounds)
+    threads = thread_count(threads if threads is not None else read_options().threads)
+    roofs, device = _roofs(executable.program.target, threads)
+    steps: dict[str, StepReport] = {}
+    if executable.costs is not None and executable.times_launches:
+        prompts, tokens = [], []
+        with executable.timed() as found:
+            for _ in range(rounds):
+                found.clear()
+                run_prefill()
+                prompts.append([*found])
+                found.clear()
+                run_decode()
+                tokens += [[step] for step in found]
+        costs, behind = executable.costs.functions, prefill + decode // 2
+        steps["prefill"] = step_report(prompts, 0, costs[PREFILL], roofs)
+        steps["decode"] = step_report(tokens, behind, costs[DECODE], roofs)
     return BenchReport(
         prefill_tokens=prefill,
         decode_tokens=decode,
@@ -97,9 +131,20 @@ def bench(
         prefill_spread=timings["prefill"].spread,
         decode_spread=timings["decode"].spread,
         decode_bytes_per_token=decode_bytes(executable, prefill + decode // 2),
-        memory_bandwidth=read_bandwidth(),
-        threads=read_options().threads or torch.get_num_threads(),
+        roofs=roofs,
+        device=device,
+        steps=steps,
     )
+
+
+def _roofs(target: str, threads: int) -> tuple[Roofs, str]:
+    """What the device reaches that a target's code runs on, and what the device is."""
+    at_hand = device_at_hand(target)
+    if at_hand is None:
+        return measured_roofs(threads, 1 << 30), f"{threads} thread{'s' * (threads > 1)}"
+    index, name = at_hand
+    with torch.cuda.device(index):
+        return measure_roofs(EventClock()), name
 
 
 def decode_bytes(executable: Executable, cached: int) -> int | None:

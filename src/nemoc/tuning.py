@@ -6,6 +6,7 @@ asked to.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import tempfile
@@ -33,7 +34,6 @@ from nemoc.gpu_laboratory import GpuLaboratory
 from nemoc.gpu_tuning import GpuBenches
 from nemoc.ir import NemocError, Op
 from nemoc.ir.dims import estimate
-from nemoc.ir.ops import Fused, RoundToInt8
 from nemoc.ir.params import ParameterSource
 from nemoc.ir.types import TensorType
 from nemoc.models import Model, open_model
@@ -42,6 +42,7 @@ from nemoc.passes import Pass
 from nemoc.progress import Progress
 from nemoc.quantizations import Quantize
 from nemoc.runtime import Executable
+from nemoc.runtime.costs import multiplies_integers
 from nemoc.runtime.cuda_device import device_at_hand
 from nemoc.runtime.files import as_path
 from nemoc.runtime.machine import thread_count
@@ -70,6 +71,9 @@ _RESERVED = 0.35
 
 _BOUND = 1e-5
 """Relative error of a result up to which a candidate is right; as for `nemoc verify`."""
+
+_HEADROOM = 1.25
+"""How much faster arithmetic is taken to be than torch's product of square matrices: others may be faster."""
 
 _COMPARED = 8
 """Rounds of the comparison at least."""
@@ -305,7 +309,8 @@ class _CpuBenches:
         self.emit = functools.partial(emit, target=cpu)
         self._expanded = expanded
         self.device = cpu_device(cpu.mcpu, threads)
-        self._roofs = measured_roofs(threads)
+        found = measured_roofs(threads)
+        self._roofs = dataclasses.replace(found, arithmetic=_HEADROOM * found.arithmetic)
 
     def prepare(self, kernels: Sequence[Kernel]) -> None:
         """Compile the defaults of kernels together; what fails, fails again when its turn comes."""
@@ -395,9 +400,7 @@ def _least_seconds(op: Op, warm: Sequence[bool], sizes: Mapping[str, int], roofs
     Arithmetic is that of f32; where it is in integers, reading alone counts.
     """
     read = sum(estimate(n, sizes) for n, near in zip(op.reads(), warm, strict=True) if not near)
-    inner = [node.op for node in op.body.nodes] if isinstance(op, Fused) else [op]
-    integers = any(isinstance(o, RoundToInt8) for o in inner)
-    return roofs.seconds(read, 0.0 if integers else estimate(op.flops(), sizes))
+    return roofs.seconds(read, 0.0 if multiplies_integers(op) else estimate(op.flops(), sizes))
 
 
 class _Executables:

@@ -1,11 +1,17 @@
-"""`nemoc bench`: how fast an artifact is here, and how fast it could be at most."""
+"""`nemoc bench`: how fast an artifact is here, how fast it could be at most, and which kernels take the time."""
 
 import json
 from pathlib import Path
 
+from rich.console import Console
+
 from nemoc.compiler import load
-from nemoc.measurement import bench
-from nemoc.terminal import print_table, progress, report, short
+from nemoc.kernel_times import KernelTime, StepReport
+from nemoc.measurement import BenchReport, bench
+from nemoc.terminal import duration, heading, print_table, progress, report, short
+
+_SHOWN = 0.005
+"""Part of a step's time from which a kernel has a line of its own."""
 
 
 def run(
@@ -20,7 +26,7 @@ def run(
     """Print medians, and write them as JSON where asked to."""
     with progress(quiet) as show:
         executable = load(artifact, threads=threads, progress=show)
-        found = bench(executable, prefill=prefill, decode=decode)
+        found = bench(executable, prefill=prefill, decode=decode, threads=threads)
     if json_file is not None:
         json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
     console = report()
@@ -29,10 +35,65 @@ def run(
         (f"decode of {found.decode_tokens} tokens", f"{found.decode_tokens_per_second:.1f}"),
     ]
     print_table(console, ("median of interleaved rounds", ">tokens/s"), rows)
-    if found.decode_bytes_per_token is None or found.bandwidth_share is None:
-        return
+    roofs = found.roofs
     console.print(
-        f"\nDecoding reads {short(found.decode_bytes_per_token, 'B')} a token, "
-        f"{found.bandwidth_share:.0%} of the {short(found.memory_bandwidth, 'B')}/s\n"
-        f"that {found.threads} threads read from memory here."
+        f"\n{found.device} here: {short(roofs.bandwidth, 'B')}/s from memory, "
+        f"{short(roofs.arithmetic, 'FLOP')}/s in a large product."
+    )
+    if found.decode_bytes_per_token is not None:
+        console.print(
+            f"Decoding reads {short(found.decode_bytes_per_token, 'B')} a token, "
+            f"{found.bandwidth_share:.0%} of what memory gives."
+        )
+    for name, step in found.steps.items():
+        what = "A token" if name == "decode" else f"A prompt of {step.tokens} tokens"
+        _print_step(console, what, step)
+    if found.steps:
+        _explain(console, found)
+
+
+def _print_step(console: Console, what: str, step: StepReport) -> None:
+    behind = f" behind {step.cached}" if step.cached else ""
+    heading(console, f"{what}{behind}: {duration(step.seconds)}")
+    long = [k for k in step.kernels if k.seconds >= _SHOWN * step.seconds]
+    rest = step.kernels[len(long) :]
+    rows = [_cells(kernel, step) for kernel in long]
+    if rest:
+        seconds = sum(kernel.seconds for kernel in rest)
+        sites = sum(kernel.sites for kernel in rest)
+        rows.append(("others", str(sites), *_time(seconds, step), "", "", ""))
+    rows.append(("outside kernels", "", *_time(step.outside, step), "", "", ""))
+    columns = ("op", ">sites", ">time", ">share", ">GB/s", ">GFLOP/s", ">roofline")
+    print_table(console, columns, rows, wrap="op")
+
+
+def _cells(kernel: KernelTime, step: StepReport) -> tuple[str, ...]:
+    return (
+        f"{kernel.op} {', '.join(kernel.weights)}".strip(),
+        str(kernel.sites),
+        *_time(kernel.seconds, step),
+        _rate(kernel.moved, kernel.seconds),
+        _rate(kernel.flops, kernel.seconds),
+        "" if kernel.roofline is None else f"{kernel.roofline:.0%}",
+    )
+
+
+def _time(seconds: float, step: StepReport) -> tuple[str, str]:
+    return duration(seconds), f"{seconds / step.seconds:.1%}"
+
+
+def _rate(amount: float | None, seconds: float) -> str:
+    """Billions a second."""
+    return "" if not amount or not seconds else f"{amount / seconds / 1e9:.1f}"
+
+
+def _explain(console: Console, found: BenchReport) -> None:
+    waiting = ", ".join(
+        f"{step.waiting / step.seconds:.0%} of a {'token' if name == 'decode' else 'prompt'}"
+        for name, step in found.steps.items()
+    )
+    console.print(
+        "\nroofline: the time that memory and arithmetic allow over that taken. More than\n"
+        "100%: caches had what was read, or integers were multiplied.\n"
+        f"In the times of kernels threads wait for each other: {waiting}."
     )

@@ -1,0 +1,153 @@
+"""How long each kernel of a step takes, beside what the roofline allows it."""
+
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nemoc.autotune.measure import Roofs
+from nemoc.runtime.costs import FunctionCosts, OpCost
+from nemoc.runtime.step_times import StepTimes
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """The launches of a step that carry out ops of one kind with the same kernels.
+
+    Attributes:
+        op: what they do.
+        weights: what the weights are called that they read, without the layers' numbers.
+        kernels: the names of their kernels, in order.
+        sites: how many ops these are.
+        seconds: of all of them; launches that run at once share their time as threads do.
+        flops: of all of them.
+        moved: bytes that all of them have to read and write.
+        least: seconds that memory and arithmetic allow them, each op by itself; integers are not counted as arithmetic.
+            None, as flops and moved are, for an op of a user's own that does not say what it costs.
+    """
+
+    op: str
+    weights: tuple[str, ...]
+    kernels: tuple[str, ...]
+    sites: int
+    seconds: float
+    flops: float | None
+    moved: float | None
+    least: float | None
+
+    @property
+    def roofline(self) -> float | None:
+        """The least time over that taken; above 1 where caches have what memory was counted for."""
+        if self.least is None or self.seconds == 0.0:
+            return None
+        return self.least / self.seconds
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A prompt or a token, kernel by kernel: medians of repeated runs.
+
+    Attributes:
+        tokens: of the prompt; 1 for a token.
+        cached: how many are cached before them.
+        seconds: all of it.
+        waiting: seconds in which threads waited for each other, a part of a thread counted as a part.
+        kernels: the longest first.
+    """
+
+    tokens: int
+    cached: int
+    seconds: float
+    waiting: float
+    kernels: tuple[KernelTime, ...]
+
+    @property
+    def outside(self) -> float:
+        """Seconds in which nothing was launched: the way into a step and out of it."""
+        return max(0.0, self.seconds - sum(kernel.seconds for kernel in self.kernels))
+
+
+def step_report(
+    runs: Sequence[Sequence[StepTimes]], cached: int, costs: FunctionCosts, roofs: Roofs
+) -> StepReport:
+    """What repeated runs say.
+
+    Args:
+        runs: each is the steps of a prompt, or the one of a token; all alike, of batch 1.
+        cached: tokens before the first of a run.
+        costs: of the function that the steps are of.
+        roofs: what the device reaches.
+    """
+    medians = [
+        statistics.median(seconds)
+        for seconds in zip(*(_sums(step.launches for step in run) for run in runs), strict=True)
+    ]
+    own: dict[int, float] = dict.fromkeys(range(len(costs.ops)), 0.0)
+    names: dict[int, list[str]] = {}
+    for launch, seconds in zip(costs.launches, medians, strict=True):
+        own[launch.op] += seconds
+        names.setdefault(launch.op, []).append(launch.kernel)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for op, kernels in names.items():
+        groups.setdefault(tuple(kernels), []).append(op)
+    sizes = _sizes(runs[0], cached)
+    rows = [
+        _kernel_time(
+            kernels, [costs.ops[op] for op in ops], sum(own[op] for op in ops), sizes, roofs
+        )
+        for kernels, ops in groups.items()
+    ]
+    return StepReport(
+        tokens=sum(step.sizes[1] for step in runs[0]),
+        cached=cached,
+        seconds=statistics.median(sum(step.seconds for step in run) for run in runs),
+        waiting=statistics.median(sum(step.waiting for step in run) for run in runs),
+        kernels=tuple(sorted(rows, key=lambda row: -row.seconds)),
+    )
+
+
+def _sums(steps: Iterable[Sequence[float]]) -> list[float]:
+    """Each launch's seconds over several steps."""
+    return [sum(seconds) for seconds in zip(*steps, strict=True)]
+
+
+def _sizes(run: Sequence[StepTimes], cached: int) -> list[dict[str, int]]:
+    """B, L, C and T of each step."""
+    found = []
+    for step in run:
+        found.append(dict(zip("BLC", step.sizes, strict=True)) | {"T": cached})
+        cached += step.sizes[1]
+    return found
+
+
+def _kernel_time(
+    kernels: tuple[str, ...],
+    ops: Sequence[OpCost],
+    seconds: float,
+    sizes: Sequence[dict[str, int]],
+    roofs: Roofs,
+) -> KernelTime:
+    done = [(op, op.at(at)) for op in ops for at in sizes]
+    known = [(op, cost) for op, cost in done if cost is not None]
+    complete = len(known) == len(done)
+    return KernelTime(
+        op=ops[0].op,
+        weights=tuple(dict.fromkeys(_plain(op.weight) for op in ops if op.weight)),
+        kernels=kernels,
+        sites=len(ops),
+        seconds=seconds,
+        flops=sum(flops for _, (flops, _) in known) if complete else None,
+        moved=sum(moved for _, (_, moved) in known) if complete else None,
+        least=sum(_least(op, cost, roofs) for op, cost in known) if complete else None,
+    )
+
+
+def _least(op: OpCost, cost: tuple[float, float], roofs: Roofs) -> float:
+    flops, moved = cost
+    return roofs.seconds(moved, 0.0 if op.integers else flops)
+
+
+def _plain(weight: str) -> str:
+    """A weight's name without the number of its layer, and without what tells stored forms apart."""
+    name = re.sub(r"-[0-9a-f]{10}$", "", weight)
+    return re.sub(r"^layers\.\d+\.(mixer\.)?|\.weight$", "", name)
