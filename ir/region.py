@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -46,11 +47,19 @@ class Region(Op):
         return tuple(values[v] for v in self.body.outputs)
 
     def flops(self) -> Dim:
-        return dim(sum(node.op.flops() for node in self.body.nodes))
+        """Those of the body; of what is unpacked, as much as is looked at."""
+        shares = self._looked_at[1]
+        return dim(sum(node.op.flops() * shares.get(node, 1) for node in self.body.nodes))
 
     def reads(self) -> tuple[Dim, ...]:
         """Each operand once, as far as the body looks at it; what the body makes for itself is not traffic."""
+        return self._looked_at[0]
+
+    @cached_property
+    def _looked_at(self) -> tuple[tuple[Dim, ...], dict[Node, Dim]]:
+        """Bytes of each operand that the body looks at, and which part of their result that nodes have to unpack."""
         read: dict[Value, dict[Dim, None]] = {}
+        shares: dict[Node, Dim] = {}
         shown = set(self.body.outputs)
         for node in reversed(self.body.nodes):
             if node.op.is_view:  # what is read of a view is read of what it shows
@@ -60,15 +69,15 @@ class Region(Op):
                 for amount in read.get(seen, {}):
                     read.setdefault(x, {})[amount] = None
                 continue
-            share: Dim = 1
             if node.op.is_unpacking:  # what is read of a decoded value is read of its codes
                 (decoded,) = node.results
                 if decoded not in shown:
                     looked_at = _together(decoded, read.get(decoded, {}))
-                    share = sympy.sympify(looked_at) / decoded.type.bytes
+                    shares[node] = sympy.sympify(looked_at) / decoded.type.bytes
+            share = shares.get(node, 1)
             for value, amount in zip(node.op.operands(), node.op.reads(), strict=True):
                 read.setdefault(value, {})[dim(amount * share)] = None
-        return tuple(_together(v, read.get(v, {})) for v in self.body.inputs)
+        return tuple(_together(v, read.get(v, {})) for v in self.body.inputs), shares
 
     def writes(self) -> tuple[Dim, ...]:
         written = {

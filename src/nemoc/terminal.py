@@ -85,11 +85,11 @@ def _digits(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time: `12.3 µs`, `0.8 ms`, `12.3 s`, `3 min 05 s`."""
+    """A time: `12.3 µs`, `0.8 ms`, `137 ms`, `12.3 s`, `3 min 05 s`."""
     if 0.0 < seconds < 1e-4:
         return f"{seconds * 1e6:.1f} µs"
-    if seconds < 0.1:
-        return f"{seconds * 1e3:.1f} ms"
+    if seconds < 1.0:
+        return f"{seconds * 1e3:.{1 if seconds < 0.1 else 0}f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"

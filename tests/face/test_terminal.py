@@ -30,7 +30,14 @@ def test_counts_have_separators() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(1.23e-5, "12.3 µs"), (0.0008, "0.8 ms"), (12.34, "12.3 s"), (185.4, "3 min 05 s")],
+    [
+        (0.0, "0.0 ms"),
+        (1.23e-5, "12.3 µs"),
+        (0.0008, "0.8 ms"),
+        (0.1372, "137 ms"),
+        (12.34, "12.3 s"),
+        (185.4, "3 min 05 s"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -115,6 +115,25 @@ def test_of_packed_weights_the_codes_of_those_that_are_hit_are_read() -> None:
     assert sympy.simplify(rows["codes"] - 96 * hit) == 0
 
 
+def test_weights_that_are_not_hit_are_not_unpacked() -> None:
+    text = """
+      input %x: f32[M, 32]
+      input %codes: u8[4, 6, 16]
+      input %scales: f8e4m3[4, 6, 2]
+      input %whole: f32[4]
+      input %offsets: i32[5]
+      %w = dequantize_nvfp4(%codes, %scales, %whole) : f32[4, 6, 32]
+      %y = grouped_linear(%x, %w, %offsets) : f32[M, 6]
+      return RESULTS
+    """
+    products, unpacking = 2 * 32 * 6, 6 * 32
+    whole = fused(text.replace("M", "1").replace("RESULTS", "%w, %y")).flops()
+    assert whole % unpacking == 0
+    each = (int(whole) - products) // 4
+    assert each >= unpacking
+    assert fused(text.replace("M", "1").replace("RESULTS", "%y")).flops() == products + each
+
+
 def test_rows_taken_and_rows_looked_at_as_a_whole_are_all_of_it() -> None:
     op = fused("""
       input %x: f32[B, L, 8]
