@@ -32,13 +32,18 @@ class Timing:
         return (high - low) / 2 / self.median
 
 
+_PAUSE = 0.02
+"""Seconds before each run, after which threads sleep that the run before has left spinning: those of torch's functions
+do for some 8 ms, and would be charged to whoever comes next."""
+
+
 def interleaved(
     candidates: Mapping[str, Callable[[], object]],
     rounds: int,
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time callables round by round.
+    """Time callables round by round, with a short pause before each run.
 
     Args:
         candidates: what to run, by name; each call is one run.
@@ -52,6 +57,7 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
+            time.sleep(_PAUSE)
             start = clock()
             run()
             seconds[name].append(clock() - start)

@@ -16,8 +16,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from nemoc.codegen.storage import ALIGNMENT
 from nemoc.codegen.threads import let_idle_threads_sleep, use_threads
 from nemoc.ir.errors import NemocError
 from nemoc.runtime.backend import Opened
@@ -101,7 +103,13 @@ class CpuBackend:
         self._clock: _Clock | None = None
 
     def allocate(self, size: int) -> torch.Tensor:
-        return torch.zeros(size, dtype=torch.uint8)
+        # Zeroed by the system, page by page as they are first used: capacity that no token comes to costs nothing.
+        try:
+            memory = torch.from_numpy(np.zeros(size + ALIGNMENT - 1, dtype=np.uint8))
+        except (MemoryError, ValueError):  # beyond the memory, or beyond 64 bits
+            raise NemocError(f"{size} bytes of a state cannot be allocated") from None
+        start = -memory.data_ptr() % ALIGNMENT
+        return memory[start : start + size]
 
     def run(
         self, function: str, tokens: torch.Tensor, valid: torch.Tensor, state: State

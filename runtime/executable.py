@@ -112,19 +112,20 @@ class Executable:
         rows, width = ids.shape
         counts = torch.arange(width) < lengths.unsqueeze(1)
         ids = torch.where(counts, ids, 0)
-        shape = (rows, width, self.program.vocab) if all_logits else (rows, self.program.vocab)
-        logits = torch.zeros(shape, dtype=torch.float32)
+        every = torch.zeros(rows, width, self.program.vocab) if all_logits else None
         chunk = self.program.bounds.chunk(rows)
         for start in range(0, int(lengths.max()), chunk):
             tokens = ids[:, start : min(start + chunk, int(lengths.max()))].contiguous()
             valid = (lengths - start).clamp(0, tokens.shape[1])
             found = self._backend.run(function, tokens, valid.int(), state).cpu()
-            if all_logits:
+            if every is not None:
                 part = slice(start, start + tokens.shape[1])
-                logits[:, part] = found.masked_fill(~counts[:, part, None], 0.0)
+                every[:, part] = found.masked_fill(~counts[:, part, None], 0.0)
+            elif start == 0 or bool((valid > 0).all()):
+                last = found
             else:  # a row whose tokens ended in an earlier chunk keeps its logits
-                logits = torch.where((valid > 0).unsqueeze(1), found, logits)
-        return logits
+                last = torch.where((valid > 0).unsqueeze(1), found, last)
+        return last if every is None else every
 
     def decode(self, next_ids: torch.Tensor, state: State) -> torch.Tensor:
         """Take in one token of each row: int64 [B] -> float32 [B, V]."""

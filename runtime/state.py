@@ -59,11 +59,16 @@ class State:
 
     def clone(self) -> "State":
         """An independent copy; steps on one do not change the other."""
-        return State(self._layout, self.identity, self.batch, self.capacity, self.arena.clone())
+        arena = torch.empty_like(self.arena)
+        if arena.device.type == "cpu":
+            arena.numpy()[:] = self.arena.numpy()  # on one thread, as in `clear`
+        else:
+            arena.copy_(self.arena)
+        return State(self._layout, self.identity, self.batch, self.capacity, arena)
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.arena.zero_()
+        clear(self.arena)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a safetensors file, whole or not at all.
@@ -131,6 +136,15 @@ class State:
                     f"expected {into.dtype} {list(into.shape)}"
                 )
             into.copy_(found)
+
+
+def clear(memory: torch.Tensor) -> None:
+    """Zero memory of any device. On the CPU one thread does it: torch's go on spinning for milliseconds after a
+    function that they shared, and keep those of the next step from the processors."""
+    if memory.device.type == "cpu":
+        memory.numpy().fill(0)
+    else:
+        memory.zero_()
 
 
 def _view(arena: torch.Tensor, offset: int, dtype: DType, shape: list[int]) -> torch.Tensor:

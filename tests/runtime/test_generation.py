@@ -10,7 +10,7 @@ import torch
 
 from nemoc.ir import NemocError
 from nemoc.runtime import Contents, Executable, Generation, build
-from nemoc.runtime.sampling import Sampler
+from nemoc.runtime.sampling import Sampler, draw_row, draw_sorted
 
 PROMPTS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
 LENGTHS = torch.tensor([4, 2, 3])
@@ -186,6 +186,31 @@ def test_extreme_temperatures_are_safe() -> None:
         int(t) for t, _ in zip(draws(Sampler(1, 1e9, 1.0, 0), logits), range(200), strict=False)
     }
     assert seen == {0, 1, 3}
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.9999, 1.0])
+def test_rows_on_the_cpu_are_drawn_as_if_all_tokens_were_sorted(
+    spread: float, top_p: float
+) -> None:
+    """From flat logits, of which most are sorted, and steep ones, of which few are; some are equal."""
+    logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(5)) * spread
+    logits = (logits * 8).round() / 8 if spread == 1.0 else logits
+    points = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    points[:2] = torch.tensor([0.0, 1.0 - 1e-16])
+    expected = draw_sorted(logits, 0.7, top_p, points)
+    found = [
+        draw_row(row.numpy(), 0.7, top_p, float(p)) for row, p in zip(logits, points, strict=True)
+    ]
+    assert found == expected.tolist()
+
+
+def test_tokens_that_are_ruled_out_are_never_drawn() -> None:
+    logits = torch.full((1, 50), -float("inf"))
+    logits[0, [7, 30]] = torch.tensor([1.0, 2.0])
+    for top_p in (0.5, 1.0):
+        drawn = {draw_row(logits[0].numpy(), 1.0, top_p, p) for p in (0.0, 0.3, 0.7, 1.0 - 1e-16)}
+        assert drawn == ({30} if top_p == 0.5 else {7, 30})
 
 
 def draws(sampler: Sampler, logits: torch.Tensor) -> itertools.chain[torch.Tensor]:
