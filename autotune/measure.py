@@ -91,7 +91,7 @@ def measured_roofs(threads: int, size: int = 1 << 28, rounds: int = 5) -> Roofs:
         size: bytes that are read.
         rounds: of each.
     """
-    before, n = torch.get_num_threads(), 1024
+    before, n = torch.get_num_threads(), 2048
     torch.set_num_threads(threads)
     try:
         a = torch.rand(n, n)

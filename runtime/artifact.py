@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from nemoc.codegen.storage import Layout, Weight, weight_layout
 from nemoc.ir.dims import B, L
@@ -45,7 +45,7 @@ Progress = Callable[[str, int, int], None]
 _NO_BACKENDS: Mapping[str, BackendFactory] = MappingProxyType({})
 
 
-def _open_hip(opened: Opened) -> Backend:
+def _open_hip(opened: Opened) -> NoReturn:
     raise NemocError(
         f"{opened.folder}: is for {opened.program.target}; this version runs cuda targets only"
     )

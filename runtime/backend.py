@@ -56,7 +56,7 @@ class TimedBackend(Backend, Protocol):
             phases: for each function, how many launches each of its phases has.
 
         Returns:
-            What each step took that has run within the context, in order.
+            What each step took that has run within the context, in order; it is there when that has ended.
         """
         ...
 
@@ -108,9 +108,9 @@ class DeferredBackend:
         make: makes the backend; if it raises, so does each use.
     """
 
-    def __init__(self, make: Callable[[], Backend]) -> None:
-        self._make: Callable[[], Backend] | None = make
-        self._made: Backend | None = None
+    def __init__(self, make: Callable[[], TimedBackend]) -> None:
+        self._make: Callable[[], TimedBackend] | None = make
+        self._made: TimedBackend | None = None
         self._lock = threading.Lock()
 
     def allocate(self, size: int) -> torch.Tensor:
@@ -121,7 +121,10 @@ class DeferredBackend:
     ) -> torch.Tensor:
         return self._backend().run(function, tokens, valid, state)
 
-    def _backend(self) -> Backend:
+    def timed(self, phases: Mapping[str, Sequence[int]]) -> AbstractContextManager[list[StepTimes]]:
+        return self._backend().timed(phases)
+
+    def _backend(self) -> TimedBackend:
         with self._lock:
             if self._made is None:
                 assert self._make is not None

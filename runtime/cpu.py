@@ -144,28 +144,28 @@ class CpuBackend:
     @contextmanager
     def timed(self, phases: Mapping[str, Sequence[int]]) -> Iterator[list[StepTimes]]:
         clock = _Clock(phases)
+        found: list[StepTimes] = []
         with self._lock:
             self._clock = clock
         try:
-            yield clock.found
+            yield found
         finally:
             with self._lock:
                 self._clock = None
+            found += clock.read()
 
 
 class _Clock:
-    """Notes how long launches take.
+    """Notes when threads begin and end their work; what that means is worked out afterwards, since steps that follow
+    each other at once are those of which somebody wants to know.
 
     Args:
         phases: for each function, how many launches each phase has.
-
-    Attributes:
-        found: what each step took.
     """
 
     def __init__(self, phases: Mapping[str, Sequence[int]]) -> None:
         self._phases = phases
-        self.found: list[StepTimes] = []
+        self._noted: list[tuple[str, tuple[int, int, int], float, torch.Tensor]] = []
 
     def run(
         self,
@@ -179,8 +179,13 @@ class _Clock:
         marks = torch.zeros(threads, sum(phases) + len(phases), dtype=torch.int64)
         started = time.perf_counter()
         step(_pointer(marks))
-        seconds = time.perf_counter() - started
-        self.found.append(StepTimes(function, sizes, seconds, *launch_seconds(marks, phases)))
+        self._noted.append((function, sizes, time.perf_counter() - started, marks))
+
+    def read(self) -> Iterator[StepTimes]:
+        """What each step took."""
+        for function, sizes, seconds, marks in self._noted:
+            launches, waiting = launch_seconds(marks, self._phases[function])
+            yield StepTimes(function, sizes, seconds, launches, waiting)
 
 
 @cache

@@ -7,7 +7,7 @@ The decode of a state is the same launches each time, so they are recorded once 
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from nemoc.runtime.placement import LaunchTable
 from nemoc.runtime.program import DECODE, PREFILL_ALL, Program
 from nemoc.runtime.recent import Recent
 from nemoc.runtime.state import State
+from nemoc.runtime.step_times import StepTimes
 
 _PIECE = 64 << 20
 """Bytes of weights copied at a time."""
@@ -124,6 +125,7 @@ class CudaBackend:
         self._program = program
         self._device = device
         self._lock = threading.Lock()
+        self._times: list[StepTimes] | None = None
         self._recordings = Recordings(device)
         weakref.finalize(self, _close, self._recordings, device).atexit = False
         bounds = program.bounds
@@ -157,26 +159,51 @@ class CudaBackend:
         with self._lock, self._device.active(), self._device.in_order():
             self._tokens[: tokens.numel()].copy_(tokens.reshape(-1))
             self._valid[:rows].copy_(valid)
-            recorded = function == DECODE
+            recorded = function == DECODE and self._times is None
             memory = self._logits[:size] if recorded else self._device.allocate(size)
-            work = partial(
-                self._launch, function, (rows, length, state.capacity), state.arena, memory
-            )
-            if recorded:
-                self._recordings.run(state, work)
+            step = (function, (rows, length, state.capacity), state.arena, memory)
+            if self._times is not None:
+                self._times.append(self._timed(*step))
+            elif recorded:
+                self._recordings.run(state, partial(self._launch, *step))
                 memory = memory.clone()  # the next step of any state writes there
             else:
-                work()
+                self._launch(*step)
         return memory.view(torch.float32).view(*shape, self._program.vocab)
 
+    @contextlib.contextmanager
+    def timed(self, phases: Mapping[str, Sequence[int]]) -> Iterator[list[StepTimes]]:
+        """As `TimedBackend.timed`; launches run one by one, none before the one before it has ended."""
+        found: list[StepTimes] = []
+        with self._lock:
+            self._times = found
+        try:
+            yield found
+        finally:
+            with self._lock:
+                self._times = None
+
+    def _timed(
+        self, function: str, sizes: tuple[int, int, int], state: torch.Tensor, logits: torch.Tensor
+    ) -> StepTimes:
+        """Carry out a function launch by launch."""
+        numbers, launches = zip(*self._launches(function, sizes, state, logits), strict=True)
+        seconds = [0.0] * len(self._table.record.functions[function].launches)
+        for number, lap in zip(numbers, self._device.laps(launches), strict=True):
+            seconds[number] = lap
+        return StepTimes(function, sizes, sum(seconds), tuple(seconds), waiting=0.0)
+
     def _launch(
-        self,
-        function: str,
-        sizes: tuple[int, int, int],
-        state: torch.Tensor,
-        logits: torch.Tensor,
+        self, function: str, sizes: tuple[int, int, int], state: torch.Tensor, logits: torch.Tensor
     ) -> None:
         """All launches of a function."""
+        for _, launch in self._launches(function, sizes, state, logits):
+            launch()
+
+    def _launches(
+        self, function: str, sizes: tuple[int, int, int], state: torch.Tensor, logits: torch.Tensor
+    ) -> Iterator[tuple[int, Callable[[], None]]]:
+        """The launches of a function that have tasks at these sizes, by number, in order."""
         placed = self._table.at(function, sizes)
         given = {"tokens": self._tokens, "valid": self._valid}
         inputs = [given[name] for name in self._table.inputs[function]]
@@ -187,7 +214,7 @@ class CudaBackend:
             kernel = self._kernels[launch.binary]
             pointers = [starts[arena] + offset for arena, offset in launch.pointers]
             arguments = kernel.binary.arguments(pointers, sizes, hidden)
-            self._device.launch(kernel, launch.tasks, arguments)
+            yield launch.number, partial(self._device.launch, kernel, launch.tasks, arguments)
 
     def _hidden_start(self, which: int, size: int) -> int:
         """Where at least that many bytes of hidden scratch begin."""

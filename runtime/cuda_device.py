@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -22,6 +23,10 @@ of its own (sm_90a). Those for older ones run on later devices of the generation
 
 _FIRST_AHEAD = (12, 3)
 """The first CUDA that records launches which may start while former ones run."""
+
+
+_CYCLES_PER_LAP = 4e4
+"""Cycles that the device waits for each piece of work to be queued, which takes the host some 10 µs."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,13 @@ class Device(Protocol):
 
         Raises:
             NemocError, RuntimeError: the device cannot, or `work` fails.
+        """
+        ...
+
+    def laps(self, works: Sequence[Callable[[], None]]) -> list[float]:
+        """Seconds that the device takes for each of several pieces of work, one behind the other.
+
+        All are queued before the first begins, as far as the device's queue goes.
         """
         ...
 
@@ -211,6 +223,16 @@ class CudaDevice:
             work()
         return graph.replay
 
+    def laps(self, works: Sequence[Callable[[], None]]) -> list[float]:
+        stream = torch.cuda.current_stream(self.place)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(works) + 1)]
+        torch.cuda._sleep(int(_CYCLES_PER_LAP * len(works)))
+        for event, work in zip(events, (*works, _nothing), strict=True):
+            event.record(stream)
+            work()
+        events[-1].synchronize()
+        return [one.elapsed_time(next_) / 1e3 for one, next_ in pairwise(events)]
+
     def close(self) -> None:
         if os.getpid() != self._process:
             return
@@ -221,6 +243,10 @@ class CudaDevice:
             for module in self._modules:
                 self._driver.unload(module)
         self._driver.release_context(self._index)
+
+
+def _nothing() -> None:
+    """No work."""
 
 
 def find_device(target: str, what: str) -> CudaDevice:

@@ -223,7 +223,7 @@ class Executable:
 
     @contextmanager
     def timed(self) -> Iterator[list[StepTimes]]:
-        """Let steps note how long each of their launches takes, until the context ends.
+        """Let steps note how long each of their launches takes; what they noted is there when the context has ended.
 
             with executable.timed() as steps:
                 executable.prefill(ids, state)

@@ -27,11 +27,13 @@ class PlacedLaunch:
     """A launch at given sizes.
 
     Attributes:
+        number: which of the function's launches.
         binary: which kernel.
         tasks: how many programs, at least 1.
         pointers: for each tensor, its arena and the bytes from the arena's start.
     """
 
+    number: int
     binary: int
     tasks: int
     pointers: tuple[tuple[int, int], ...]
@@ -178,7 +180,7 @@ class _Function:
                 if not 0 <= offset < bounds[arena]:
                     place = f"byte {offset} of {self._names[arena]}, which has {bounds[arena]}"
                     raise self._wrong(index, sizes, f"a pointer to {place}")
-            placed.append(PlacedLaunch(binary, count, pointers))
+            placed.append(PlacedLaunch(index, binary, count, pointers))
         return PlacedFunction(sizes, tuple(placed), self._hidden(placed))
 
     def _hidden(self, placed: Sequence[PlacedLaunch]) -> tuple[int, int]:

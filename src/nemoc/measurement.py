@@ -35,6 +35,7 @@ class BenchReport:
             bytes; None if the model has ops of a user's own.
         roofs: what the device reached in the same run.
         device: what that is, in words.
+        target: what the executable was compiled for.
         steps: the prompt and a token in the middle of those decoded, kernel by kernel; empty on targets that do not
             time launches.
     """
@@ -48,6 +49,7 @@ class BenchReport:
     decode_bytes_per_token: int | None
     roofs: Roofs
     device: str
+    target: str
     steps: Mapping[str, StepReport]
 
     @property
@@ -112,14 +114,13 @@ def bench(
     steps: dict[str, StepReport] = {}
     if executable.costs is not None and executable.times_launches:
         prompts, tokens = [], []
-        with executable.timed() as found:
-            for _ in range(rounds):
-                found.clear()
+        for _ in range(rounds):
+            with executable.timed() as prompt:
                 run_prefill()
-                prompts.append([*found])
-                found.clear()
+            with executable.timed() as decoded:
                 run_decode()
-                tokens += [[step] for step in found]
+            prompts.append(prompt)
+            tokens += [[step] for step in decoded]
         costs, behind = executable.costs.functions, prefill + decode // 2
         steps["prefill"] = step_report(prompts, 0, costs[PREFILL], roofs)
         steps["decode"] = step_report(tokens, behind, costs[DECODE], roofs)
@@ -133,6 +134,7 @@ def bench(
         decode_bytes_per_token=decode_bytes(executable, prefill + decode // 2),
         roofs=roofs,
         device=device,
+        target=executable.program.target,
         steps=steps,
     )
 

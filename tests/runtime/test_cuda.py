@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemoc.codegen.plan import Address, Kernel, Launch, StepFunction
+from nemoc.codegen.plan import Address, Job, Kernel, Launch, StepFunction
 from nemoc.codegen.storage import Layout, weight_layout
 from nemoc.ir import Graph, NemocError
 from nemoc.ir.dims import B, L, dim
@@ -23,6 +23,7 @@ from nemoc.ir.interpreter import interpret
 from nemoc.ir.params import InMemory, LazyArguments
 from nemoc.runtime import Contents, Executable, build, cuda, cuda_device, load
 from nemoc.runtime.backend import Backend, BackendFactory, Opened
+from nemoc.runtime.costs import COSTS, CostRecord
 from nemoc.runtime.cuda import CudaBackend, Recordings, read_kernels
 from nemoc.runtime.cuda_device import CudaDevice
 from nemoc.runtime.cuda_driver import CudaDriver, DriverError
@@ -72,7 +73,7 @@ def _tensor(slot: Any, start: int) -> torch.Tensor:
 
 
 def step_function(name: str, graph: Graph) -> StepFunction:
-    """First the tokens go to scratch, then everything happens."""
+    """First the tokens go to scratch, then everything happens, all as one job."""
     inputs = [f"in{i}_{v.name}" for i, v in enumerate(graph.inputs)]
     length = 1 if name == "decode" else L
     keep = Launch(
@@ -84,7 +85,7 @@ def step_function(name: str, graph: Graph) -> StepFunction:
     main = Launch(Kernel(f"step_{name}", "", dim(2 * B)), buffers)
     idle = Launch(Kernel("keep_tokens", "", 0), (Address(inputs[0]), Address("scratch", 64)))
     arenas = ("weights", "state", "scratch", *inputs, "out0_logits")
-    return StepFunction(name, arenas, ((keep, idle), (main,)))
+    return StepFunction(name, arenas, ((keep, idle), (main,)), (Job(graph.nodes[0].op),))
 
 
 def record_of(contents: Contents) -> LaunchRecord:
@@ -130,7 +131,9 @@ def cuda_contents(contents: Callable[..., Contents]) -> Contents:
     given = contents()
     record = record_of(given)
     kernels = {binary.file: CUBIN for binary in record.binaries}
-    return dataclasses.replace(given, target=TARGET, files={LAUNCHES: record.to_text(), **kernels})
+    costs = CostRecord.of(step_function(n, g) for n, g in given.functions.items())
+    files = {LAUNCHES: record.to_text(), COSTS: costs.to_text(), **kernels}
+    return dataclasses.replace(given, target=TARGET, files=files)
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +211,31 @@ def test_the_second_decode_of_a_state_is_recorded(gpu: Executable, device: FakeD
         counts.append((launches("cuLaunchKernelEx"), device.recorded))
     assert counts == [(4, 0), (6, 1), (6, 1), (6, 1), (6, 1)]
     assert len(device.library.launches) == 2 + 5 * 2
+
+
+def test_steps_say_how_long_their_launches_took(gpu: Executable, device: FakeDevice) -> None:
+    """One by one, also of a decode that is recorded; what has no tasks takes no time."""
+    state, other = gpu.new_state(3), gpu.new_state(3)
+    gpu.prefill(IDS[:, :3], state)
+    for _ in range(2):
+        gpu.decode(NEXT, state)
+    before = device.lapped
+    with gpu.timed() as steps:
+        logits = gpu.prefill(IDS[:, :3], other)
+        decoded = [gpu.decode(NEXT, other) for _ in range(3)]
+    assert before == 0
+    assert [(s.function, s.sizes) for s in steps] == [
+        ("prefill", (3, 3, 200)),
+        *[("decode", (3, 1, 200))] * 3,
+    ]
+    assert [s.launches for s in steps] == [(1, 0, 2), (3, 0, 4), (5, 0, 6), (7, 0, 8)]
+    assert [(s.seconds, s.waiting) for s in steps] == [(3, 0), (7, 0), (11, 0), (15, 0)]
+    assert device.disordered == 0
+    again = gpu.new_state(3)
+    assert torch.equal(gpu.prefill(IDS[:, :3], again), logits)
+    for expected in decoded:
+        assert torch.equal(gpu.decode(NEXT, again), expected)
+    assert device.lapped == 8
 
 
 def test_each_state_has_a_recording_of_its_own(

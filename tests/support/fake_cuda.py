@@ -232,6 +232,7 @@ class FakeDevice(CudaDevice):
         library: its driver.
         staged: bytes of the largest staging memory.
         recorded: how many recordings were made.
+        lapped: how many laps were timed.
         can_record: whether that works.
         ordered: how often work was put in order.
         disordered: launches that were not.
@@ -244,6 +245,7 @@ class FakeDevice(CudaDevice):
         self.library = library
         self.staged = 0
         self.recorded = 0
+        self.lapped = 0
         self.can_record = True
         self.ordered = self.disordered = 0
         self._free = memory
@@ -308,3 +310,11 @@ class FakeDevice(CudaDevice):
                 library.run(launch)
 
         return replay
+
+    def laps(self, works: Sequence[Callable[[], None]]) -> list[float]:
+        """As many seconds as the device has had laps."""
+        for work in works:
+            work()
+        first = self.lapped + 1
+        self.lapped += len(works)
+        return [float(lap) for lap in range(first, self.lapped + 1)]

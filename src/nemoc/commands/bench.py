@@ -46,7 +46,7 @@ def run(
             f"{found.bandwidth_share:.0%} of what memory gives."
         )
     for name, step in found.steps.items():
-        what = "A token" if name == "decode" else f"A prompt of {step.tokens} tokens"
+        what = f"A {_WORDS[name]}" + (f" of {step.tokens} tokens" if name == "prefill" else "")
         _print_step(console, what, step)
     if found.steps:
         _explain(console, found)
@@ -62,7 +62,8 @@ def _print_step(console: Console, what: str, step: StepReport) -> None:
         seconds = sum(kernel.seconds for kernel in rest)
         sites = sum(kernel.sites for kernel in rest)
         rows.append(("others", str(sites), *_time(seconds, step), "", "", ""))
-    rows.append(("outside kernels", "", *_time(step.outside, step), "", "", ""))
+    if step.outside:
+        rows.append(("outside kernels", "", *_time(step.outside, step), "", "", ""))
     columns = ("op", ">sites", ">time", ">share", ">GB/s", ">GFLOP/s", ">roofline")
     print_table(console, columns, rows, wrap="op")
 
@@ -88,12 +89,22 @@ def _rate(amount: float | None, seconds: float) -> str:
 
 
 def _explain(console: Console, found: BenchReport) -> None:
-    waiting = ", ".join(
-        f"{step.waiting / step.seconds:.0%} of a {'token' if name == 'decode' else 'prompt'}"
-        for name, step in found.steps.items()
-    )
     console.print(
         "\nroofline: the time that memory and arithmetic allow over that taken. More than\n"
-        "100%: caches had what was read, or integers were multiplied.\n"
-        f"In the times of kernels threads wait for each other: {waiting}."
+        "100%: caches had what was read, or kernels multiply faster than that product."
     )
+    if found.target.partition(":")[0] == "cpu":
+        waiting = ", ".join(
+            f"{step.waiting / step.seconds:.0%} of a {_WORDS[name]}"
+            for name, step in found.steps.items()
+        )
+        console.print(f"Within kernels threads wait for each other: {waiting}.")
+    else:
+        console.print(
+            "Kernels were launched one by one: each has in it the way to the next, and they\n"
+            "take longer together than when they are launched ahead."
+        )
+
+
+_WORDS = {"prefill": "prompt", "decode": "token"}
+"""What each function takes."""
