@@ -10,7 +10,7 @@ from typing import cast
 import torch
 
 from nemoc.ir.errors import NemocError
-from nemoc.ir.json_file import read_json
+from nemoc.ir.json_file import parse_json
 from nemoc.runtime import inputs
 from nemoc.runtime.backend import Backend, TimedBackend
 from nemoc.runtime.costs import COSTS, CostRecord
@@ -22,7 +22,7 @@ from nemoc.runtime.sampling import Sampler
 from nemoc.runtime.scalars import as_integer, check_count, check_integer
 from nemoc.runtime.state import State
 from nemoc.runtime.step_times import StepTimes
-from nemoc.runtime.store import check_unreplaced, checked_path, copy_artifact, share_weights
+from nemoc.runtime.store import check_unreplaced, copy_artifact, read_content, share_weights
 from nemoc.runtime.tokenizer import Tokenizer
 
 Stop = int | str | Sequence[int | str] | None
@@ -213,8 +213,9 @@ class Executable:
         if COSTS not in self._manifest.files:
             return None
         check_unreplaced(self.folder, self._manifest)
-        path = checked_path(self.folder, COSTS, self._manifest.files[COSTS])
-        return CostRecord.from_json(read_json(path), str(path))
+        content = read_content(self.folder, COSTS, self._manifest.files[COSTS])
+        path = self.folder / COSTS
+        return CostRecord.from_json(parse_json(content, path), str(path))
 
     @property
     def times_launches(self) -> bool:

@@ -79,6 +79,22 @@ def write_content(folder: Path, name: str, content: Path | bytes | str) -> FileR
     return file.record
 
 
+def read_content(folder: Path, name: str, record: FileRecord) -> bytes:
+    """A small file of an artifact, as it was written.
+
+    Raises:
+        NemocError: it is missing, cannot be read, or was altered.
+    """
+    path = checked_path(folder, name, record)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise NemocError(f"{path}: cannot be read: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != record.sha256:
+        raise NemocError(f"{path}: was altered")
+    return content
+
+
 def is_artifact(path: Path) -> bool:
     """Whether a path is the directory of an artifact, of any version; links to one are not."""
     return not path.is_symlink() and path.is_dir() and is_manifest(path / MANIFEST)

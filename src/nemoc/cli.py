@@ -125,6 +125,7 @@ _function = click.option(
     help="The step over any number of tokens, or over one.",
 )
 _quiet = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+_PAGE = "Also write a page about it, HTML with nothing from the network."
 _threads = click.option(
     "--threads",
     type=click.IntRange(min=1),
@@ -336,14 +337,19 @@ def bisect(source: str, output: Path, quiet: bool, **options: Any) -> int:
     return bisect.run(source, output, quiet, **options)
 
 
-@nemoc.command(short_help="Measure an artifact's tokens per second.")
+@nemoc.command(short_help="Measure an artifact: tokens per second, and what takes the time.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--prefill", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--decode", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write JSON there.")
+@click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE", help=_PAGE)
 @_options(_threads, _quiet, _debug)
 def bench(artifact: Path, **options: Any) -> None:
-    """Measure tokens per second of a compiled model, and its share of the memory's bandwidth."""
+    """Measure tokens per second of a compiled model, and which kernels take the time.
+
+    Beside each stands which part of the time it had to take by the bandwidth of memory and the
+    speed of arithmetic, which are measured in the same run.
+    """
     from nemoc.commands import bench
 
     bench.run(artifact, **options)
@@ -406,7 +412,7 @@ def bench(artifact: Path, **options: Any) -> None:
     "page",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Also write a page about it, HTML with nothing from the network.",
+    help=_PAGE,
 )
 @click.option("--no-compare", is_flag=True, help="Do not measure the whole model before and after.")
 @_options(*_formats, _pipeline, _plugin, _threads, _quiet, _debug)
@@ -493,18 +499,34 @@ def records_prune(older_than: float | None, not_this_machine: bool) -> None:
     records.prune(older_than, not_this_machine)
 
 
-@nemoc.command(short_help="List the kernels of an artifact for a GPU.")
+@nemoc.command(short_help="Say what an artifact launches, and what that costs.")
 @click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("-o", "page", type=click.Path(path_type=Path), metavar="FILE", help=_PAGE)
+@click.option(
+    "--prefill",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Tokens of the prompt for which costs are given.",
+)
+@click.option(
+    "--cached",
+    type=click.IntRange(min=0),
+    default=256,
+    show_default=True,
+    help="Tokens before the one that is decoded.",
+)
 @_options(_debug)
-def report(artifact: Path) -> None:
-    """List what compiling said of each kernel of an artifact for a GPU.
+def report(artifact: Path, **options: Any) -> None:
+    """Say what the functions of an artifact launch, and what that costs; weights are not looked at.
 
-    Registers and spilled bytes of a thread, shared memory of a program, programs that a
-    multiprocessor holds and what there is too little of for more, and matrix instructions.
+    Of kernels for a GPU also what compiling said: registers and spilled bytes of a thread, shared
+    memory of a program, programs that a multiprocessor holds and what there is too little of for
+    more, and matrix instructions. `nemoc bench --report` has times in it.
     """
     from nemoc.commands import report
 
-    report.run(artifact)
+    report.run(artifact, **options)
 
 
 @nemoc.command(short_help="Write SOURCE as a checkpoint that others load.")

@@ -2,7 +2,7 @@
 
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nemoc.autotune.measure import Roofs
@@ -11,28 +11,43 @@ from nemoc.runtime.step_times import StepTimes
 
 
 @dataclass(frozen=True)
-class KernelTime:
-    """The launches of a step that carry out ops of one kind with the same kernels.
+class KernelGroup:
+    """The ops of a function that are carried out by the same kernels.
 
     Attributes:
         op: what they do.
         weights: what the weights are called that they read, without the layers' numbers.
         kernels: the names of their kernels, in order.
         sites: how many ops these are.
-        seconds: of all of them; launches that run at once share their time as threads do.
         flops: of all of them.
-        moved: bytes that all of them have to read and write.
-        least: seconds that memory and arithmetic allow them, each op by itself; integers are not counted as arithmetic.
-            None, as flops and moved are, for an op of a user's own that does not say what it costs.
+        moved: bytes that all of them have to read and write. None, as flops are, for an op of a user's own that does
+            not say what it costs.
     """
 
     op: str
     weights: tuple[str, ...]
     kernels: tuple[str, ...]
     sites: int
-    seconds: float
     flops: float | None
     moved: float | None
+
+    @property
+    def title(self) -> str:
+        """What they do, with which weights."""
+        return f"{self.op} {', '.join(self.weights)}".strip()
+
+
+@dataclass(frozen=True)
+class KernelTime(KernelGroup):
+    """The same with the time that they take.
+
+    Attributes:
+        seconds: of all of them; launches that run at once share their time as threads do.
+        least: seconds that memory and arithmetic allow them, each op by itself; integers are not counted as arithmetic.
+            None where it is not known what they cost.
+    """
+
+    seconds: float
     least: float | None
 
     @property
@@ -67,6 +82,30 @@ class StepReport:
         return max(0.0, self.seconds - sum(kernel.seconds for kernel in self.kernels))
 
 
+def kernel_groups(costs: FunctionCosts, sizes: Sequence[Mapping[str, int]]) -> list[KernelGroup]:
+    """The groups of a function, in order of first launch.
+
+    Args:
+        costs: of the function.
+        sizes: B, L, C and T of each step that is counted.
+    """
+    return [
+        _group(kernels, [costs.ops[op] for op in ops], sizes)
+        for kernels, ops in _members(costs).items()
+    ]
+
+
+def _members(costs: FunctionCosts) -> dict[tuple[str, ...], list[int]]:
+    """The ops of each group, by the kernels that they share."""
+    names: dict[int, list[str]] = {}
+    for launch in costs.launches:
+        names.setdefault(launch.op, []).append(launch.kernel)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for op, kernels in names.items():
+        groups.setdefault(tuple(kernels), []).append(op)
+    return groups
+
+
 def step_report(
     runs: Sequence[Sequence[StepTimes]], cached: int, costs: FunctionCosts, roofs: Roofs
 ) -> StepReport:
@@ -78,24 +117,18 @@ def step_report(
         costs: of the function that the steps are of.
         roofs: what the device reaches.
     """
-    medians = [
-        statistics.median(seconds)
-        for seconds in zip(*(_sums(step.launches for step in run) for run in runs), strict=True)
-    ]
-    own: dict[int, float] = dict.fromkeys(range(len(costs.ops)), 0.0)
-    names: dict[int, list[str]] = {}
-    for launch, seconds in zip(costs.launches, medians, strict=True):
-        own[launch.op] += seconds
-        names.setdefault(launch.op, []).append(launch.kernel)
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for op, kernels in names.items():
-        groups.setdefault(tuple(kernels), []).append(op)
+    own = dict.fromkeys(range(len(costs.ops)), 0.0)
+    summed = [_sums(step.launches for step in run) for run in runs]
+    for launch, seconds in zip(costs.launches, zip(*summed, strict=True), strict=True):
+        own[launch.op] += statistics.median(seconds)
     sizes = _sizes(runs[0], cached)
     rows = [
-        _kernel_time(
-            kernels, [costs.ops[op] for op in ops], sum(own[op] for op in ops), sizes, roofs
+        KernelTime(
+            **vars(group),
+            seconds=sum(own[op] for op in ops),
+            least=_least([costs.ops[op] for op in ops], sizes, roofs),
         )
-        for kernels, ops in groups.items()
+        for group, ops in zip(kernel_groups(costs, sizes), _members(costs).values(), strict=True)
     ]
     return StepReport(
         tokens=sum(step.sizes[1] for step in runs[0]),
@@ -120,31 +153,40 @@ def _sizes(run: Sequence[StepTimes], cached: int) -> list[dict[str, int]]:
     return found
 
 
-def _kernel_time(
-    kernels: tuple[str, ...],
-    ops: Sequence[OpCost],
-    seconds: float,
-    sizes: Sequence[dict[str, int]],
-    roofs: Roofs,
-) -> KernelTime:
-    done = [(op, op.at(at)) for op in ops for at in sizes]
-    known = [(op, cost) for op, cost in done if cost is not None]
-    complete = len(known) == len(done)
-    return KernelTime(
+def _group(
+    kernels: tuple[str, ...], ops: Sequence[OpCost], sizes: Sequence[Mapping[str, int]]
+) -> KernelGroup:
+    costs = _costs(ops, sizes)
+    return KernelGroup(
         op=ops[0].op,
         weights=tuple(dict.fromkeys(_plain(op.weight) for op in ops if op.weight)),
         kernels=kernels,
         sites=len(ops),
-        seconds=seconds,
-        flops=sum(flops for _, (flops, _) in known) if complete else None,
-        moved=sum(moved for _, (_, moved) in known) if complete else None,
-        least=sum(_least(op, cost, roofs) for op, cost in known) if complete else None,
+        flops=None if costs is None else sum(flops for _, flops, _ in costs),
+        moved=None if costs is None else sum(moved for _, _, moved in costs),
     )
 
 
-def _least(op: OpCost, cost: tuple[float, float], roofs: Roofs) -> float:
-    flops, moved = cost
-    return roofs.seconds(moved, 0.0 if op.integers else flops)
+def _costs(
+    ops: Sequence[OpCost], sizes: Sequence[Mapping[str, int]]
+) -> list[tuple[OpCost, float, float]] | None:
+    """Flops and bytes of each op in each step; none if that is not known of one."""
+    found = []
+    for op in ops:
+        for at in sizes:
+            cost = op.at(at)
+            if cost is None:
+                return None
+            found.append((op, *cost))
+    return found
+
+
+def _least(ops: Sequence[OpCost], sizes: Sequence[Mapping[str, int]], roofs: Roofs) -> float | None:
+    """Seconds that ops take at least."""
+    costs = _costs(ops, sizes)
+    if costs is None:
+        return None
+    return sum(roofs.seconds(moved, 0.0 if op.integers else flops) for op, flops, moved in costs)
 
 
 def _plain(weight: str) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from nemoc.autotune.journal import Trial
@@ -23,14 +22,12 @@ from nemoc.autotune.statistics import Interval
 from nemoc.autotune.tuner import KernelReport
 from nemoc.codegen.tunables import Setting, Tunable
 from nemoc.ir import NemocError
-from nemoc.runtime.files import as_path, replacing_file
+from nemoc.page import render, write_page
 from nemoc.terminal import duration
 from nemoc.tuning import TuneReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_TEMPLATE = Path(__file__).with_name("tune_report.html")
 
 _LEAST_TRIALS = 8
 """Right trials from which on it is said which tunables mattered."""
@@ -59,9 +56,7 @@ def write_report(report: TuneReport, path: str | Path) -> None:
     Raises:
         NemocError: matplotlib is not installed, or the file cannot be written.
     """
-    text = report_html(report)
-    with replacing_file(as_path(path)) as file:
-        file.write(text.encode())
+    write_page(report_html(report), path)
 
 
 def report_html(report: TuneReport) -> str:
@@ -70,12 +65,9 @@ def report_html(report: TuneReport) -> str:
     Raises:
         NemocError: matplotlib is not installed.
     """
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     kernels = [_section(f"kernel{i}", kernel) for i, kernel in enumerate(report.kernels)]
-    return template.render(
+    return render(
+        "tune_report.html",
         device=report.device,
         spent=duration(report.spent),
         earlier=duration(report.earlier) if report.earlier else "nothing",

@@ -25,6 +25,7 @@ from nemoc.runtime.launches import LAUNCHES, read_launches
 from nemoc.verification import NARROW_BOUND, kernel_rows
 from support.checkpoints import VARIANTS, write_checkpoint
 from support.gpu_programs import program
+from support.page import Page
 from support.watched import run_watched, watched_launches
 
 GPU_NAMES = [name for name in GPUS if name != INTERPRETER]
@@ -130,7 +131,17 @@ def test_the_report_fits_a_terminal(compiled: Path, capsys: pytest.CaptureFixtur
     assert main(["report", str(compiled)]) == 0
     out = capsys.readouterr().out
     assert "none spilling" in out
+    assert "conv-scan conv1d" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_page_about_an_artifact_has_every_kernel(compiled: Path, tmp_path: Path) -> None:
+    assert main(["report", str(compiled), "-o", str(tmp_path / "page.html")]) == 0
+    page = Page((tmp_path / "page.html").read_text())
+    reports = json.loads((compiled / REPORT).read_text())
+    assert [row[0] for row in page.cells["kernels"][1:]] == [r["symbol"] for r in reports]
+    launched = {name for row in page.cells["decode"][1:] for name in row[1].split(", ")}
+    assert launched <= {r["symbol"] for r in reports}
 
 
 def test_what_cannot_run_here_says_what_it_needs(
@@ -143,13 +154,13 @@ def test_what_cannot_run_here_says_what_it_needs(
     assert err.count("\n") == 1
 
 
-def test_an_artifact_for_a_cpu_has_no_report_of_kernels(
+def test_an_artifact_that_launches_nothing_has_no_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "sample.nemoc"
     nemoc.compile("sample", target="reference", destination=path)
     assert main(["report", str(path)]) == 2
-    assert "is for reference, which has no report of kernels" in capsys.readouterr().err
+    assert "is for reference, which launches no kernels" in capsys.readouterr().err
 
 
 def test_a_cpu_does_not_compute_in_bf16() -> None:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nemoc.artifact_report import artifact_html, read_artifact
 from nemoc.compiler import load
 from nemoc.kernel_times import KernelTime, StepReport
 from nemoc.measurement import BenchReport, bench
+from nemoc.page import write_page
 from nemoc.terminal import duration, heading, print_table, progress, report, short
 
 _SHOWN = 0.005
@@ -20,15 +22,19 @@ def run(
     prefill: int,
     decode: int,
     json_file: Path | None,
+    page: Path | None,
     threads: int | None,
     quiet: bool,
 ) -> None:
-    """Print medians, and write them as JSON where asked to."""
+    """Print medians, and write them as JSON and as a page where asked to."""
+    shown = read_artifact(artifact, prefill, prefill + decode // 2) if page is not None else None
     with progress(quiet) as show:
         executable = load(artifact, threads=threads, progress=show)
         found = bench(executable, prefill=prefill, decode=decode, threads=threads)
     if json_file is not None:
         json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
+    if shown is not None and page is not None:
+        write_page(artifact_html(shown, found), page)
     console = report()
     rows = [
         (f"prefill of {found.prefill_tokens} tokens", f"{found.prefill_tokens_per_second:.1f}"),
@@ -70,7 +76,7 @@ def _print_step(console: Console, what: str, step: StepReport) -> None:
 
 def _cells(kernel: KernelTime, step: StepReport) -> tuple[str, ...]:
     return (
-        f"{kernel.op} {', '.join(kernel.weights)}".strip(),
+        kernel.title,
         str(kernel.sites),
         *_time(kernel.seconds, step),
         _rate(kernel.moved, kernel.seconds),
