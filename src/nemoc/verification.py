@@ -350,7 +350,8 @@ def _way_rows(kind: str, executable: Executable, expected: _Expected) -> Iterato
     rounds = _rounds(graphs)
     tied = rounds and any(isinstance(op, TopK) for g in graphs.values() for op in _ops(g))
     worst = []
-    for name, (detail, run) in _ways(executable, expected).items():
+    prompts = _MANY_TOKENS if tied else 1
+    for name, (detail, run) in _ways(executable, expected, prompts).items():
         started = time.perf_counter()
         found, wanted = run()
         if tied:
@@ -370,7 +371,7 @@ def _way_rows(kind: str, executable: Executable, expected: _Expected) -> Iterato
 
 
 def _ways(
-    executable: Executable, expected: _Expected, seed: int = 0
+    executable: Executable, expected: _Expected, prompts: int = 1, seed: int = 0
 ) -> dict[str, tuple[str, Callable[[], _Pair]]]:
     """By name what each way is, and what runs it.
 
@@ -379,6 +380,7 @@ def _ways(
     Args:
         executable: what is run.
         expected: what it is held against.
+        prompts: of how many prompts, each longer than the one before, the last token is looked at.
         seed: of the tokens.
 
     Raises:
@@ -398,8 +400,11 @@ def _ways(
     def prefill() -> _Pair:
         return executable.prefill(tokens, executable.new_state(batch), all_logits=True), wanted
 
+    lengths = range(width - prompts + 1, width + 1)
+
     def last() -> _Pair:
-        return executable.prefill(tokens[:1], executable.new_state()), wanted[:1, -1]
+        found = [executable.prefill(tokens[:1, :n], executable.new_state()) for n in lengths]
+        return torch.cat(found), wanted[0, lengths[0] - 1 :]
 
     def chunked() -> _Pair:
         state = executable.new_state()
@@ -417,9 +422,8 @@ def _ways(
     more = min(_MANY_TOKENS // 2, bounds.max_context - width)
 
     def unequal() -> _Pair:
-        lengths = torch.tensor([width, 9])
         state = executable.new_state(2)
-        found = [executable.prefill(tokens, state, lengths=lengths)]
+        found = [executable.prefill(tokens, state, lengths=torch.tensor([width, 9]))]
         found += [executable.decode(tokens[:, i], state) for i in range(more)]
         alone = expected.behind(torch.cat([tokens[1:, :9], tokens[1:, :more]], dim=1), 9)
         longer = expected.behind(torch.cat([tokens[:1], tokens[:1, :more]], dim=1), width)
@@ -428,7 +432,7 @@ def _ways(
 
     ways: dict[str, tuple[str, Callable[[], _Pair]]] = {
         "prefill": (f"batch {batch}, {width} tokens, all logits", prefill),
-        "prefill, last token": (f"batch 1, {width} tokens", last),
+        "prefill, last token": (f"batch 1, {_range(lengths)} tokens", last),
         "chunked prefill": (f"5 + 1 + {width - 6} tokens", chunked),
         "decode": (f"batch {batch}, 8 tokens, then {width - 8} steps", decode),
     }
@@ -436,6 +440,11 @@ def _ways(
         detail = f"{width} and 9 tokens, then {more} steps, against each alone"
         ways["unequal rows"] = (detail, unequal)
     return ways
+
+
+def _range(lengths: range) -> str:
+    """`24`, or `17 to 24`."""
+    return f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else str(lengths[0])
 
 
 def token_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -75,13 +75,43 @@ def test_without_a_router_no_token_may_be_off(
     assert not found["prefill"].ok
 
 
-def test_ways_of_a_few_tokens_are_held_to_the_bound_of_the_worst_one(
+def test_every_way_has_tokens_enough_to_be_held_to_the_bound_of_rounding(
     executable: nemoc.Executable, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = rows(executable, model, monkeypatch, lambda logits: None)
-    few = {"prefill, last token", "every token"}
+    assert {name for name, row in found.items() if row.bound == TIED_BOUND} == {"every token"}
+    assert all(row.ok for row in found.values())
+
+
+def test_ways_of_a_few_tokens_are_held_to_the_bound_of_the_worst_one(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = nemoc.compile(model, "reference", max_batch=2, max_context=12)
+    found = rows(short, model, monkeypatch, lambda logits: None)
+    few = {"decode", "unequal rows", "every token"}
     assert {name for name, row in found.items() if row.bound == TIED_BOUND} == few
     assert all(row.ok for row in found.values())
+
+
+@pytest.mark.parametrize(("factor", "ok"), [(1.2, False), (1.001, True)])
+def test_logits_of_last_tokens_alone_are_held_to_the_bound_of_rounding(
+    executable: nemoc.Executable,
+    model: Model,
+    factor: float,
+    ok: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = executable.prefill
+
+    def prefill(tokens: torch.Tensor, state: object, **options: object) -> torch.Tensor:
+        logits: torch.Tensor = whole(tokens, state, **options)  # type: ignore[arg-type]
+        return logits if options.get("all_logits") else logits * factor
+
+    monkeypatch.setattr(executable, "prefill", prefill)
+    monkeypatch.setattr(verification, "_rounds", lambda graphs: True)
+    found = {row.name: row for row in model_rows(executable, model)}
+    assert found["prefill, last token"].ok == ok
+    assert found["prefill"].ok
 
 
 def test_one_token_whose_experts_tie_is_no_fault(
