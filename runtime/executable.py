@@ -215,7 +215,13 @@ class Executable:
         check_unreplaced(self.folder, self._manifest)
         content = read_content(self.folder, COSTS, self._manifest.files[COSTS])
         path = self.folder / COSTS
-        return CostRecord.from_json(parse_json(content, path), str(path))
+        record = CostRecord.from_json(parse_json(content, path), str(path))
+        if record.functions.keys() != self.program.functions:
+            expected = ", ".join(sorted(self.program.functions))
+            raise NemocError(
+                f"{path}: functions are {', '.join(record.functions)}, expected {expected}"
+            )
+        return record
 
     @property
     def times_launches(self) -> bool:
