@@ -14,13 +14,15 @@ along lanes and nothing is reduced across them. Softmax is online (Milakov and G
 Prefill has a task for each kv head and some tiles of query rows, and takes a block of keys into all of these that see
 any of it: so keys and values are read, and widened, once for hundreds of rows. Decode (L = 1) splits the cached rows
 instead: a task takes up to 1 / splits of them with all their heads, which makes one stream through memory, and leaves
-(o, m, l) in scratch; a second launch merges the parts.
+(o, m, l) in scratch; a second launch merges the parts. Where few query heads share a kv head, which would leave lanes
+idle, decode has another form (`nemoc.codegen.tvm.attention_step`).
 """
 
 import sympy
 
 from nemoc.codegen.plan import Arg, Plan, Site, Stage, View
 from nemoc.codegen.tunables import Tunable
+from nemoc.codegen.tvm.attention_step import emit_attention_step, takes
 from nemoc.codegen.tvm.flash import MASKED, Flash
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.vmath import VectorMath
@@ -100,6 +102,9 @@ def _decode(site: Site, target: CpuTarget) -> Plan:
     lanes = next(n for n in (4, 8, 16) if n >= min(shared, target.lanes))
     vectors = -(-shared // lanes)
     splits = int(site.choices.pick(SPLITS))
+    if takes(site, target):
+        least = int(site.choices.pick(KEYS_PER_SPLIT))
+        return emit_attention_step(site, target, splits, least)
     lead = (batch, splits, kv_heads)
     sums = View.dense(TensorType.of(DType.F32, (*lead, width * vectors * lanes)))
     softmax = View.dense(TensorType.of(DType.F32, (*lead, 2, vectors * lanes)))

@@ -14,7 +14,7 @@ KEYS = Tunable("keys", 16, (8, 16, 32), keeps_bits=False)
 MASKED = -1e30
 """The score of a row that is not seen: finite, so that no difference of scores is NaN."""
 
-_FLOOR = -80.0
+FLOOR = -80.0
 """Exponents are clamped here: 2e-35 of the largest weight is nothing, and denormal numbers would be slow."""
 
 
@@ -223,14 +223,14 @@ class Flash:
         w, lanes, math = self.writer, self.lanes, self._math
         for m in range(self._vectors):
             at = f"{i} * {self._vectors} + {m}"
-            old = w.value("old", math.maximum(f"{self._m}[{at}] - {self._top}[{m}]", _FLOOR), lanes)
+            old = w.value("old", math.maximum(f"{self._m}[{at}] - {self._top}[{m}]", FLOOR), lanes)
             w.line(f"{self._alpha}[{m}] = {math.exp(old)}")
             w.line(f"{self._l}[{at}] = {self._l}[{at}] * {self._alpha}[{m}]")
             w.line(f"{self._m}[{at}] = {self._top}[{m}]")
         with w.loop("k", f"{groups} * {self._deep}") as k:
             for m in range(self._vectors):
                 at = self._ramp(f"{k} * {self.rows} + {m * lanes}")
-                rest = math.maximum(f"{self._p}[{at}] - {self._top}[{m}]", _FLOOR)
+                rest = math.maximum(f"{self._p}[{at}] - {self._top}[{m}]", FLOOR)
                 e = math.exp(w.value("rest", rest, lanes))
                 w.line(f"{self._p}[{at}] = {e}")
                 total = f"{self._l}[{i} * {self._vectors} + {m}]"

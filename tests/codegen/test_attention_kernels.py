@@ -21,7 +21,8 @@ LENGTHS = value(DType.I32, B)
 HOST = cpu_target()
 SPLITS, KEYS_PER_SPLIT = int(MOST.default), int(LEAST.default)
 NARROW = dataclasses.replace(HOST, vector_bits=128, registers=16)
-SUITE, NARROW_SUITE = KernelSuite(), KernelSuite(NARROW)
+MIDDLE = dataclasses.replace(HOST, vector_bits=256, registers=16)
+SUITE, NARROW_SUITE, MIDDLE_SUITE = KernelSuite(), KernelSuite(NARROW), KernelSuite(MIDDLE)
 
 
 def attention(heads: int, kv_heads: int, width: int, dtype: DType, length: Dim) -> Site:
@@ -46,12 +47,18 @@ SHAPES = {
     "no sharing": (3, 3, 7, F32),
     "ratio no power of 2": (10, 2, 33, F32),
     "more heads than lanes": (34, 1, 8, BF16),
+    "no sharing, whole vectors": (3, 3, 16, F32),
+    "the sample's ratio": (4, 2, 64, F32),
+    "five heads, bf16": (10, 2, 48, BF16),
+    "four heads, wide": (8, 2, 256, F32),
 }
 PREFILL = {name: SUITE.add(attention(*shape, L), emit_attention) for name, shape in SHAPES.items()}
 DECODE = {name: SUITE.add(attention(*shape, 1), emit_attention) for name, shape in SHAPES.items()}
 FULL = SUITE.add(attention(16, 1, 8, F32, L), emit_attention)
 for _cases, _length in ((PREFILL, L), (DECODE, 1)):
     _cases["narrow vectors"] = NARROW_SUITE.add(attention(72, 2, 20, BF16, _length), emit_attention)
+    _cases["narrow, few"] = NARROW_SUITE.add(attention(4, 2, 12, BF16, _length), emit_attention)
+    _cases["middle, few"] = MIDDLE_SUITE.add(attention(15, 3, 24, F32, _length), emit_attention)
 WRITES = {
     "f32": SUITE.add(writing(2, 20, F32, 40), emit_cache_write),
     "bf16, strided": SUITE.add(writing(3, 39, BF16, 200), emit_cache_write),

@@ -140,7 +140,7 @@ def test_an_unknown_op_compiles_by_itself(tmp_path: Path) -> None:
     scratch = torch.empty(made.program.scratch_bytes + 1, dtype=torch.uint8)
     arenas = [scratch, scratch, scratch, x, y]
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in arenas]
-    tvm_ffi.load_module(str(library))["g"](*pointers, *sizes.values(), 2)
+    tvm_ffi.load_module(str(library))["g"](*pointers, *sizes.values(), 2, None)
     assert relative_error(y, Bend(graph.inputs[0]).evaluate(Env({}), x.double())) < 1e-6
 
 
