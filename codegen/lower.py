@@ -322,8 +322,9 @@ class _Lowering:
 
     def _largest_weight(self, node: Node) -> str:
         """The name of the largest weight that a node reads, empty if it reads none."""
-        stored = (v for v in node.op.distinct_operands if self._places[v].memory.arena == WEIGHTS)
-        largest = max(stored, key=lambda v: int(v.type.bytes), default=None)
+        read = (self._places[v].memory for v in node.op.distinct_operands)
+        stored = (memory.values[0] for memory in read if memory.arena == WEIGHTS)
+        largest = max(stored, key=lambda param: int(param.type.bytes), default=None)
         return "" if largest is None else largest.name
 
     def _plan(self, index: int, node: Node, results: tuple[View, ...]) -> tuple[Plan, list[_Place]]:

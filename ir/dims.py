@@ -132,12 +132,12 @@ def estimate_text(text: str, env: Mapping[str, int]) -> float:
     Raises:
         IRError: the text is no such form, has another symbol, or has no finite value there.
     """
-    tree = _expression(text, _LONGEST_FORM)
+    tree = _expression(text, _LONGEST_FORM, "closed form")
     try:
         found = _number(tree, text, env)
     except (ArithmeticError, ValueError, RecursionError) as error:
         raise IRError(f"closed form {text[:60]!r} has no value: {error}") from None
-    if isinstance(found, complex) or not math.isfinite(found):
+    if not math.isfinite(found):
         raise IRError(f"closed form {text[:60]!r} is {found}, expected a finite number")
     return found
 
@@ -166,8 +166,10 @@ def _number(node: ast.expr, text: str, env: Mapping[str, int]) -> float:
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_number(operand, text, env)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            found: float = _OPERATORS[type(op)](*(_number(n, text, env) for n in (left, right)))
-            return found
+            found = _OPERATORS[type(op)](*(_number(n, text, env) for n in (left, right)))
+            if isinstance(found, complex):
+                raise IRError(f"closed form {text[:60]!r} has no real value")
+            return float(found)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _NUMERIC:
             function, arity = _NUMERIC[name]
             if len(args) in arity:
@@ -208,7 +210,7 @@ def parse_dim(text: str) -> Dim:
     Raises:
         IRError: the text is no dimension.
     """
-    tree = _expression(text, _LONGEST)
+    tree = _expression(text, _LONGEST, "dimension")
     _check_size(tree, text)
     value = dim(_from_ast(tree, text))
     if not isinstance(value, int) and not value.free_symbols:
@@ -220,14 +222,15 @@ _LONGEST = 400
 """Characters of the longest dimension that is read; beyond, nesting could exhaust the parser."""
 
 
-def _expression(text: str, longest: int) -> ast.expr:
-    """The syntax tree of text from anywhere."""
+@functools.lru_cache(maxsize=1024)
+def _expression(text: str, longest: int, what: str) -> ast.expr:
+    """The syntax tree of text from anywhere; `what` is what messages call it."""
     if len(text) > longest:
-        raise IRError(f"dimension {text[:20]!r}... cannot be read: it has {len(text)} characters")
+        raise IRError(f"{what} {text[:20]!r}... cannot be read: it has {len(text)} characters")
     try:
         return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise IRError(f"dimension {text!r} cannot be read") from None
+        raise IRError(f"{what} {text[:_LONGEST]!r} cannot be read") from None
 
 
 def _from_ast(node: ast.expr, text: str) -> Any:

@@ -8,15 +8,19 @@ how long launches take (`nemoc bench`) and wants to know how long they had to.
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from nemoc.codegen.plan import Job, StepFunction
-from nemoc.ir.dims import Dim, estimate_text, format_dim
-from nemoc.ir.errors import IRError
+from nemoc.ir.dims import estimate_text, format_dim
+from nemoc.ir.errors import IRError, NemocError
 from nemoc.ir.json_field import JsonField
+from nemoc.ir.json_file import parse_json
 from nemoc.ir.op import Op
 from nemoc.ir.ops.int8 import RoundToInt8
 from nemoc.ir.region import Fused
+from nemoc.runtime.manifest import Manifest
+from nemoc.runtime.store import read_content
 
 COSTS = "kernels/costs.json"
 """The record's name within an artifact."""
@@ -46,15 +50,18 @@ class OpCost:
         """What is said of a job of a step function."""
         op, cost = job.op, job.op.cost()
         name = op.kind if isinstance(op, Fused) else op.mnemonic()
-        forms = (_form(cost.flops), _form(cost.read), _form(cost.written))
+        forms = (format_dim(cost.flops), format_dim(cost.read), format_dim(cost.written))
         known = all(map(_is_readable, forms))
         return cls(name, job.weight, multiplies_integers(op), forms if known else None)
 
     def at(self, sizes: Mapping[str, int]) -> tuple[float, float] | None:
-        """Flops and bytes moved at B, L, C and T; none if there is no closed form."""
+        """Flops and bytes moved at B, L, C and T; none if there is no closed form, or none that has a value there."""
         if self.forms is None:
             return None
-        flops, read, written = (estimate_text(form, sizes) for form in self.forms)
+        try:
+            flops, read, written = (estimate_text(form, sizes) for form in self.forms)
+        except IRError:
+            return None
         return flops, read + written
 
 
@@ -62,10 +69,6 @@ def multiplies_integers(op: Op) -> bool:
     """Whether an op rounds activations to integers, so that its products are of integers."""
     inner = [node.op for node in op.body.nodes] if isinstance(op, Fused) else [op]
     return any(isinstance(o, RoundToInt8) for o in inner)
-
-
-def _form(value: Dim) -> str:
-    return format_dim(value)
 
 
 def _is_readable(form: str) -> bool:
@@ -154,6 +157,23 @@ class CostRecord:
         return cls({name: _function(field) for name, field in functions.items()})
 
 
+def read_costs(folder: Path, manifest: Manifest) -> CostRecord | None:
+    """The record of an artifact; none if its target launches nothing.
+
+    Raises:
+        NemocError: it was altered, or is not of the artifact's functions.
+    """
+    if COSTS not in manifest.files:
+        return None
+    path = folder / COSTS
+    content = read_content(folder, COSTS, manifest.files[COSTS])
+    record = CostRecord.from_json(parse_json(content, path), str(path))
+    if record.functions.keys() != manifest.graphs.keys():
+        found, expected = (", ".join(sorted(f)) for f in (record.functions, manifest.graphs))
+        raise NemocError(f"{path}: functions are {found}, expected {expected}")
+    return record
+
+
 def _to_json(function: FunctionCosts) -> dict[str, Any]:
     return {
         "ops": [
@@ -172,11 +192,15 @@ def _to_json(function: FunctionCosts) -> dict[str, Any]:
 def _function(data: JsonField) -> FunctionCosts:
     found = data.fields(("ops", "phases"))
     ops = tuple(map(_op, found["ops"].items()))
-    phases = tuple(
-        tuple(_launch(launch, len(ops)) for launch in phase.items())
-        for phase in found["phases"].items()
-    )
+    phases = tuple(_phase(phase, len(ops)) for phase in found["phases"].items())
     return FunctionCosts(ops, phases)
+
+
+def _phase(data: JsonField, ops: int) -> tuple[LaunchCost, ...]:
+    launches = tuple(_launch(launch, ops) for launch in data.items())
+    if not launches:
+        raise data.wrong("the launches of a phase")
+    return launches
 
 
 def _op(data: JsonField) -> OpCost:

@@ -173,9 +173,17 @@ class CudaBackend:
 
     @contextlib.contextmanager
     def timed(self, phases: Mapping[str, Sequence[int]]) -> Iterator[list[StepTimes]]:
-        """As `TimedBackend.timed`; launches run one by one, none before the one before it has ended."""
+        """As `TimedBackend.timed`; decodes run launch by launch too, with events between launches."""
+        for name, function in self._table.record.functions.items():
+            if sum(phases.get(name, ())) != len(function.launches):
+                raise NemocError(
+                    f"{self._program.name}: {name} has {len(function.launches)} launches, "
+                    f"its record of costs {sum(phases.get(name, ()))}"
+                )
         found: list[StepTimes] = []
         with self._lock:
+            if self._times is not None:
+                raise NemocError("launches are being timed already")
             self._times = found
         try:
             yield found

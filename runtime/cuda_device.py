@@ -227,9 +227,10 @@ class CudaDevice:
         stream = torch.cuda.current_stream(self.place)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(works) + 1)]
         torch.cuda._sleep(int(_CYCLES_PER_LAP * len(works)))
-        for event, work in zip(events, (*works, _nothing), strict=True):
+        for event, work in zip(events, works, strict=False):
             event.record(stream)
             work()
+        events[-1].record(stream)
         events[-1].synchronize()
         return [one.elapsed_time(next_) / 1e3 for one, next_ in pairwise(events)]
 
@@ -243,10 +244,6 @@ class CudaDevice:
             for module in self._modules:
                 self._driver.unload(module)
         self._driver.release_context(self._index)
-
-
-def _nothing() -> None:
-    """No work."""
 
 
 def find_device(target: str, what: str) -> CudaDevice:

@@ -10,10 +10,9 @@ from typing import cast
 import torch
 
 from nemoc.ir.errors import NemocError
-from nemoc.ir.json_file import parse_json
 from nemoc.runtime import inputs
 from nemoc.runtime.backend import Backend, TimedBackend
-from nemoc.runtime.costs import COSTS, CostRecord
+from nemoc.runtime.costs import CostRecord, read_costs
 from nemoc.runtime.files import as_path
 from nemoc.runtime.generation import Endings, generate_tokens
 from nemoc.runtime.manifest import FileRecord, Manifest
@@ -22,7 +21,7 @@ from nemoc.runtime.sampling import Sampler
 from nemoc.runtime.scalars import as_integer, check_count, check_integer
 from nemoc.runtime.state import State
 from nemoc.runtime.step_times import StepTimes
-from nemoc.runtime.store import check_unreplaced, copy_artifact, read_content, share_weights
+from nemoc.runtime.store import check_unreplaced, copy_artifact, share_weights
 from nemoc.runtime.tokenizer import Tokenizer
 
 Stop = int | str | Sequence[int | str] | None
@@ -63,6 +62,12 @@ class Executable:
         if "tokenizer/tokenizer.json" not in self._manifest.files:
             raise NemocError(f"{self.program.name}: the model came without a tokenizer")
         return Tokenizer.open(self.folder / "tokenizer")
+
+    @property
+    def threads(self) -> int | None:
+        """How many threads of the CPU steps run on; none where that is not nemoc's to say."""
+        found = getattr(self._backend, "threads", None)
+        return found if isinstance(found, int) else None
 
     def new_state(self, batch: int = 1, capacity: int | None = None) -> State:
         """An empty state for `batch` rows of at most `capacity` tokens (None: the largest context)."""
@@ -210,34 +215,24 @@ class Executable:
         Raises:
             NemocError: another artifact has replaced this one, or the record is damaged.
         """
-        if COSTS not in self._manifest.files:
-            return None
         check_unreplaced(self.folder, self._manifest)
-        content = read_content(self.folder, COSTS, self._manifest.files[COSTS])
-        path = self.folder / COSTS
-        record = CostRecord.from_json(parse_json(content, path), str(path))
-        if record.functions.keys() != self.program.functions:
-            expected = ", ".join(sorted(self.program.functions))
-            raise NemocError(
-                f"{path}: functions are {', '.join(record.functions)}, expected {expected}"
-            )
-        return record
+        return read_costs(self.folder, self._manifest)
 
     @property
     def times_launches(self) -> bool:
-        """Whether `timed` can be used on this target."""
-        return isinstance(self._backend, TimedBackend)
+        """Whether `timed` can be used."""
+        return isinstance(self._backend, TimedBackend) and self.costs is not None
 
     @contextmanager
     def timed(self) -> Iterator[list[StepTimes]]:
-        """Let steps note how long each of their launches takes; what they noted is there when the context has ended.
+        """Let steps of any thread note how long each of their launches takes: it is there when the context has ended.
 
             with executable.timed() as steps:
                 executable.prefill(ids, state)
             steps[0].launches  # seconds, in the order of executable.costs.functions["prefill"].launches
 
         Raises:
-            NemocError: launches are not timed on this target.
+            NemocError: launches are not timed on this target, or they are being timed already.
         """
         costs = self.costs
         if costs is None or not isinstance(self._backend, TimedBackend):

@@ -113,7 +113,7 @@ def draw_row(
     total = weights.sum()
     needed = total * (top_p if top_p < 1.0 else point)
     for least in _LIKELY:
-        likely = np.flatnonzero(weights >= least)
+        likely = np.flatnonzero(weights > least)
         if weights[likely].sum() > needed:
             break
     order = likely[np.argsort(-weights[likely], kind="stable")]

@@ -61,14 +61,14 @@ class State:
         """An independent copy; steps on one do not change the other."""
         arena = torch.empty_like(self.arena)
         if arena.device.type == "cpu":
-            arena.numpy()[:] = self.arena.numpy()  # on one thread, as in `clear`
+            arena.numpy()[:] = self.arena.numpy()  # on one thread, as in `_clear`
         else:
             arena.copy_(self.arena)
         return State(self._layout, self.identity, self.batch, self.capacity, arena)
 
     def reset(self) -> None:
         """Forget all tokens."""
-        clear(self.arena)
+        _clear(self.arena)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a safetensors file, whole or not at all.
@@ -138,7 +138,7 @@ class State:
             into.copy_(found)
 
 
-def clear(memory: torch.Tensor) -> None:
+def _clear(memory: torch.Tensor) -> None:
     """Zero memory of any device. On the CPU one thread does it: torch's go on spinning for milliseconds after a
     function that they shared, and keep those of the next step from the processors."""
     if memory.device.type == "cpu":

@@ -96,15 +96,15 @@ def _prefill(site: Site, target: CpuTarget) -> Stage:
 
 
 def _decode(site: Site, target: CpuTarget) -> Plan:
+    splits = int(site.choices.pick(SPLITS))
+    if takes(site, target):
+        least = int(site.choices.pick(KEYS_PER_SPLIT))
+        return emit_attention_step(site, target, splits, least)
     batch, _, heads, width = site.view(_Y).shape
     kv_heads = site.view(site.arg("k")).shape[2]
     shared = int(heads) // int(kv_heads)
     lanes = next(n for n in (4, 8, 16) if n >= min(shared, target.lanes))
     vectors = -(-shared // lanes)
-    splits = int(site.choices.pick(SPLITS))
-    if takes(site, target):
-        least = int(site.choices.pick(KEYS_PER_SPLIT))
-        return emit_attention_step(site, target, splits, least)
     lead = (batch, splits, kv_heads)
     sums = View.dense(TensorType.of(DType.F32, (*lead, width * vectors * lanes)))
     softmax = View.dense(TensorType.of(DType.F32, (*lead, 2, vectors * lanes)))

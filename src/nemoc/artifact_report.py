@@ -13,12 +13,15 @@ from nemoc.kernel_times import KernelGroup, KernelTime, StepReport, kernel_group
 from nemoc.measurement import BenchReport
 from nemoc.page import render
 from nemoc.remarks import Shape
-from nemoc.runtime.costs import COSTS, CostRecord, FunctionCosts
+from nemoc.runtime.costs import FunctionCosts, read_costs
 from nemoc.runtime.manifest import WEIGHTS, Manifest, read_manifest
 from nemoc.runtime.program import DECODE, PREFILL
 from nemoc.runtime.store import read_content
 from nemoc.schedules import SCHEDULES
 from nemoc.terminal import count, duration, short
+
+_TOKENS = 256
+"""Tokens of a prompt, and before the token that is decoded, where nobody says."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,22 @@ class FunctionReport:
 
     Attributes:
         name: of the function.
-        shape: the step for which costs are given.
+        steps: those for which costs are given together: a long prompt takes several.
         costs: its launches, and the ops behind them.
         groups: the ops by their kernels, in order of first launch.
     """
 
     name: str
-    shape: Shape
+    steps: tuple[Shape, ...]
     costs: FunctionCosts
     groups: tuple[KernelGroup, ...]
+
+    @property
+    def shape(self) -> str:
+        """The steps in words."""
+        tokens = sum(step.tokens for step in self.steps)
+        together = f" in {len(self.steps)} steps" if len(self.steps) > 1 else ""
+        return f"{Shape(self.steps[0].batch, tokens, self.steps[0].cached)}{together}"
 
 
 @dataclass(frozen=True)
@@ -59,27 +69,37 @@ class ArtifactReport:
     kernels: tuple[Mapping[str, Any], ...]
 
 
-def read_artifact(folder: Path, tokens: int = 256, cached: int = 256) -> ArtifactReport:
+def read_artifact(
+    folder: Path, tokens: int | None = None, cached: int | None = None
+) -> ArtifactReport:
     """Read what an artifact says of itself; weights are not looked at.
 
     Args:
         folder: the artifact.
-        tokens: of the prompt for which costs are given.
-        cached: tokens behind which the token is decoded for which they are.
+        tokens: of the prompt for which costs are given; None for 256, or as many as it takes.
+        cached: tokens behind which the token is decoded for which they are; None likewise.
 
     Raises:
-        NemocError: it is none, launches nothing, or is damaged.
+        NemocError: it is none, launches nothing, takes fewer tokens, or is damaged.
     """
     manifest = read_manifest(folder)
-    if COSTS not in manifest.files:
+    costs = read_costs(folder, manifest)
+    if costs is None:
         raise NemocError(f"{folder}: is for {manifest.target}, which launches no kernels")
-    costs = CostRecord.from_json(_json(folder, manifest, COSTS), str(folder / COSTS))
-    shapes = {PREFILL: Shape(1, tokens, 0), DECODE: Shape(1, 1, cached)}
-    found = [
-        FunctionReport(name, shape, function, tuple(kernel_groups(function, [_sizes(shape)])))
-        for name, shape in shapes.items()
-        if (function := costs.functions.get(name)) is not None
-    ]
+    context = manifest.bounds.max_context
+    tokens = min(_TOKENS, context) if tokens is None else tokens
+    cached = min(_TOKENS, context - 1) if cached is None else cached
+    for what, number in (("a prompt", tokens), ("a token behind", cached + 1)):
+        if number > context:
+            raise NemocError(f"{folder}: holds {context} tokens, {what} {number} is beyond that")
+    chunk = manifest.bounds.chunk(1)
+    prompt = [Shape(1, min(chunk, tokens - at), at) for at in range(0, tokens, chunk)]
+    steps = {PREFILL: tuple(prompt), DECODE: (Shape(1, 1, cached),)}
+    found = []
+    for name, taken in steps.items():
+        function = costs.functions[name]
+        groups = kernel_groups(function, list(map(_sizes, taken)))
+        found.append(FunctionReport(name, taken, function, tuple(groups)))
     return ArtifactReport(
         folder,
         manifest,
@@ -94,13 +114,16 @@ def _text(folder: Path, manifest: Manifest, name: str) -> str:
     """The text of a file as it was written; empty where there is no such file."""
     if name not in manifest.files:
         return ""
-    return read_content(folder, name, manifest.files[name]).decode()
+    return read_content(folder, name, manifest.files[name]).decode("utf-8", "replace")
 
 
 def _json(folder: Path, manifest: Manifest, name: str) -> Any:
     """The data in a file as nemoc wrote it; none where there is no such file."""
     text = _text(folder, manifest, name)
-    return json.loads(text) if text else None
+    try:
+        return json.loads(text) if text else None
+    except (ValueError, RecursionError):
+        raise NemocError(f"{folder / name}: is not JSON") from None
 
 
 def _sizes(shape: Shape) -> dict[str, int]:
@@ -127,6 +150,7 @@ def artifact_html(report: ArtifactReport, measured: BenchReport | None = None) -
         pipelines=[line.partition(": ")[::2] for line in report.pipelines],
         functions=[_section(f, measured) for f in report.functions],
         measured=measured,
+        one_by_one=measured is not None and measured.one_by_one,
         share="" if measured is None else _percent(measured.bandwidth_share),
         bandwidth="" if measured is None else f"{short(measured.roofs.bandwidth, 'B')}/s",
         arithmetic="" if measured is None else f"{short(measured.roofs.arithmetic, 'FLOP')}/s",
@@ -142,7 +166,7 @@ def _section(function: FunctionReport, measured: BenchReport | None) -> dict[str
     ops = function.costs.ops
     return {
         "name": function.name,
-        "shape": str(function.shape),
+        "shape": function.shape,
         "launches": len(function.costs.launches),
         "phases": len(function.costs.phases),
         "flops": short(sum(group.flops or 0.0 for group in groups), "FLOP"),

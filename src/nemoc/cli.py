@@ -505,16 +505,12 @@ def records_prune(older_than: float | None, not_this_machine: bool) -> None:
 @click.option(
     "--prefill",
     type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="Tokens of the prompt for which costs are given.",
+    help="Tokens of the prompt for which costs are given. Default: 256, or as many as it takes.",
 )
 @click.option(
     "--cached",
     type=click.IntRange(min=0),
-    default=256,
-    show_default=True,
-    help="Tokens before the one that is decoded.",
+    help="Tokens before the one that is decoded. Default: the same.",
 )
 @_options(_debug)
 def report(artifact: Path, **options: Any) -> None:

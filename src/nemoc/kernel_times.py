@@ -66,6 +66,7 @@ class StepReport:
         tokens: of the prompt; 1 for a token.
         cached: how many are cached before them.
         seconds: all of it.
+        outside: seconds in which nothing was launched: the way into steps and out of them.
         waiting: seconds in which threads waited for each other, a part of a thread counted as a part.
         kernels: the longest first.
     """
@@ -73,13 +74,9 @@ class StepReport:
     tokens: int
     cached: int
     seconds: float
+    outside: float
     waiting: float
     kernels: tuple[KernelTime, ...]
-
-    @property
-    def outside(self) -> float:
-        """Seconds in which nothing was launched: the way into a step and out of it."""
-        return max(0.0, self.seconds - sum(kernel.seconds for kernel in self.kernels))
 
 
 def kernel_groups(costs: FunctionCosts, sizes: Sequence[Mapping[str, int]]) -> list[KernelGroup]:
@@ -122,18 +119,19 @@ def step_report(
     for launch, seconds in zip(costs.launches, zip(*summed, strict=True), strict=True):
         own[launch.op] += statistics.median(seconds)
     sizes = _sizes(runs[0], cached)
-    rows = [
-        KernelTime(
-            **vars(group),
-            seconds=sum(own[op] for op in ops),
-            least=_least([costs.ops[op] for op in ops], sizes, roofs),
-        )
-        for group, ops in zip(kernel_groups(costs, sizes), _members(costs).values(), strict=True)
-    ]
+    rows = []
+    for kernels, numbers in _members(costs).items():
+        ops = [costs.ops[number] for number in numbers]
+        group = vars(_group(kernels, ops, sizes))
+        spent = sum(own[number] for number in numbers)
+        rows.append(KernelTime(**group, seconds=spent, least=_least(ops, sizes, roofs)))
     return StepReport(
         tokens=sum(step.sizes[1] for step in runs[0]),
         cached=cached,
         seconds=statistics.median(sum(step.seconds for step in run) for run in runs),
+        outside=statistics.median(
+            sum(step.seconds - sum(step.launches) for step in run) for run in runs
+        ),
         waiting=statistics.median(sum(step.waiting for step in run) for run in runs),
         kernels=tuple(sorted(rows, key=lambda row: -row.seconds)),
     )

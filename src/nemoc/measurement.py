@@ -53,6 +53,11 @@ class BenchReport:
     steps: Mapping[str, StepReport]
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether launches were timed with something between them: then their times are none of a whole step."""
+        return not self.target.startswith("cpu")
+
+    @property
     def bandwidth_share(self) -> float | None:
         """Part of the memory bandwidth that decoding used, counting only bytes that it must move."""
         if self.decode_bytes_per_token is None:
@@ -63,7 +68,6 @@ class BenchReport:
         """JSON data."""
         data = dataclasses.asdict(self) | {"bandwidth_share": self.bandwidth_share}
         for name, step in self.steps.items():
-            data["steps"][name]["outside"] = step.outside
             for row, kernel in zip(data["steps"][name]["kernels"], step.kernels, strict=True):
                 row["roofline"] = kernel.roofline
         return data
@@ -74,7 +78,6 @@ def bench(
     prefill: int = 256,
     decode: int = 32,
     rounds: int = 5,
-    threads: int | None = None,
 ) -> BenchReport:
     """Measure prefill and decode of random tokens, and each of their kernels.
 
@@ -83,7 +86,6 @@ def bench(
         prefill: tokens of the prompt.
         decode: tokens decoded behind the prompt in each round.
         rounds: timed rounds; prefill and decode take turns. As many again time each launch.
-        threads: that the executable was loaded with, as for `nemoc.load`.
 
     Raises:
         NemocError: the executable's context is too short for that.
@@ -97,7 +99,7 @@ def bench(
         )
     vocab = executable.program.vocab
     ids = torch.randint(0, vocab, (1, prefill), generator=torch.Generator().manual_seed(0))
-    state = executable.new_state()
+    state = executable.new_state(capacity=prefill + decode)
 
     def run_prefill() -> None:
         state.reset()
@@ -109,10 +111,10 @@ def bench(
             token = executable.decode(token, state).argmax(-1)
 
     timings = interleaved({"prefill": run_prefill, "decode": run_decode}, rounds)
-    threads = thread_count(threads if threads is not None else read_options().threads)
+    threads = executable.threads or thread_count(read_options().threads)
     roofs, device = _roofs(executable.program.target, threads)
     steps: dict[str, StepReport] = {}
-    if executable.costs is not None and executable.times_launches:
+    if executable.times_launches and executable.costs is not None:
         prompts, tokens = [], []
         for _ in range(rounds):
             with executable.timed() as prompt:

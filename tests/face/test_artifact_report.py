@@ -10,9 +10,11 @@ import torch
 
 from nemoc import measurement
 from nemoc.__main__ import main
-from nemoc.artifact_report import artifact_html, read_artifact
+from nemoc.artifact_report import FunctionReport, artifact_html, read_artifact
 from nemoc.autotune.measure import Roofs
-from nemoc.runtime.costs import COSTS
+from nemoc.kernel_times import kernel_groups
+from nemoc.remarks import Shape
+from nemoc.runtime.costs import COSTS, FunctionCosts, LaunchCost, OpCost
 from support.checkpoints import BASE, write_checkpoint
 from support.page import BAD, Page
 
@@ -32,7 +34,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_launch_is_in_the_report(artifact: Path) -> None:
     report = read_artifact(artifact, tokens=20, cached=30)
     assert [f.name for f in report.functions] == ["prefill", "decode"]
-    assert [str(f.shape) for f in report.functions] == ["B=1 L=20 T=0", "B=1 L=1 T=30"]
+    assert [f.shape for f in report.functions] == ["B=1 L=20 T=0", "B=1 L=1 T=30"]
     for function in report.functions:
         launches = sum(group.sites * len(group.kernels) for group in function.groups)
         assert launches == len(function.costs.launches)
@@ -71,8 +73,13 @@ def test_the_page_has_launches_in_order_and_no_times(artifact: Path, tmp_path: P
     assert main(["report", str(artifact), "-o", str(tmp_path / "page.html")]) == 0
     page = Page((tmp_path / "page.html").read_text())
     assert page.cells["prefill"][0] == ["Op", "Kernels", "Sites", "Arithmetic", "Moved"]
-    kernels = [launch.kernel for launch in read_artifact(artifact).functions[1].costs.launches]
-    assert [page.text.count(kernel) > 0 for kernel in kernels] == [True] * len(kernels)
+    costs = read_artifact(artifact).functions[1].costs
+    order = [
+        [str(number), launch.kernel, costs.ops[launch.op].op, costs.ops[launch.op].weight]
+        for number, phase in enumerate(costs.phases, 1)
+        for launch in phase
+    ]
+    assert page.cells["decode-order"][1:] == order
     assert not [tag for tag, _ in page.attributes if tag in ("script", "img", "link")]
 
 
@@ -93,18 +100,46 @@ def test_bench_writes_a_page_with_times(
     assert [row[0] for row in shown.cells["summary"] if "1.00 GB/s" in row[-1]] == ["Measured on"]
 
 
+def test_a_long_prompt_costs_what_its_steps_do(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--target", "cpu", "--max-context", "1100", "--quiet", "-o", str(tmp_path / "long")]
+    assert main(["compile", str(artifact.parent / "model"), *options]) == 0
+    report = read_artifact(tmp_path / "long", tokens=1030)
+    assert report.functions[0].shape == "B=1 L=1030 T=0 in 3 steps"
+
+    def head(tokens: int) -> float:
+        groups = read_artifact(tmp_path / "long", tokens).functions[0].groups
+        (found,) = (g.moved for g in groups if "lm_head" in g.weights)
+        assert found is not None
+        return found
+
+    assert head(1030) == pytest.approx(3 * head(500))
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "long"), "--prefill", "1101"]) == 2
+    assert "holds 1100 tokens, a prompt 1101 is beyond that" in capsys.readouterr().err
+
+
 def test_nothing_in_an_artifact_becomes_a_part_of_the_page(artifact: Path, tmp_path: Path) -> None:
     report = read_artifact(artifact)
     entry = {"kernel": BAD, "schedule": {BAD: BAD}, "origin": BAD}
+    occupancy = {"programs": 1, "limit": BAD}
+    said = {"registers": 1, "spilled": 0, "occupancy": occupancy, "matrix": [], "plain": [BAD]}
+    costs = FunctionCosts((OpCost(BAD, BAD, False, None),), ((LaunchCost(BAD, 0),),))
+    shape = (Shape(1, 1, 0),)
+    function = FunctionReport("decode", shape, costs, tuple(kernel_groups(costs, [])))
     report = type(report)(
         tmp_path / BAD.replace("/", ""),
         report.manifest,
         (f"decode: {BAD}",),
-        report.functions,
+        (function,),
         (entry,),
-        (),
+        ({"symbol": BAD, "shared": 0, "report": said},),
     )
     page = Page(artifact_html(report))
+    assert page.cells["decode"][1][:2] == [f"{BAD} {BAD}", BAD]
+    assert page.cells["decode-order"][1] == ["1", BAD, BAD, BAD]
+    assert page.cells["kernels"][1][0] == BAD
     assert page.cells["schedules"][1] == [BAD, f"{BAD}={BAD}", BAD]
     assert page.cells["passes"] == [["decode", BAD]]
     assert not [tag for tag, _ in page.attributes if tag in ("script", "img")]

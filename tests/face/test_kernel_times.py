@@ -56,8 +56,8 @@ def test_the_roofline_is_the_longer_of_memory_and_arithmetic_of_each_op() -> Non
 
 
 def test_integers_are_no_arithmetic() -> None:
-    costs = FunctionCosts((OpCost("linear", "", True, ("9000", "100", "0")),), COSTS.phases[1:2])
-    costs = FunctionCosts(costs.ops, ((LaunchCost("up", 0),),))
+    products = OpCost("linear", "", True, ("9000", "100", "0"))
+    costs = FunctionCosts((products,), ((LaunchCost("up", 0),),))
     (found,) = step_report([[step(2.0)]], 0, costs, ROOFS).kernels
     assert (found.flops, found.least) == (9000, 1)
 

@@ -78,6 +78,16 @@ def test_an_op_without_a_closed_form_has_no_cost() -> None:
     assert op.at(SIZES) is None
 
 
+def test_a_closed_form_without_a_value_at_a_size_is_not_known_there() -> None:
+    class Strange(Linear):
+        def flops(self) -> Any:
+            return 12 / T
+
+    (op,) = again(record(Job(Strange(value(B, L, 16), value(32, 16))))).functions["step"].ops
+    assert op.at(SIZES | {"T": 3}) is not None
+    assert op.at(SIZES | {"T": 0}) is None
+
+
 def test_products_of_integers_are_told_apart() -> None:
     rounding = RoundToInt8(value(B, L, 16))
     found = again(record(Job(rounding), Job(linear()))).functions["step"].ops
@@ -101,6 +111,9 @@ def _with(change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         (lambda f: f["ops"][0]["cost"].update(read="9**9**9"), "ops[0].cost.read is '9**9**9'"),
         (lambda f: f["ops"][0]["cost"].update(read="__import__('os')"), "ops[0].cost.read is"),
         (lambda f: f["ops"][0]["cost"].update(read="(" * 3000), "ops[0].cost.read is"),
+        (lambda f: f["ops"][0]["cost"].update(read="floor((0-1)**(1/2))"), "ops[0].cost.read is"),
+        (lambda f: f["ops"][0]["cost"].update(read="Min((0-1)**(1/2),1)"), "ops[0].cost.read is"),
+        (lambda f: f["phases"].append([]), "phases[1] is [], expected the launches of a phase"),
         (lambda f: f.update(more=1), "no use for a field 'more'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -119,6 +120,26 @@ def test_a_damaged_record_of_costs_is_refused(saved: Path, tmp_path: Path) -> No
     (exe.folder / COSTS).write_text("{}")
     with pytest.raises(NemocError, match=r"costs\.json: has 2 bytes"):
         _ = exe.costs
+
+
+def test_a_record_of_other_functions_is_refused(cpu_contents: Contents, tmp_path: Path) -> None:
+    files = dict(cpu_contents.files)
+    record = json.loads(str(files[COSTS]))
+    del record["functions"]["decode"]
+    files[COSTS] = json.dumps(record)
+    exe = build(dataclasses.replace(cpu_contents, files=files), tmp_path / "model.nemoc")
+    with pytest.raises(NemocError, match=r"functions are prefill, prefill_all, expected decode, "):
+        _ = exe.costs
+
+
+def test_launches_are_timed_once_at_a_time(cpu: Executable) -> None:
+    with cpu.timed():
+        with pytest.raises(NemocError, match="being timed already"), cpu.timed():
+            pass
+        cpu.decode(NEXT, cpu.new_state(3))
+    with cpu.timed() as steps:
+        cpu.decode(NEXT, cpu.new_state(3))
+    assert len(steps) == 1
 
 
 def test_an_artifact_without_launches_has_no_times(exe: Executable) -> None:

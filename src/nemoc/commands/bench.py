@@ -30,11 +30,15 @@ def run(
     shown = read_artifact(artifact, prefill, prefill + decode // 2) if page is not None else None
     with progress(quiet) as show:
         executable = load(artifact, threads=threads, progress=show)
-        found = bench(executable, prefill=prefill, decode=decode, threads=threads)
+        found = bench(executable, prefill=prefill, decode=decode)
+    _print(found)
     if json_file is not None:
         json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
     if shown is not None and page is not None:
         write_page(artifact_html(shown, found), page)
+
+
+def _print(found: BenchReport) -> None:
     console = report()
     rows = [
         (f"prefill of {found.prefill_tokens} tokens", f"{found.prefill_tokens_per_second:.1f}"),
@@ -53,12 +57,12 @@ def run(
         )
     for name, step in found.steps.items():
         what = f"A {_WORDS[name]}" + (f" of {step.tokens} tokens" if name == "prefill" else "")
-        _print_step(console, what, step)
+        _print_step(console, what, step, outside=not found.one_by_one)
     if found.steps:
         _explain(console, found)
 
 
-def _print_step(console: Console, what: str, step: StepReport) -> None:
+def _print_step(console: Console, what: str, step: StepReport, outside: bool) -> None:
     behind = f" behind {step.cached}" if step.cached else ""
     heading(console, f"{what}{behind}: {duration(step.seconds)}")
     long = [k for k in step.kernels if k.seconds >= _SHOWN * step.seconds]
@@ -68,7 +72,7 @@ def _print_step(console: Console, what: str, step: StepReport) -> None:
         seconds = sum(kernel.seconds for kernel in rest)
         sites = sum(kernel.sites for kernel in rest)
         rows.append(("others", str(sites), *_time(seconds, step), "", "", ""))
-    if step.outside:
+    if outside:
         rows.append(("outside kernels", "", *_time(step.outside, step), "", "", ""))
     columns = ("op", ">sites", ">time", ">share", ">GB/s", ">GFLOP/s", ">roofline")
     print_table(console, columns, rows, wrap="op")
@@ -99,7 +103,7 @@ def _explain(console: Console, found: BenchReport) -> None:
         "\nroofline: the time that memory and arithmetic allow over that taken. More than\n"
         "100%: caches had what was read, or kernels multiply faster than that product."
     )
-    if found.target.partition(":")[0] == "cpu":
+    if not found.one_by_one:
         waiting = ", ".join(
             f"{step.waiting / step.seconds:.0%} of a {_WORDS[name]}"
             for name, step in found.steps.items()

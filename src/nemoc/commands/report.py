@@ -15,7 +15,7 @@ from nemoc.page import write_page
 from nemoc.terminal import heading, print_table, report, short
 
 
-def run(folder: Path, *, page: Path | None, prefill: int, cached: int) -> None:
+def run(folder: Path, *, page: Path | None, prefill: int | None, cached: int | None) -> None:
     """Print the report, and write it as a page where asked to."""
     found = read_artifact(folder, prefill, cached)
     if page is not None:
