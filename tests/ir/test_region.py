@@ -21,6 +21,18 @@ MIXED = """
 """
 
 
+PACKED = """
+  input %x: f32[M, 32]
+  input %codes: u8[4, 6, 16]
+  input %scales: f8e4m3[4, 6, 2]
+  input %whole: f32[4]
+  input %offsets: i32[5]
+  %w = dequantize_nvfp4(%codes, %scales, %whole) : f32[4, 6, 32]
+  %y = grouped_linear(%x, %w, %offsets) : f32[M, 6]
+  return RESULTS
+"""
+
+
 def fused(text: str) -> Fused:
     graph = parse(f"graph @g {{{text}}}")
     (node,) = fuse(graph, graph.nodes, "k").nodes
@@ -94,44 +106,24 @@ def test_only_the_parts_that_are_looked_at_are_read() -> None:
 
 
 def test_of_packed_weights_the_codes_of_those_that_are_hit_are_read() -> None:
-    text = """
-      input %x: f32[M, 32]
-      input %codes: u8[4, 6, 16]
-      input %scales: f8e4m3[4, 6, 2]
-      input %whole: f32[4]
-      input %offsets: i32[5]
-      %w = dequantize_nvfp4(%codes, %scales, %whole) : f32[4, 6, 32]
-      %y = grouped_linear(%x, %w, %offsets) : f32[M, 6]
-      return RESULTS
-    """
-    found = reads(fused(text.replace("M", "1").replace("RESULTS", "%y")))
+    found = reads(fused(PACKED.replace("M", "1").replace("RESULTS", "%y")))
     assert found == {"x": 128, "codes": 96, "scales": 12, "whole": 4, "offsets": 20}
     shown = "%v = reshape(%w) {shape=[24, 32]} : f32[24, 32]\n      return %v, %y"
     for results in ("return %w, %y", shown):
-        whole = reads(fused(text.replace("M", "1").replace("return RESULTS", results)))
+        whole = reads(fused(PACKED.replace("M", "1").replace("return RESULTS", results)))
         assert (whole["codes"], whole["scales"]) == (384, 48)
-    rows = reads(fused(text.replace("M", "2*B").replace("RESULTS", "%y")))
+    rows = reads(fused(PACKED.replace("M", "2*B").replace("RESULTS", "%y")))
     hit = 4 * (1 - sympy.Rational(3, 4) ** (2 * B))
     assert sympy.simplify(rows["codes"] - 96 * hit) == 0
 
 
 def test_weights_that_are_not_hit_are_not_unpacked() -> None:
-    text = """
-      input %x: f32[M, 32]
-      input %codes: u8[4, 6, 16]
-      input %scales: f8e4m3[4, 6, 2]
-      input %whole: f32[4]
-      input %offsets: i32[5]
-      %w = dequantize_nvfp4(%codes, %scales, %whole) : f32[4, 6, 32]
-      %y = grouped_linear(%x, %w, %offsets) : f32[M, 6]
-      return RESULTS
-    """
     products, unpacking = 2 * 32 * 6, 6 * 32
-    whole = fused(text.replace("M", "1").replace("RESULTS", "%w, %y")).flops()
+    whole = fused(PACKED.replace("M", "1").replace("RESULTS", "%w, %y")).flops()
     assert whole % unpacking == 0
     each = (int(whole) - products) // 4
     assert each >= unpacking
-    assert fused(text.replace("M", "1").replace("RESULTS", "%y")).flops() == products + each
+    assert fused(PACKED.replace("M", "1").replace("RESULTS", "%y")).flops() == products + each
 
 
 def test_rows_taken_and_rows_looked_at_as_a_whole_are_all_of_it() -> None:
