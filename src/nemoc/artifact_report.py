@@ -89,9 +89,10 @@ def read_artifact(
     context = manifest.bounds.max_context
     tokens = min(_TOKENS, context) if tokens is None else tokens
     cached = min(_TOKENS, context - 1) if cached is None else cached
-    for what, number in (("a prompt", tokens), ("a token behind", cached + 1)):
+    wanted = ((f"a prompt of {tokens}", tokens), (f"a token behind {cached}", cached + 1))
+    for what, number in wanted:
         if number > context:
-            raise NemocError(f"{folder}: holds {context} tokens, {what} {number} is beyond that")
+            raise NemocError(f"{folder}: holds {context} tokens, {what} is beyond that")
     chunk = manifest.bounds.chunk(1)
     prompt = [Shape(1, min(chunk, tokens - at), at) for at in range(0, tokens, chunk)]
     steps = {PREFILL: tuple(prompt), DECODE: (Shape(1, 1, cached),)}

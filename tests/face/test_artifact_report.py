@@ -117,7 +117,9 @@ def test_a_long_prompt_costs_what_its_steps_do(
     assert head(1030) == pytest.approx(3 * head(500))
     capsys.readouterr()
     assert main(["report", str(tmp_path / "long"), "--prefill", "1101"]) == 2
-    assert "holds 1100 tokens, a prompt 1101 is beyond that" in capsys.readouterr().err
+    assert "holds 1100 tokens, a prompt of 1101 is beyond that" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "long"), "--cached", "1100"]) == 2
+    assert "holds 1100 tokens, a token behind 1100 is beyond that" in capsys.readouterr().err
 
 
 def test_nothing_in_an_artifact_becomes_a_part_of_the_page(artifact: Path, tmp_path: Path) -> None:
