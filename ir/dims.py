@@ -125,6 +125,8 @@ def format_dim(value: Dim) -> str:
 def estimate_text(text: str, env: Mapping[str, int]) -> float:
     """What `estimate` gives for a closed form as `format_dim` prints it, read from anywhere and never as Python.
 
+    Costs have powers with sizes in the exponent, which no dimension may have (`parse_dim`); as numbers they do no harm.
+
     Args:
         text: integers, symbols, + - * / **, floor, ceiling, Min, Max, sqrt, log, exp.
         env: the values of the symbols.

@@ -86,14 +86,19 @@ def kernel_groups(costs: FunctionCosts, sizes: Sequence[Mapping[str, int]]) -> l
         costs: of the function.
         sizes: B, L, C and T of each step that is counted.
     """
-    return [
-        _group(kernels, [costs.ops[op] for op in ops], sizes)
-        for kernels, ops in _members(costs).items()
-    ]
+    found = []
+    for kernels, numbers in _numbers(costs).items():
+        ops = [costs.ops[number] for number in numbers]
+        found.append(_group(kernels, ops, _costs(ops, sizes)))
+    return found
 
 
-def _members(costs: FunctionCosts) -> dict[tuple[str, ...], list[int]]:
-    """The ops of each group, by the kernels that they share."""
+_Costs = list[tuple[OpCost, float, float]]
+"""Flops and bytes of each op in each step."""
+
+
+def _numbers(costs: FunctionCosts) -> dict[tuple[str, ...], list[int]]:
+    """The numbers of the ops of each group, by the kernels that they share."""
     names: dict[int, list[str]] = {}
     for launch in costs.launches:
         names.setdefault(launch.op, []).append(launch.kernel)
@@ -120,11 +125,12 @@ def step_report(
         own[launch.op] += statistics.median(seconds)
     sizes = _sizes(runs[0], cached)
     rows = []
-    for kernels, numbers in _members(costs).items():
+    for kernels, numbers in _numbers(costs).items():
         ops = [costs.ops[number] for number in numbers]
-        group = vars(_group(kernels, ops, sizes))
+        done = _costs(ops, sizes)
         spent = sum(own[number] for number in numbers)
-        rows.append(KernelTime(**group, seconds=spent, least=_least(ops, sizes, roofs)))
+        group = vars(_group(kernels, ops, done))
+        rows.append(KernelTime(**group, seconds=spent, least=_least(done, roofs)))
     return StepReport(
         tokens=sum(step.sizes[1] for step in runs[0]),
         cached=cached,
@@ -151,10 +157,7 @@ def _sizes(run: Sequence[StepTimes], cached: int) -> list[dict[str, int]]:
     return found
 
 
-def _group(
-    kernels: tuple[str, ...], ops: Sequence[OpCost], sizes: Sequence[Mapping[str, int]]
-) -> KernelGroup:
-    costs = _costs(ops, sizes)
+def _group(kernels: tuple[str, ...], ops: Sequence[OpCost], costs: _Costs | None) -> KernelGroup:
     return KernelGroup(
         op=ops[0].op,
         weights=tuple(dict.fromkeys(_plain(op.weight) for op in ops if op.weight)),
@@ -165,10 +168,8 @@ def _group(
     )
 
 
-def _costs(
-    ops: Sequence[OpCost], sizes: Sequence[Mapping[str, int]]
-) -> list[tuple[OpCost, float, float]] | None:
-    """Flops and bytes of each op in each step; none if that is not known of one."""
+def _costs(ops: Sequence[OpCost], sizes: Sequence[Mapping[str, int]]) -> _Costs | None:
+    """What ops cost; none if that is not known of one."""
     found = []
     for op in ops:
         for at in sizes:
@@ -179,9 +180,8 @@ def _costs(
     return found
 
 
-def _least(ops: Sequence[OpCost], sizes: Sequence[Mapping[str, int]], roofs: Roofs) -> float | None:
+def _least(costs: _Costs | None, roofs: Roofs) -> float | None:
     """Seconds that ops take at least."""
-    costs = _costs(ops, sizes)
     if costs is None:
         return None
     return sum(roofs.seconds(moved, 0.0 if op.integers else flops) for op, flops, moved in costs)
