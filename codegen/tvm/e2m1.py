@@ -107,12 +107,16 @@ class Decoder:
             Given the two numbers as int8, over and over, two vectors of int16 with a feature in each element, which
             `wide` puts into the decoder's order.
         """
-        even, odd = (self._looked_up(_WHOLE, n) for n in nibbles)
+        even, odd = (self.twice(n) for n in nibbles)
         pairs = [self._paired(even, odd, half) for half in (0, 1)]
         kind = lanes_of("int16", 2 * self.part)
         return lambda x: [
             f'T.call_llvm_pure_intrin("{kind}", "{self.multiply}", {pair}, {x})' for pair in pairs
         ]
+
+    def twice(self, nibbles: str) -> str:
+        """Twice what codes stand for, plus `OFFSET`, a byte each."""
+        return self._looked_up(_WHOLE, nibbles)
 
     def wide(self, sums: tuple[str, str]) -> list[str]:
         """Two such vectors as four of float32 in the decoder's order, 2¹⁶ times as large."""

@@ -267,9 +267,10 @@ class StoredRows:
     @contextmanager
     def at_hand(self, first: str, count: str) -> Iterator[RowBlock]:
         """All rows are."""
-        yield RowBlock(first, count, self._tile)
+        yield RowBlock(first, count, self.tile)
 
-    def _tile(self, row: str, rows: int) -> Element:
+    def tile(self, row: str, rows: int) -> Element:
+        """Begins a tile, as `RowBlock.tile`."""
         return lambda i, k: self.writer.load(self.buffer, f"{row} + {i}, {k}")
 
 
@@ -283,7 +284,7 @@ class GatheredRows(StoredRows):
 
     number: Callable[[str], str]
 
-    def _tile(self, row: str, rows: int) -> Element:
+    def tile(self, row: str, rows: int) -> Element:
         picks = self.writer.local("picks", rows, dtype="int32")
         with self.writer.loop("i", rows, "T.unroll") as i:
             self.writer.line(f"{picks}[{i}] = {self.number(f'{row} + {i}')}")

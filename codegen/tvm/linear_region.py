@@ -14,11 +14,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from nemoc.codegen.plan import Arg, Plan, RegionError, Site, View
+import sympy
+
+from nemoc.codegen.plan import Arg, Plan, RegionError, Site, Stage, View
 from nemoc.codegen.tunables import Tunable
 from nemoc.codegen.tvm.body import Body, Rows, Source, ramp, rows_view
+from nemoc.codegen.tvm.dots import DotProduct, Quads, dot_decoder
 from nemoc.codegen.tvm.e2m1 import Decoder
-from nemoc.codegen.tvm.int8 import Int8Product, RoundedRows
+from nemoc.codegen.tvm.int8 import Int8Product, Pairs
+from nemoc.codegen.tvm.integers import IntegerRows, Integers
 from nemoc.codegen.tvm.linear import (
     PANELS,
     GatheredRows,
@@ -39,9 +43,9 @@ from nemoc.codegen.tvm.linear import (
     write_row_blocks,
 )
 from nemoc.codegen.tvm.loops import each_vector
-from nemoc.codegen.tvm.nvfp4 import FloatProduct, Packed, packed_bytes
+from nemoc.codegen.tvm.nvfp4 import FloatProduct, Packed, PackedProduct, packed_bytes
 from nemoc.codegen.tvm.place import row_axes
-from nemoc.codegen.tvm.row_ops import expect_short
+from nemoc.codegen.tvm.row_ops import expect_short, is_short
 from nemoc.codegen.tvm.rows import in_place_pairs
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.writer import KernelWriter, size_text
@@ -92,7 +96,7 @@ def _emit_in_registers(site: Site, target: CpuTarget) -> Plan:
     """The plan where every element of a result needs the sum at its own place."""
     writer = KernelWriter("fused_linear", site.choices)
     body = Body(writer, site, target)
-    anchor, *others = _anchors(body)
+    anchor, *others = _anchors(body, site)
     if others:
         raise RegionError(f"%{others[0].value.name} is a second product")
     results = _Results(body, site, [anchor])
@@ -120,20 +124,24 @@ def _emit_in_registers(site: Site, target: CpuTarget) -> Plan:
         panels = Panels(made.panels, _most_panels(made, anchor))
         anchor.write(made, panels)
         tasks = panels.tasks
-    return Plan((writer.finish(tasks),), in_place=results.in_place, updates=results.updates)
+    stages, scratch = _before([anchor])
+    return Plan(
+        (*stages, writer.finish(tasks)), scratch, in_place=results.in_place, updates=results.updates
+    )
 
 
 def _emit_by_columns(site: Site, target: CpuTarget) -> Plan:
     """The plan where elements of a result need sums of their own column only."""
     writer = KernelWriter("fused_columns", site.choices)
     body = Body(writer, site, target)
-    anchors = _anchors(body)
+    anchors = _anchors(body, site)
     op = anchors[0].op
     if len({(a.op.width, a.op.interleave) for a in anchors}) > 1:
         raise RegionError("its products differ in width or panels")
     results = _Results(body, site, anchors)
+    stages, scratch = _before(anchors)
     sums: dict[Value, str] = {}
-    for number, anchor in enumerate(anchors):
+    for number, anchor in enumerate(anchors, len(scratch)):
         view = rows_view(View.dense(anchor.value.type), Rows.of(anchor.value))
         sums[anchor.value] = writer.buffer("sums", Arg("scratch", number), view)
     products = [a.product(stored(writer, sums[a.value], panel_lanes(op, target))) for a in anchors]
@@ -154,8 +162,8 @@ def _emit_by_columns(site: Site, target: CpuTarget) -> Plan:
 
         each_vector(writer, count, results.lanes(op), store)
     return Plan(
-        (writer.finish(panels.tasks),),
-        scratch=tuple(View.dense(anchor.value.type) for anchor in anchors),
+        (*stages, writer.finish(panels.tasks)),
+        (*scratch, *(View.dense(anchor.value.type) for anchor in anchors)),
         in_place=results.in_place,
         updates=results.updates,
     )
@@ -174,7 +182,7 @@ def _column_of(writer: KernelWriter, value: Value, buffer: str, own: str) -> Sou
 
 def _panels_at_once(made: Product, anchor: "_Anchor") -> int:
     """Panels of a task: computed rows of x then serve all of them."""
-    if not anchor.computes:
+    if not anchor.takes_much:
         return made.writer.pick(PANELS)
     bytes_ = made.writer.pick(_WEIGHT_KIB) << 10
     return min(_most_panels(made, anchor), -(-bytes_ // anchor.panel_bytes))
@@ -182,7 +190,7 @@ def _panels_at_once(made: Product, anchor: "_Anchor") -> int:
 
 def _most_panels(made: Product, anchor: "_Anchor") -> int:
     """As many as leave enough tasks; fewer do where rows would be computed for panels of a quarter of the bytes."""
-    if anchor.computes and anchor.is_packed:
+    if anchor.takes_much and anchor.is_packed:
         return most_panels(made, _LEAST_TASKS)
     return most_panels(made)
 
@@ -192,11 +200,14 @@ class _Anchor:
 
     Args:
         body: the region's.
+        site: the region.
         op: the product.
         value: its result.
+        first: the number of the first scratch tensor that it may have.
 
     Attributes:
         op, value: as given.
+        integers: rows of x, if they are made integers of.
         source: where rows of x come from.
 
     Raises:
@@ -204,15 +215,21 @@ class _Anchor:
         LayoutError: rows of an operand have no common stride.
     """
 
-    def __init__(self, body: Body, op: Linear | GroupedLinear, value: Value) -> None:
+    def __init__(
+        self, body: Body, site: Site, op: Linear | GroupedLinear, value: Value, first: int
+    ) -> None:
         self.op, self.value = op, value
+        self.integers: IntegerRows | None = None
         self._body = body
         reason = obstacle(op, body.target)
         if reason is not None or op.interleave == 1:
             raise RegionError(f"no skeleton for {reason or 'a product with plain rows'}")
         self._packed = self._unpacking(op.w)
-        rounding = self._rounding(op.x)
-        self.source = RoundedRows(body, rounding) if rounding else row_source(body, op.x)
+        self.source: RowSource
+        if self._packed:
+            self.source, self._kind, self._decoder = self._packed_way(site, first)
+        else:
+            self.source = row_source(body, op.x)
         self._w = "" if self._packed else self._operand("w", op.w)
         self._offsets = ""
         if isinstance(op, GroupedLinear):
@@ -227,14 +244,19 @@ class _Anchor:
         """The product into a sink."""
         writer, target = self._body.writer, self._body.target
         if self._packed:
-            kind = Int8Product if isinstance(self.source, RoundedRows) else FloatProduct
-            return kind.of_packed(writer, target, self.op, self._packed, sink)
+            decoder = self._decoder
+            return self._kind.of_packed(writer, target, self.op, self._packed, decoder, sink)
         return Product.of(writer, target, self.op, self._w, sink)
 
     @property
     def computes(self) -> bool:
         """Whether tasks compute rows of x."""
-        return isinstance(self.source, _ComputedRows | RoundedRows)
+        return isinstance(self.source, _ComputedRows)
+
+    @property
+    def takes_much(self) -> bool:
+        """Whether tasks take much of a weight: all of them compute rows for it, or it streams from memory."""
+        return self.computes or self.integers is not None
 
     @property
     def is_packed(self) -> bool:
@@ -264,14 +286,35 @@ class _Anchor:
             return None
         return Packed.of(self._body, producer.op)
 
-    def _rounding(self, x: Value) -> RoundToInt8 | None:
-        """The rounding of x in the region, if the product can be one of integers."""
+    def _packed_way(self, site: Site, first: int) -> tuple[RowSource, type[PackedProduct], Decoder]:
+        """In integers where the CPU multiplies words of four bytes, or pairs of bytes and x is rounded to such."""
+        body, op = self._body, self.op
+        decoder = Decoder.of(body.writer, body.target, op.interleave)
+        dots = dot_decoder(body.writer, body.target, op.interleave)
+        rounded = self._rounded(op.x)
+        x = rounded or op.x
+        if dots and (rounded or is_short(Rows.of(x))):
+            return self._as_integers(site, x, Quads(1 if rounded else 3), first), DotProduct, dots
+        if decoder.multiply and rounded:
+            return self._as_integers(site, x, Pairs(), first), Int8Product, decoder
+        return row_source(body, op.x), FloatProduct, decoder
+
+    def _as_integers(self, site: Site, x: Value, integers: Integers, first: int) -> RowSource:
+        """Rows of x as integers; where an index chooses each row of a table once or more, the table's are made such."""
+        table, number = _gathered(self._body, x) or (x, None)
+        often = sympy.sympify(product(Rows.of(x).lead)) / product(Rows.of(table).lead)
+        if not (often.is_number and often >= 1):
+            table, number = x, None
+        self.integers = IntegerRows.of(site, self._body.target, table, integers, first)
+        return self.integers.source(self._body.writer, number)
+
+    def _rounded(self, x: Value) -> Value | None:
+        """What the region rounds to int8 to make x, if by the blocks of weights."""
         body = self._body
         producer = body.graph.producers.get(_seen(body, x))
         match None if producer is None else producer.op:
-            case RoundToInt8(block=block) as op if self._packed and block == BLOCK:
-                decoder = Decoder.of(body.writer, body.target, self.op.interleave)
-                return op if decoder.multiply else None
+            case RoundToInt8(block=block) as op if block == BLOCK:
+                return op.x
         return None
 
     def _operand(self, name: str, value: Value) -> str:
@@ -281,13 +324,20 @@ class _Anchor:
         return body.writer.buffer(name, body.arg(value), body.view(value))
 
 
-def _anchors(body: Body) -> list[_Anchor]:
+def _anchors(body: Body, site: Site) -> list[_Anchor]:
     """The products of a region."""
-    return [
-        _Anchor(body, node.op, node.results[0])
-        for node in body.graph.nodes
-        if isinstance(node.op, Linear | GroupedLinear)
-    ]
+    anchors: list[_Anchor] = []
+    for node in body.graph.nodes:
+        if isinstance(node.op, Linear | GroupedLinear):
+            first = sum(len(a.integers.scratch) for a in anchors if a.integers)
+            anchors.append(_Anchor(body, site, node.op, node.results[0], first))
+    return anchors
+
+
+def _before(anchors: list[_Anchor]) -> tuple[list[Stage], tuple[View, ...]]:
+    """The launches before the products, and their scratch."""
+    made = [a.integers for a in anchors if a.integers]
+    return [m.stage for m in made], tuple(view for m in made for view in m.scratch)
 
 
 def row_source(body: Body, x: Value) -> RowSource:
@@ -300,18 +350,23 @@ def row_source(body: Body, x: Value) -> RowSource:
     seen = _seen(body, x)
     if body.is_operand(seen):
         return StoredRows(body.writer, _declare_rows(body, seen))
-    op = body.graph.producers[seen].op
-    if isinstance(op, TakeRows):
-        table, index = _seen(body, op.table), Rows(op.index, op.index.shape, 0)
-        plain = body.is_operand(table) and op.table.type.rank == 2
-        if plain and not body.needs_whole_rows(index):
-            body.declare(index)
-
-            def number(row: str) -> str:
-                return f'T.Cast("int32", {body.at(index, row, "0", 1)})'
-
-            return GatheredRows(body.writer, _declare_rows(body, table), number)
+    table, number = _gathered(body, seen) or (seen, None)
+    if number and body.is_operand(table):
+        return GatheredRows(body.writer, _declare_rows(body, table), number)
     return _ComputedRows(body, Rows.of(x))
+
+
+def _gathered(body: Body, x: Value) -> tuple[Value, Callable[[str], str]] | None:
+    """A table of which x has rows that an index chooses, and how to write which one a row is, int32."""
+    producer = body.graph.producers.get(_seen(body, x))
+    if producer is None or not isinstance(producer.op, TakeRows):
+        return None
+    op = producer.op
+    index = Rows(op.index, op.index.shape, 0)
+    if op.table.type.rank != 2 or body.needs_whole_rows(index):
+        return None
+    body.declare(index)
+    return _seen(body, op.table), lambda row: f'T.Cast("int32", {body.at(index, row, "0", 1)})'
 
 
 def _seen(body: Body, value: Value) -> Value:

@@ -135,12 +135,18 @@ class PackedProduct(Product):
         target: CpuTarget,
         op: Linear | GroupedLinear,
         packed: Packed,
+        decoder: Decoder,
         sink: Sink,
     ) -> Self:
         """The product of an op with a weight that the region unpacks."""
         plain = Product.of(writer, target, op, packed.codes, sink)
         fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
-        return cls(**fields, packed=packed, decoder=Decoder.of(writer, target, op.interleave))
+        return cls(**fields, packed=packed, decoder=decoder)
+
+    @property
+    def columns(self) -> int:
+        """Output features that are decoded at once."""
+        return self.decoder.width
 
     def write(self, block: RowBlock, panel: str, group: str = "") -> None:
         which = group if self.packed.stacked else "0"
@@ -155,7 +161,7 @@ class PackedProduct(Product):
     @contextmanager
     def strips(self, panel: str, at: str) -> Iterator[Strip]:
         """A loop over the columns of a panel that are decoded at once."""
-        width = self.decoder.width
+        width = self.columns
         with self.writer.loop("s", self.b // width) as s:
             column = self.writer.let("column", f"{s} * {width}")
             yield Strip(panel, at, column, width // self.lanes)
@@ -163,12 +169,12 @@ class PackedProduct(Product):
     def codes(self, strip: Strip, pair: str) -> tuple[str, str]:
         """The codes of two neighbouring k of a strip, a byte each."""
         index = f"{strip.at}{pair}, {strip.column}"
-        return self.decoder.nibbles(self._bytes(self.packed.codes, index))
+        return self.decoder.nibbles(self.bytes(self.packed.codes, index, self.columns))
 
     def scales(self, strip: Strip, k: str) -> list[str]:
         """The scales of a block, in the decoder's order."""
         index = f"{strip.at}{k}, {strip.column}"
-        return self.decoder.scales(self._bytes(self.packed.scales, index))
+        return self.decoder.scales(self.bytes(self.packed.scales, index, self.columns))
 
     def store_ordered(self, acc: str, rows: int, row: str, strip: Strip) -> None:
         """Hand the sums of some rows, each four vectors in the decoder's order, to the sink."""
@@ -191,9 +197,10 @@ class PackedProduct(Product):
 
         return dataclasses.replace(sink, put=put)
 
-    def _bytes(self, buffer: str, index: str) -> str:
-        writer, width = self.writer, self.decoder.width
-        return writer.value("bytes", writer.load(buffer, index, width, raw=True), width, "uint8")
+    def bytes(self, buffer: str, index: str, count: int) -> str:
+        """So many codes or scales as they are stored."""
+        loaded = self.writer.load(buffer, index, count, raw=True)
+        return self.writer.value("bytes", loaded, count, "uint8")
 
 
 @dataclass(frozen=True)

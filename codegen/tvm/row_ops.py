@@ -473,13 +473,18 @@ def row_op(op: Op) -> RowOp[Any]:
     return ROW_OPS[type(op)]
 
 
+def is_short(rows: Rows) -> bool:
+    """Whether a row fits on the stack."""
+    return rows.width <= _LONGEST
+
+
 def expect_short(rows: Rows) -> None:
     """Check that a row fits on the stack.
 
     Raises:
         RegionError: it does not.
     """
-    if rows.width > _LONGEST:
+    if not is_short(rows):
         raise RegionError(
             f"a row of %{rows.value.name} has {rows.width} elements, too many to hold"
         )

@@ -1,7 +1,5 @@
 """Products in integers against float64: rows rounded to int8, weights in NVFP4."""
 
-import re
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from nemoc.codegen.tvm.target import cpu_target
 from nemoc.ir.dtypes import DType
 from nemoc.ir.ops import RoundToInt8
 from nemoc.ir.region import Fused
-from support.kernels import CompiledSite, KernelSuite, value
+from support.kernels import CompiledSite, KernelSuite, older_cpus, value
 from support.nvfp4 import given
 from support.regions import region
 
@@ -98,15 +96,11 @@ CASES = {
 NORM = SUITE.add(Site.dense(region(BEHIND_A_NORM)), emit_linear_region)
 ALONE = SUITE.add(Site.dense(RoundToInt8(value(DType.F32, 5, 96))), emit)
 
-SHORT = {"ssse3": "x86-64-v2", "sse2": "x86-64"}
-SUITES = {
-    feature: KernelSuite(cpu_target(f"cpu:{cpu}"))
-    for feature, cpu in SHORT.items()
-    if feature in cpu_target().features
-}
+SUITES = {cpu: KernelSuite(cpu_target(f"cpu:{cpu}")) for cpu in older_cpus()}
 OLDER = {
-    feature: suite.add(Site.dense(region(BODIES["dense"])), emit_linear_region)
-    for feature, suite in SUITES.items()
+    (cpu, name): suite.add(Site.dense(region(BODIES[name])), emit_linear_region)
+    for cpu, suite in SUITES.items()
+    for name in ("dense", "gathered rows in groups")
 }
 
 
@@ -117,11 +111,12 @@ def test_region_is_its_body(name: str, rows: int) -> None:
     CASES[name].check(sizes, *given(CASES[name].site.op, sizes), tolerance=2e-6)
 
 
-@pytest.mark.parametrize("feature", OLDER)
-def test_older_cpus_give_the_same(feature: str) -> None:
+@pytest.mark.parametrize(("cpu", "name"), OLDER)
+def test_older_cpus_give_the_same(cpu: str, name: str) -> None:
+    case = OLDER[cpu, name]
     for rows in (1, 5):
-        sizes = {"B": rows}
-        OLDER[feature].check(sizes, *given(OLDER[feature].site.op, sizes), tolerance=2e-6)
+        sizes = {"B": rows, "L": 7}
+        case.check(sizes, *given(case.site.op, sizes), tolerance=2e-6)
 
 
 def test_what_is_rounded_may_be_computed_in_the_kernel() -> None:
@@ -172,14 +167,24 @@ def test_the_largest_numbers_do_not_overflow_sixteen_bits() -> None:
     for operand, tensor in zip(op.body.inputs, tensors, strict=True):
         if operand.name == "x":
             tensor[:2], tensor[2:] = 3.0, -3.0
-        if operand.name == "c":
+        if operand.name == "packed":
             tensor[:, ::2], tensor[:, 1::2] = 0x77, 0xFF
             tensor[0] = 0x77
     case.check({"B": 4}, *tensors, tolerance=2e-6)
 
 
-def test_bytes_are_multiplied_where_the_cpu_can() -> None:
-    plan = emit_linear_region(Site.dense(region(BODIES["dense"])), cpu_target("cpu:x86-64-v3"))
-    assert re.search(r"llvm\.x86\.avx2\.pmadd\.ub\.sw", plan.stages[0].kernel.source)
+@pytest.mark.parametrize(
+    ("cpu", "instruction"),
+    [("x86-64-v3", "pmadd.ub.sw"), ("x86-64-v4", "pmadd.ub.sw"), ("znver4", "vpdpbusd")],
+)
+def test_bytes_are_multiplied_where_the_cpu_can(cpu: str, instruction: str) -> None:
+    plan = emit_linear_region(Site.dense(region(BODIES["dense"])), cpu_target(f"cpu:{cpu}"))
+    made, multiplied = (stage.kernel.source for stage in plan.stages)
+    assert instruction in multiplied
+    assert "llvm.x86" not in made
+
+
+def test_other_cpus_multiply_what_is_rounded_in_float32() -> None:
     plan = emit_linear_region(Site.dense(region(BODIES["dense"])), cpu_target("cpu:apple-m1"))
-    assert "pmadd" not in plan.stages[0].kernel.source
+    (stage,) = plan.stages
+    assert "pmadd" not in stage.kernel.source

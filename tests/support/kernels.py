@@ -13,6 +13,7 @@ import torch
 from nemoc.codegen.plan import Site
 from nemoc.codegen.tvm import harness
 from nemoc.codegen.tvm.harness import Emitter
+from nemoc.codegen.tvm.target import cpu_target
 from nemoc.ir.dims import Dim
 from nemoc.ir.dtypes import DType
 from nemoc.ir.op import Env
@@ -28,6 +29,12 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     wanted = expected[finite].double()
     error = (found[finite].double() - wanted).norm() / wanted.norm().clamp(min=1e-300)
     return float(error) if bool(error.isfinite()) else float("inf")
+
+
+def older_cpus() -> list[str]:
+    """LLVM's names of CPUs with fewer instructions than the one at hand, which runs code for them."""
+    levels = {"avx512f": "x86-64-v3", "ssse3": "x86-64-v2", "sse2": "x86-64"}
+    return [cpu for feature, cpu in levels.items() if feature in cpu_target().features]
 
 
 def value(dtype: DType, *shape: Dim) -> Value:

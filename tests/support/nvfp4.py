@@ -20,7 +20,7 @@ def codes_or_scales(tensor: torch.Tensor, generator: torch.Generator) -> torch.T
 
 
 def given(op: Op, sizes: Mapping[str, int]) -> list[torch.Tensor]:
-    """Random operands of a region: `g` is a tensor scale, `offsets` are those of groups of all B rows."""
+    """Random operands of a region: tensor scales are positive, `offsets` are those of groups of all B rows."""
     assert isinstance(op, Fused)
     generator = torch.Generator().manual_seed(sizes["B"])
     full = {"B": 1, "L": 1, "C": 1} | dict(sizes)
@@ -29,6 +29,6 @@ def given(op: Op, sizes: Mapping[str, int]) -> list[torch.Tensor]:
         if operand.name == "offsets":
             tensors[i] = tensors[i].sort().values
             tensors[i][0], tensors[i][-1] = 0, sizes["B"]
-        if operand.name == "g":
+        if operand.name == "global_scale":
             tensors[i] = tensors[i].abs() / 2688 + 1e-4
     return tensors
