@@ -39,14 +39,17 @@ from nemoc.runtime.machine import processor_model
 BASE = "nemoc f32"
 """What all are compared with."""
 
+_NVFP4 = {"nvfp4": "quantize-nvfp4", "nvfp4-w4a8": "quantize-nvfp4{mode=w4a8}"}
+
 COMPILED: dict[str, tuple[GgufType, str | None, str | None]] = {
     BASE: ("f32", None, None),
     "nemoc bf16": ("bf16", None, None),
     **{f"nemoc {mode}": ("bf16", mode, None) for mode in ("fp8", "nvfp4", "nvfp4-w4a8")},
     **{
-        f"nemoc {mode}, head too": ("bf16", mode, r"(?!.*\.gate\.)")
-        for mode in ("nvfp4", "nvfp4-w4a8")
+        f"nemoc {mode}, head fp8": ("bf16", f"{passes},quantize-fp8{{scope=lm_head}}", None)
+        for mode, passes in _NVFP4.items()
     },
+    **{f"nemoc {mode}, head too": ("bf16", mode, r"(?!.*\.gate\.)") for mode in _NVFP4},
 }
 """nemoc's executables: the file of weights, how it is quantized, and its scope. llama.cpp's files have the head
 quantized too, to 6.6 bits in Q4_0's."""

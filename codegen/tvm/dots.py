@@ -127,7 +127,7 @@ class DotProduct(PackedProduct):
         with writer.loop("v", 2 * rows, "T.unroll") as v:
             writer.line(f"{acc}[{v}] = T.Broadcast(T.float32(0), {_LANES})")
         with writer.loop("k", self.k // BLOCK) as k:
-            codes = self._quads(strip, k, ahead=rows == 1)
+            codes = self._quads(strip, k)
             scales = self._scales(strip, k)
             with writer.loop("i", rows, "T.unroll") as i:
                 first_sums = self._starts(starts(i, k), digits)
@@ -168,14 +168,14 @@ class DotProduct(PackedProduct):
         low = f"T.bitwise_and({whole}, T.int32({(1 << bits) - 1}))"
         return [high, *[f"T.Broadcast(T.int32(0), {_LANES})"] * (digits - 2), low]
 
-    def _quads(self, strip: Strip, k: str, ahead: bool) -> list[tuple[str, str]]:
+    def _quads(self, strip: Strip, k: str) -> list[tuple[str, str]]:
         """Twice the codes of a block plus `OFFSET`, for each word of x: of the first and of the second features."""
         writer, found = self.writer, []
         for g in range(BLOCK // 2 // _ROWS):
             rows = []
             for row in range(_ROWS):
                 pair = f"{k} * {BLOCK // 2} + {_ROWS * g + row}"
-                if ahead and row * self.b % 64 == 0:
+                if row * self.b % 64 == 0:
                     prefetch(writer, self.packed.codes, f"{strip.at}{pair}, 0")
                 rows.append(
                     self.bytes(self.packed.codes, f"{strip.at}{pair}, {strip.column}", _COLUMNS)
