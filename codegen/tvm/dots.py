@@ -1,8 +1,8 @@
 """Products in integers of 32 bits, of weights in NVFP4: dot products of four bytes (VNNI).
 
-Rows may be rounded to int8. Or they are as they are: then a number is three bytes, each with a sum of its own, and
-integers of 24 bits hold of a block's numbers what sums in float32 hold of its products. That takes half the
-instructions of those sums for one row.
+Rows may be rounded to int8. Otherwise a number is three bytes, each with sums of its own: 24 bits from the largest
+number of its block on, which is what sums in float32 keep of it too, unless a code of 0 leaves that number out. For one
+row that is half the instructions of those sums.
 
 The instruction wants four k of one output feature in a word, while a panel has one row for two k; so four rows of it
 are interleaved, and their low halves make one word, their high halves another.
@@ -11,10 +11,8 @@ are interleaved, and their low halves make one word, their high halves another.
 from dataclasses import dataclass
 
 from nemoc.codegen.tvm.e2m1 import OFFSET, Decoder
-from nemoc.codegen.tvm.int8 import SHARED_ROWS
-from nemoc.codegen.tvm.integers import IntegerBlock, steps_of_bytes
-from nemoc.codegen.tvm.linear import RowBlock, Strip, prefetch
-from nemoc.codegen.tvm.nvfp4 import PackedProduct
+from nemoc.codegen.tvm.integers import IntegerBlock, IntegerProduct, steps_of_bytes
+from nemoc.codegen.tvm.linear import Strip, prefetch
 from nemoc.codegen.tvm.target import CpuTarget
 from nemoc.codegen.tvm.vmath import VectorMath
 from nemoc.codegen.tvm.writer import KernelWriter
@@ -25,14 +23,14 @@ _SHUFFLE = "llvm.x86.avx512.pshuf.b.512"
 _LANES = 16
 """Output features of a vector of words."""
 
-_ROWS = 4
+_INTERLEAVED = 4
 """Rows of a panel that are interleaved."""
 
 _COLUMNS = 2 * _LANES
 """Output features that are decoded at once."""
 
 _LEAST_EXPONENT = 23
-"""Of blocks of smaller numbers, biased, the step is 2⁻¹²⁶ as of these: what is smaller than that is lost."""
+"""Blocks of smaller numbers, by their biased exponent, have the step of this one, 2⁻¹²⁶; half of that becomes 0."""
 
 
 def dot_decoder(writer: KernelWriter, target: CpuTarget, b: int) -> Decoder | None:
@@ -84,7 +82,10 @@ class Quads:
             "bits", f'T.reinterpret("uint8x{4 * BLOCK}", {number})', 4 * BLOCK, "uint8"
         )
         order = [
-            2 * (_ROWS * g + row) + half for g in (0, 1) for half in (0, 1) for row in range(_ROWS)
+            2 * (_INTERLEAVED * g + row) + half
+            for g in (0, 1)
+            for half in (0, 1)
+            for row in range(_INTERLEAVED)
         ]
         return [
             (
@@ -99,82 +100,74 @@ class Quads:
 
 
 @dataclass(frozen=True)
-class DotProduct(PackedProduct):
+class DotProduct(IntegerProduct):
     """The product with rows that `Quads` made integers of."""
 
     @property
     def columns(self) -> int:
         return _COLUMNS
 
-    def write_panel(self, block: RowBlock, panel: str, at: str) -> None:
-        assert isinstance(block, IntegerBlock)
-        together = int(SHARED_ROWS.default) if self.few else self.writer.pick(SHARED_ROWS)
-        with self.strips(panel, at) as strip:
-            with self.writer.loop("t", f"{block.count} // {together}") as t:
-                self._rows(block, f"{block.first} + {t} * {together}", together, strip)
-            rest = self.writer.let("rest", f"{block.count} % {together}")
-            with self.writer.loop("t", rest) as t:
-                self._rows(block, f"{block.first} + {block.count} - {rest} + {t}", 1, strip)
-
-    def _rows(self, block: IntegerBlock, row: str, rows: int, strip: Strip) -> None:
-        """Some rows by the columns that are decoded at once."""
-        writer, halves = self.writer, (0, 1)
+    def write_rows(self, block: IntegerBlock, row: str, rows: int, strip: Strip) -> None:
+        writer = self.writer
         digits = block.words * 4 // BLOCK
         first = writer.let("row", row)
         words, starts, steps = (b.tile(first, rows) for b in (block, block.starts, block.steps))
         acc = writer.local("acc", 2 * rows, _LANES)
-        sums = writer.local("sums", 2 * digits, _LANES, "int32")
         with writer.loop("v", 2 * rows, "T.unroll") as v:
             writer.line(f"{acc}[{v}] = T.Broadcast(T.float32(0), {_LANES})")
         with writer.loop("k", self.k // BLOCK) as k:
             codes = self._quads(strip, k)
             scales = self._scales(strip, k)
             with writer.loop("i", rows, "T.unroll") as i:
-                first_sums = self._starts(starts(i, k), digits)
-                for digit in range(digits):
-                    for half in halves:
-                        writer.line(f"{sums}[{2 * digit + half}] = {first_sums[digit]}")
-                    for n, pair in enumerate(codes):
-                        word = words(i, f"({k} * {digits} + {digit}) * {len(codes)} + {n}")
-                        bits = f'T.reinterpret("uint8x{4 * _LANES}", T.Broadcast({word}, {_LANES}))'
-                        x = writer.value("x", bits, 4 * _LANES, "uint8")
-                        for half in halves:
-                            at = f"{sums}[{2 * digit + half}]"
-                            operands = f"{at}, {pair[half]}, {x}"
-                            writer.line(
-                                f'{at} = T.call_llvm_pure_intrin("int32x{_LANES}", "{_MULTIPLY}", {operands})'
-                            )
+                sums = [
+                    self._dots(start, [words(i, f"{k} * {block.words} + {n}") for n in at], codes)
+                    for start, at in self._digits(starts(i, k), digits)
+                ]
                 step = writer.value("step", f"T.Broadcast({steps(i, k)}, {_LANES})", _LANES)
-                for half in halves:
-                    total = f"{sums}[{half}]"
-                    for digit in range(1, digits):
-                        total = f"(T.shift_left({total}, T.int32(8)) + {sums}[{2 * digit + half}])"
-                    at = f"{acc}[{i} * 2 + {half}]"
+                for half, scale in enumerate(scales):
+                    total = sums[0][half]
+                    for lower in sums[1:]:
+                        total = f"(T.shift_left({total}, T.int32(8)) + {lower[half]})"
                     number = f'T.Cast("float32x{_LANES}", {total})'
-                    writer.line(f"{at} = {at} + {number} * ({scales[half]} * {step})")
+                    at = f"{acc}[{i} * 2 + {half}]"
+                    writer.line(f"{at} = {at} + {number} * ({scale} * {step})")
         self.store(acc, rows, first, strip)
 
-    def _starts(self, start: str, digits: int) -> list[str]:
-        """What the sums of each digit begin from.
+    def _dots(self, start: str, words: list[str], codes: list[tuple[str, str]]) -> list[str]:
+        """The sums of a block for one digit of its numbers: of the first and of the second features."""
+        writer, bytes_ = self.writer, 4 * _LANES
+        sums = [writer.value("sums", start, _LANES, "int32") for _ in range(2)]
+        for word, of_word in zip(words, codes, strict=True):
+            bits = f'T.reinterpret("uint8x{bytes_}", T.Broadcast({word}, {_LANES}))'
+            x = writer.value("x", bits, bytes_, "uint8")
+            for total, code in zip(sums, of_word, strict=True):
+                call = f'"int32x{_LANES}", "{_MULTIPLY}", {total}, {code}, {x}'
+                writer.line(f"{total} = T.call_llvm_pure_intrin({call})")
+        return sums
 
-        The highest digit's begins from what the start has of its units, since 32 bits do not hold the sum of a
+    def _digits(self, start: str, digits: int) -> list[tuple[str, range]]:
+        """For each digit, from the highest on, what its sums begin from, and which words of a block it is.
+
+        The highest digit's sums begin from what the start has of its units, since 32 bits do not hold the sum of a
         block without it.
         """
+        words = [range(n * BLOCK // 4, (n + 1) * BLOCK // 4) for n in range(digits)]
         whole = self.writer.value("start", f"T.Broadcast({start}, {_LANES})", _LANES, "int32")
         if digits == 1:
-            return [whole]
+            return [(whole, words[0])]
         bits = 8 * (digits - 1)
         high = f"T.shift_right({whole}, T.int32({bits}))"
         low = f"T.bitwise_and({whole}, T.int32({(1 << bits) - 1}))"
-        return [high, *[f"T.Broadcast(T.int32(0), {_LANES})"] * (digits - 2), low]
+        between = [f"T.Broadcast(T.int32(0), {_LANES})"] * (digits - 2)
+        return list(zip([high, *between, low], words, strict=True))
 
     def _quads(self, strip: Strip, k: str) -> list[tuple[str, str]]:
         """Twice the codes of a block plus `OFFSET`, for each word of x: of the first and of the second features."""
         writer, found = self.writer, []
-        for g in range(BLOCK // 2 // _ROWS):
+        for g in range(BLOCK // 2 // _INTERLEAVED):
             rows = []
-            for row in range(_ROWS):
-                pair = f"{k} * {BLOCK // 2} + {_ROWS * g + row}"
+            for row in range(_INTERLEAVED):
+                pair = f"{k} * {BLOCK // 2} + {_INTERLEAVED * g + row}"
                 if row * self.b % 64 == 0:
                     prefetch(writer, self.packed.codes, f"{strip.at}{pair}, 0")
                 rows.append(
@@ -182,7 +175,9 @@ class DotProduct(PackedProduct):
                 )
             halves = []
             for start in (0, _LANES):
-                order = [_COLUMNS * row + start + f for f in range(_LANES) for row in range(_ROWS)]
+                order = [
+                    _COLUMNS * row + start + f for f in range(_LANES) for row in range(_INTERLEAVED)
+                ]
                 quads = f"T.Shuffle([{', '.join(rows)}], {order})"
                 halves.append(writer.value("quads", quads, 4 * _LANES, "uint8"))
             nibbles = [self.decoder.nibbles(quads) for quads in halves]

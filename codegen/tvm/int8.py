@@ -7,17 +7,12 @@ are multiplied in float32.
 
 from dataclasses import dataclass
 
-from nemoc.codegen.tunables import Tunable
 from nemoc.codegen.tvm.e2m1 import OFFSET
-from nemoc.codegen.tvm.integers import IntegerBlock, steps_of_bytes
-from nemoc.codegen.tvm.linear import RowBlock, Strip, prefetch
-from nemoc.codegen.tvm.nvfp4 import PackedProduct
+from nemoc.codegen.tvm.integers import IntegerBlock, IntegerProduct, steps_of_bytes
+from nemoc.codegen.tvm.linear import Strip, prefetch
 from nemoc.codegen.tvm.vmath import VectorMath
 from nemoc.codegen.tvm.writer import lanes_of
 from nemoc.ir.nvfp4 import BLOCK
-
-SHARED_ROWS = Tunable("shared_rows", 4, (2, 3, 4, 6))
-"""Rows that share the decoding of a panel."""
 
 
 class Pairs:
@@ -44,20 +39,10 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Int8Product(PackedProduct):
+class Int8Product(IntegerProduct):
     """The product with rows that `Pairs` made integers of."""
 
-    def write_panel(self, block: RowBlock, panel: str, at: str) -> None:
-        assert isinstance(block, IntegerBlock)
-        together = int(SHARED_ROWS.default) if self.few else self.writer.pick(SHARED_ROWS)
-        with self.strips(panel, at) as strip:
-            with self.writer.loop("t", f"{block.count} // {together}") as t:
-                self._rows(block, f"{block.first} + {t} * {together}", together, strip)
-            rest = self.writer.let("rest", f"{block.count} % {together}")
-            with self.writer.loop("t", rest) as t:
-                self._rows(block, f"{block.first} + {block.count} - {rest} + {t}", 1, strip)
-
-    def _rows(self, block: IntegerBlock, row: str, rows: int, strip: Strip) -> None:
+    def write_rows(self, block: IntegerBlock, row: str, rows: int, strip: Strip) -> None:
         """Some rows by the columns that are decoded at once."""
         writer, decoder, part = self.writer, self.decoder, self.decoder.part
         first = writer.let("row", row)

@@ -1,4 +1,4 @@
-"""Rows of a product's x as integers: what products with weights in NVFP4 multiply where a CPU multiplies bytes.
+"""Products in integers, of weights in NVFP4: what they have in common, and how rows of x become integers.
 
 A block of 16 numbers has a step, and its numbers are integer multiples of it. Twice an E2M1 code is a small integer
 too, so that a block's sum is exact, and only then meets the scales of both. A table lookup gives 12 more than twice
@@ -14,8 +14,10 @@ from typing import Protocol, Self
 
 from nemoc.codegen.plan import Arg, Site, Stage, View
 from nemoc.codegen.rows import Rows
+from nemoc.codegen.tunables import Tunable
 from nemoc.codegen.tvm.body import Body
-from nemoc.codegen.tvm.linear import GatheredRows, RowBlock, RowSource, StoredRows
+from nemoc.codegen.tvm.linear import GatheredRows, RowBlock, RowSource, StoredRows, Strip
+from nemoc.codegen.tvm.nvfp4 import PackedProduct
 from nemoc.codegen.tvm.place import ramp
 from nemoc.codegen.tvm.row_ops import expect_short
 from nemoc.codegen.tvm.target import CpuTarget
@@ -26,6 +28,9 @@ from nemoc.ir.dtypes import DType
 from nemoc.ir.nvfp4 import BLOCK
 from nemoc.ir.ops.int8 import LARGEST, SMALLEST_STEP
 from nemoc.ir.types import TensorType, Value
+
+SHARED_ROWS = Tunable("shared_rows", 4, (2, 3, 4, 6))
+"""Rows that share the decoding of a panel."""
 
 
 class Integers(Protocol):
@@ -146,6 +151,25 @@ class _Source:
         """All rows are."""
         starts, steps = (RowBlock(first, count, s.tile) for s in (self.starts, self.steps))
         yield IntegerBlock(first, count, self.words.tile, self.each, starts, steps)
+
+
+@dataclass(frozen=True)
+class IntegerProduct(PackedProduct):
+    """The product of such rows and a panel of w. Some rows share the decoding of the panel."""
+
+    def write_panel(self, block: RowBlock, panel: str, at: str) -> None:
+        assert isinstance(block, IntegerBlock)
+        together = int(SHARED_ROWS.default) if self.few else self.writer.pick(SHARED_ROWS)
+        with self.strips(panel, at) as strip:
+            with self.writer.loop("t", f"{block.count} // {together}") as t:
+                self.write_rows(block, f"{block.first} + {t} * {together}", together, strip)
+            rest = self.writer.let("rest", f"{block.count} % {together}")
+            with self.writer.loop("t", rest) as t:
+                self.write_rows(block, f"{block.first} + {block.count} - {rest} + {t}", 1, strip)
+
+    def write_rows(self, block: IntegerBlock, row: str, rows: int, strip: Strip) -> None:
+        """Some rows by the columns that are decoded at once."""
+        raise NotImplementedError
 
 
 def _buffers(writer: KernelWriter, scratch: tuple[View, ...], first: int) -> list[str]:
