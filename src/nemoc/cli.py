@@ -131,6 +131,11 @@ _threads = click.option(
     type=click.IntRange(min=1),
     help="Threads to run on. Default: NEMOC_THREADS, else one per core.",
 )
+_resident = click.option(
+    "--resident",
+    is_flag=True,
+    help="Copy the weights into huge pages of memory, instead of mapping the file.",
+)
 _shape = (
     click.option(
         "--batch",
@@ -244,7 +249,7 @@ def compile(source: str, output: Path, quiet: bool, **options: Any) -> None:
 )
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
-@_options(_threads, _quiet, _debug)
+@_options(_threads, _resident, _quiet, _debug)
 def run(artifact: Path, prompt: str, **options: Any) -> None:
     """Generate text with a compiled model, printed as it comes."""
     from nemoc.commands import run
@@ -343,7 +348,7 @@ def bisect(source: str, output: Path, quiet: bool, **options: Any) -> int:
 @click.option("--decode", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write JSON there.")
 @click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE", help=_PAGE)
-@_options(_threads, _quiet, _debug)
+@_options(_threads, _resident, _quiet, _debug)
 def bench(artifact: Path, **options: Any) -> None:
     """Measure tokens per second of a compiled model, and which kernels take the time.
 

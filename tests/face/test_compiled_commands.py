@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemoc.__main__ import main
+from nemoc.runtime import mapping
 
 PROMPT = "import "
 
@@ -48,6 +50,23 @@ def test_run_with_a_seed_repeats_itself(capsys: pytest.CaptureFixture[str], arti
     first = run(capsys, *arguments, "--seed", "7")
     assert first == run(capsys, *arguments, "--seed", "7")
     assert first[1] != run(capsys, *arguments, "--seed", "8")[1]
+
+
+def test_weights_are_copied_where_asked_for_and_the_text_is_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, artifact: Path
+) -> None:
+    copied: list[bool] = []
+
+    def map_file(path: Path, resident: bool = False) -> torch.Tensor:
+        copied.append(resident)
+        return mapping.map_file(path, resident)
+
+    monkeypatch.setattr("nemoc.runtime.weights.map_file", map_file)
+    arguments = ["run", str(artifact), "--prompt", PROMPT, "-n", "5", "-q"]
+    assert run(capsys, *arguments) == run(capsys, *arguments, "--resident")
+    sizes = ["--prefill", "8", "--decode", "4", "-q"]
+    assert run(capsys, "bench", str(artifact), "--resident", *sizes)[0] == 0
+    assert copied == [False, True, True]
 
 
 def test_bench_writes_json(

@@ -24,12 +24,13 @@ def run(
     json_file: Path | None,
     page: Path | None,
     threads: int | None,
+    resident: bool,
     quiet: bool,
 ) -> None:
     """Print medians, and write them as JSON and as a page where asked to."""
     shown = read_artifact(artifact, prefill, prefill + decode // 2) if page is not None else None
     with progress(quiet) as show:
-        executable = load(artifact, threads=threads, progress=show)
+        executable = load(artifact, threads, resident, show)
         found = bench(executable, prefill=prefill, decode=decode)
     _print(found)
     if json_file is not None:

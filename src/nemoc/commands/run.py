@@ -23,11 +23,12 @@ def run(
     seed: int | None,
     chat: bool,
     threads: int | None,
+    resident: bool,
     quiet: bool,
 ) -> None:
     """Print the prompt and what follows it; of a chat the answer alone."""
     with progress(quiet) as show:
-        executable = load(artifact, threads=threads, progress=show)
+        executable = load(artifact, threads, resident, show)
     ids = _encode(executable.tokenizer, prompt, chat)
     steps = executable.stream(ids, max_new_tokens, temperature, top_p, seed)
     if not chat:
