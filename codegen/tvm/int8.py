@@ -20,9 +20,8 @@ class Pairs:
 
     words = BLOCK // 2
     lanes = BLOCK // 2
-    unit = (
-        2.0**-17
-    )  # a code is half an integer, and sums are read where they are 2¹⁶ times what they are
+    # A code is half an integer, and sums are read where they are 2¹⁶ times what they are.
+    unit = 2.0**-17
     steps = staticmethod(steps_of_bytes)
 
     def packed(self, math: VectorMath, whole: list[str]) -> list[tuple[str, int]]:
@@ -43,7 +42,6 @@ class Int8Product(IntegerProduct):
     """The product with rows that `Pairs` made integers of."""
 
     def write_rows(self, block: IntegerBlock, row: str, rows: int, strip: Strip) -> None:
-        """Some rows by the columns that are decoded at once."""
         writer, decoder, part = self.writer, self.decoder, self.decoder.part
         first = writer.let("row", row)
         pairs, starts, steps = (b.tile(first, rows) for b in (block, block.starts, block.steps))

@@ -109,9 +109,8 @@ class IntegerRows:
         expect_short(rows)
         body.declare(rows)
         count, blocks = product(rows.lead), rows.width // BLOCK
-        whole = (
-            -(-blocks // integers.lanes) * integers.lanes
-        )  # steps are computed by vectors of blocks
+        # Steps are computed by vectors of blocks.
+        whole = -(-blocks // integers.lanes) * integers.lanes
         scratch = (
             View.dense(TensorType.of(DType.I32, (count, blocks * integers.words))),
             View.dense(TensorType.of(DType.I32, (count, whole))),

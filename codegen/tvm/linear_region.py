@@ -1,7 +1,8 @@
 """Regions around products with interleaved weights.
 
 What comes before a product is computed for a block of rows, into a local array, from which all of a task's panels read
-it; rows that an index chooses are read where they are. What comes behind it is computed in one of two ways:
+it; rows that an index chooses are read where they are. Products in integers have it computed in a launch before, which
+makes integers of it. What comes behind a product is computed in one of two ways:
 
 - in registers: every result has the product's rows, and an element of it needs only the sum at its own place. The sums
   of a tile become elements of the results before anything is stored.
@@ -255,7 +256,7 @@ class _Anchor:
 
     @property
     def takes_much(self) -> bool:
-        """Whether tasks take much of a weight: all of them compute rows for it, or it streams from memory."""
+        """Whether tasks take much of a weight: each computes rows for it, or it is read faster in long pieces."""
         return self.computes or self.integers is not None
 
     @property
@@ -301,12 +302,13 @@ class _Anchor:
 
     def _as_integers(self, site: Site, x: Value, integers: Integers, first: int) -> RowSource:
         """Rows of x as integers; where an index chooses each row of a table once or more, the table's are made such."""
-        table, number = _gathered(self._body, x) or (x, None)
-        often = sympy.sympify(product(Rows.of(x).lead)) / product(Rows.of(table).lead)
-        if not (often.is_number and often >= 1):
-            table, number = x, None
-        self.integers = IntegerRows.of(site, self._body.target, table, integers, first)
-        return self.integers.source(self._body.writer, number)
+        body, table, number = self._body, x, None
+        if gathered := _gathered(body, x):
+            often = sympy.sympify(product(Rows.of(x).lead)) / product(Rows.of(gathered[0]).lead)
+            if often.is_number and often >= 1:
+                table, number = gathered[0], _number(body, gathered[1])
+        self.integers = IntegerRows.of(site, body.target, table, integers, first)
+        return self.integers.source(body.writer, number)
 
     def _rounded(self, x: Value) -> Value | None:
         """What the region rounds to int8 to make x, if by the blocks of weights."""
@@ -350,23 +352,28 @@ def row_source(body: Body, x: Value) -> RowSource:
     seen = _seen(body, x)
     if body.is_operand(seen):
         return StoredRows(body.writer, _declare_rows(body, seen))
-    table, number = _gathered(body, seen) or (seen, None)
-    if number and body.is_operand(table):
+    if (gathered := _gathered(body, seen)) and body.is_operand(gathered[0]):
+        table, index = gathered
+        number = _number(body, index)
         return GatheredRows(body.writer, _declare_rows(body, table), number)
     return _ComputedRows(body, Rows.of(x))
 
 
-def _gathered(body: Body, x: Value) -> tuple[Value, Callable[[str], str]] | None:
-    """A table of which x has rows that an index chooses, and how to write which one a row is, int32."""
+def _gathered(body: Body, x: Value) -> tuple[Value, Rows] | None:
+    """A table of which x has rows that an index chooses, and the index."""
     producer = body.graph.producers.get(_seen(body, x))
     if producer is None or not isinstance(producer.op, TakeRows):
         return None
-    op = producer.op
-    index = Rows(op.index, op.index.shape, 0)
-    if op.table.type.rank != 2 or body.needs_whole_rows(index):
+    table, index = producer.op.table, Rows(producer.op.index, producer.op.index.shape, 0)
+    if table.type.rank != 2 or body.needs_whole_rows(index):
         return None
+    return _seen(body, table), index
+
+
+def _number(body: Body, index: Rows) -> Callable[[str], str]:
+    """Writes which row of a table a row is, int32."""
     body.declare(index)
-    return _seen(body, op.table), lambda row: f'T.Cast("int32", {body.at(index, row, "0", 1)})'
+    return lambda row: f'T.Cast("int32", {body.at(index, row, "0", 1)})'
 
 
 def _seen(body: Body, value: Value) -> Value:
