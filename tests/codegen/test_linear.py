@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from nemoc.codegen.plan import LayoutError, Site, View
-from nemoc.codegen.tvm.build import compile_module
 from nemoc.codegen.tvm.linear import emit_linear
-from nemoc.codegen.tvm.target import CpuTarget, cpu_target
+from nemoc.codegen.tvm.target import cpu_target
 from nemoc.ir.dims import B, L
 from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
 from nemoc.ir.op import Env
 from nemoc.ir.ops import GroupedLinear, Interleave, Linear
+from support.assembly import kernel_assembly
 from support.kernels import CompiledSite, KernelSuite, value
 
 F32, BF16, F16, I32 = DType.F32, DType.BF16, DType.F16, DType.I32
@@ -161,23 +161,16 @@ def test_grouped_linear_does_not_touch_weights_of_empty_groups() -> None:
     assert bool(y.isfinite().all())
 
 
-def _assembly(target: CpuTarget) -> str:
+def _assembly(cpu: str) -> str:
     """The code of a product whose rows fill the highest tile only."""
-    stage = emit_linear(Site.dense(linear_op(64, 256, BF16, 32)), target).stages[0]
-    pointers = ", ".join("a" for _ in stage.args)
-    call = f"T.evaluate(Module.{stage.kernel.name}(B, {pointers}, B, L, C))"
-    step = (
-        "    @T.prim_func(s_tir=True)\n"
-        "    def step(a: T.handle, B: T.int32, L: T.int32, C: T.int32):\n"
-        f"        {call}\n"
-    )
-    source = f"@I.ir_module\nclass Module:\n{stage.kernel.source}\n{step}"
-    return str(compile_module(source, target).inspect_source("asm"))
+    target = cpu_target(f"cpu:{cpu}")
+    (stage,) = emit_linear(Site.dense(linear_op(64, 256, BF16, 32)), target).stages
+    return kernel_assembly(stage, target)
 
 
 @pytest.mark.parametrize(("cpu", "register"), [("x86-64-v4", "zmm"), ("x86-64-v3", "ymm")])
 def test_inner_loops_are_vector_fmas_that_spill_nothing(cpu: str, register: str) -> None:
-    assembly = _assembly(cpu_target(f"cpu:{cpu}"))
+    assembly = _assembly(cpu)
     fmas = re.findall(rf"vfmadd\d+ps.*%{register}\d+$", assembly, re.MULTILINE)
     assert len(fmas) >= 24
     assert not re.findall(r"vfmadd\d+ss", assembly)
@@ -186,7 +179,7 @@ def test_inner_loops_are_vector_fmas_that_spill_nothing(cpu: str, register: str)
 
 
 def test_other_architectures_get_vector_code_too() -> None:
-    assembly = _assembly(cpu_target("cpu:apple-m1"))
+    assembly = _assembly("apple-m1")
     assert len(re.findall(r"fmla\.4s|fmla\s+v\d+\.4s", assembly)) >= 24
 
 
