@@ -1,8 +1,8 @@
 """Products in integers of 32 bits, of weights in NVFP4: dot products of four bytes (VNNI).
 
-Rows may be rounded to int8. Otherwise a number is three bytes, each with sums of its own: 24 bits from the largest
-number of its block on, which is what sums in float32 keep of it too, unless a code of 0 leaves that number out. For one
-row that is half the instructions of those sums.
+Rows may be rounded to int8. Otherwise a number is three bytes, each with sums of its own: 23 bits and a sign, from the
+largest number of its block on. Sums in float32 keep about as much of it, unless a code of 0 leaves that number out. For
+one row that is half the instructions of those sums.
 
 The instruction wants four k of one output feature in a word, while a panel has one row for two k; so four rows of it
 are interleaved, and their low halves make one word, their high halves another.

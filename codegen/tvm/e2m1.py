@@ -31,7 +31,8 @@ class Decoder:
 
     Attributes:
         writer: the kernel.
-        part: features of a vector: 8, or 4.
+        part: features of a vector: 8, or 4. In `nemoc.codegen.tvm.dots`, which has four codes of a feature side by side
+            and uses `nibbles` and `twice` alone, the words of a vector.
         shuffle: LLVM's intrinsic that looks up as many bytes as there are features; empty where the CPU has none.
         multiply: the one that multiplies unsigned bytes by signed ones and adds neighbours, in 16 bits; likewise.
         nothing: a vector of zeros that LLVM does not know to be zeros; see `local_to`.

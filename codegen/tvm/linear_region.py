@@ -64,10 +64,13 @@ from nemoc.ir.ops import (
 from nemoc.ir.types import Value
 
 _WEIGHT_KIB = Tunable("weight_kib", 384, (96, 192, 384, 768))
-"""KiB of weight that a task takes, where there are so many, if it computes rows of x for them."""
+"""KiB of weight that a task takes, where there are so many, if it `takes_much`."""
 
 _LEAST_TASKS = 8
 """Tasks at least of a product that computes rows of x for packed weights."""
+
+_LEAST_INTEGER_TASKS = 16
+"""Tasks at least of a product in integers: each thread of a few should have several, and pieces stay long."""
 
 _ARRAY_BYTES = 320 << 10
 """Bytes of computed rows of x at once: they lie on the stack."""
@@ -77,7 +80,8 @@ Put = Callable[[str, str, str, int], None]
 
 
 def emit_linear_region(site: Site, target: CpuTarget) -> Plan:
-    """The plan of a region with one or more products: one launch, in place where that is safe.
+    """The plan of a region with one or more products, in place where that is safe: one launch, and one before for each
+    product in integers.
 
     Raises:
         RegionError: the rest of the region is not before its products, or behind them in neither of the two ways.
@@ -182,7 +186,7 @@ def _column_of(writer: KernelWriter, value: Value, buffer: str, own: str) -> Sou
 
 
 def _panels_at_once(made: Product, anchor: "_Anchor") -> int:
-    """Panels of a task: computed rows of x then serve all of them."""
+    """Panels of a task: rows of x that it computes serve all of them, and long pieces of a weight are read faster."""
     if not anchor.takes_much:
         return made.writer.pick(PANELS)
     bytes_ = made.writer.pick(_WEIGHT_KIB) << 10
@@ -191,7 +195,9 @@ def _panels_at_once(made: Product, anchor: "_Anchor") -> int:
 
 def _most_panels(made: Product, anchor: "_Anchor") -> int:
     """As many as leave enough tasks; fewer do where rows would be computed for panels of a quarter of the bytes."""
-    if anchor.takes_much and anchor.is_packed:
+    if anchor.integers:
+        return most_panels(made, _LEAST_INTEGER_TASKS)
+    if anchor.computes and anchor.is_packed:
         return most_panels(made, _LEAST_TASKS)
     return most_panels(made)
 

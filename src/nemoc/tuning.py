@@ -341,7 +341,8 @@ class _CpuBenches:
                     site.site,
                     site.plan,
                     function,
-                    counts[site.plan.stages[0].kernel.name],
+                    # Sites may share a launch, as that which makes integers of rows.
+                    min(counts[stage.kernel.name] for stage in site.plan.stages),
                     sizes,
                     functools.partial(self._subject, site, sizes, warm),
                     least=_least_seconds(site.site.op, warm, work.symbols(function), self._roofs),

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import nemoc.tuning
 from nemoc.__main__ import main
 from nemoc.autotune import tuner
 from nemoc.autotune.journal import Trial
+from nemoc.autotune.measure import Roofs
 from nemoc.autotune.records import Record, Records, read_records
 from nemoc.autotune.statistics import Interval
 from nemoc.autotune.tuner import KernelReport, Tuner
@@ -280,6 +282,28 @@ def _extremes(checkpoint: Path) -> dict[str, dict[str, int | str]]:
     corners = corner_sizes(1, 64, 64)
     lower_program(expanded(graphs), weight_layout(weights), corners, note)
     return found
+
+
+def test_a_launch_that_several_products_have_counts_for_each_as_often_as_that_product(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of q, k and v become integers by one kernel; q is another product than k and v."""
+    monkeypatch.setattr(nemoc.tuning, "measured_roofs", lambda threads: Roofs(1e10, 1e11))
+    found = functions(checkpoint, "cpu", quantize="nvfp4-w4a8")
+    with nemoc.tuning._benches("cpu", 1, tmp_path, None) as benches:
+        kernels = [k for k in benches.kernels(found, WORK) if k.function == "decode"]
+    times = {k.default.name: k.launches for k in kernels if len(k.default.stages) > 1}
+    graphs, weights = bind_weights(found.graphs)
+    program = lower_program(
+        expanded({"decode": graphs["decode"]}),
+        weight_layout(weights),
+        corner_sizes(1, 64, 64),
+        EMIT,
+    )
+    launched = Counter(launch.kernel.name for launch in program.functions[0].launches)
+    assert times == {name: launched[name.rpartition("+")[2]] for name in times}
+    integers = [name for name in times if name.startswith("integers")]
+    assert len({name.partition("+")[0] for name in integers}) < len(integers)
 
 
 def _greatest(site: Site, tunables: list[Tunable]) -> dict[str, int | str]:
