@@ -40,6 +40,7 @@ BASE = "nemoc f32"
 """What all are compared with."""
 
 _NVFP4 = {"nvfp4": "quantize-nvfp4", "nvfp4-w4a8": "quantize-nvfp4{mode=w4a8}"}
+"""Formats, and their passes: text may name a second pass, for the head."""
 
 COMPILED: dict[str, tuple[GgufType, str | None, str | None]] = {
     BASE: ("f32", None, None),

@@ -2,7 +2,7 @@
 
 The instruction multiplies bytes and adds neighbours. For one row that is half the instructions of the product in
 float32, and fewer still for several, which share the decoding. Where a CPU has no such instruction the rounded numbers
-are multiplied in float32.
+are multiplied in float32, and where it multiplies words of four bytes, `nemoc.codegen.tvm.dots` is taken instead.
 """
 
 from dataclasses import dataclass
