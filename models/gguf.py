@@ -9,22 +9,26 @@ Facts are from llama.cpp (`conversion/nemotron.py`, `gguf-py/gguf/constants.py`,
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from nemoc.ir.dtypes import DType
 from nemoc.ir.errors import NemocError
-from nemoc.models.checkpoint import Checkpoint
+from nemoc.ir.types import Value
+from nemoc.models.checkpoint import Checkpoint, StoredTensor
 from nemoc.models.config import ModelConfig
 from nemoc.models.config_fields import FieldReader
+from nemoc.models.formats import Format, Nvfp4
 from nemoc.models.gguf_file import GgufFile, GgufTensor, read_gguf
+from nemoc.models.gguf_parts import Numbers, nvfp4_parts
+from nemoc.models.gguf_types import F32, NVFP4
 from nemoc.models.graph import build_step
-from nemoc.models.names import is_stack
-from nemoc.models.safetensors_file import TYPES
+from nemoc.models.modules import Modules
+from nemoc.models.names import is_stack, module_of
+from nemoc.models.quantization import Quantization
 
 ARCHITECTURES = ("nemotron_h", "nemotron_h_moe")
 
@@ -107,13 +111,15 @@ class Opened:
     Attributes:
         file: the file.
         config: its shape and constants.
-        parameters: its weights; blocks of codes are read as f32.
+        parameters: its weights; blocks of codes are read as f32, but for linear layers in NVFP4.
+        quantization: the formats of those.
         notes: what was tolerated, one line each.
     """
 
     file: GgufFile
     config: ModelConfig
     parameters: Checkpoint
+    quantization: Quantization
     notes: tuple[str, ...]
 
 
@@ -125,88 +131,101 @@ def open_gguf(path: Path) -> Opened:
     """
     file = read_gguf(path)
     config = _Metadata(file).config()
-    tensors, notes = _parts(file, config)
-    parameters = Checkpoint(tensors, config, str(path))
-    return Opened(file, config, parameters, (*notes, *parameters.notes))
+    contents = _Contents.of(file, config)
+    quantization = Quantization(contents.formats)
+    parameters = Checkpoint(contents.parts, config, str(path), quantization)
+    notes = (*_notes(contents, len(config.layers)), *parameters.notes)
+    return Opened(file, config, parameters, quantization, notes)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A tensor of a file as the one that a checkpoint has instead of it.
+@dataclass
+class _Contents:
+    """What a file's tensors are in a checkpoint of the model.
 
     Attributes:
-        name: what it is called there.
-        shape: its shape there.
-        source: the tensor.
-        scales: what its matrices are multiplied by, f32 [1] or [E], or None.
-        is_logarithm: whether the logarithm of its negative is meant.
+        parts: its tensors.
+        formats: of the matrices that stay quantized, by parameter.
+        left: the tensors of the file that are none of these.
+        decoded: the types of blocks that are read as numbers.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    source: GgufTensor
-    scales: GgufTensor | None
-    is_logarithm: bool
+    parts: list[StoredTensor]
+    formats: dict[str, Format]
+    left: dict[str, GgufTensor]
+    decoded: set[str]
 
-    @property
-    def dtype(self) -> str:
-        """Its element type as safetensors spells it."""
-        plain = self.source.type.is_plain and self.scales is None and not self.is_logarithm
-        found = self.source.type.plain if plain else DType.F32
-        return next(name for name, type_ in TYPES.items() if type_ is found)
+    @classmethod
+    def of(cls, file: GgufFile, config: ModelConfig) -> Self:
+        """Find every parameter of a model.
 
-    def __str__(self) -> str:
-        return str(self.source)
+        Raises:
+            NemocError: a tensor is missing, or has the wrong shape or type.
+        """
+        found = cls([], {}, dict(file.tensors), set())
+        modules = Modules.of(config)
+        linear = {modules.owner[name] for name in modules.of_class("Linear") or ()}
+        for parameter in build_step(config).params:
+            found._add(file, parameter, config, parameter.name in linear)
+        return found
 
-    def read_into(self, out: torch.Tensor, start: int = 0) -> None:
-        """Fill `out` with rows of the first axis from `start` on."""
-        scales = None
-        if self.scales is not None:
-            scales = torch.empty(self.scales.shape)
-            self.scales.read_into(scales)
-        row = torch.Size(self.shape[1:]).numel()
-        self.source.read_into(out, start * row, scales)
-        if self.is_logarithm:
-            if bool((out >= 0).any()):
-                raise NemocError(f"{self}: found {out.max().item():g}, expected negative numbers")
-            out.copy_(out.double().neg_().log_())
-
-
-def _parts(file: GgufFile, config: ModelConfig) -> tuple[list[_Part], list[str]]:
-    """The tensors of the model that a file has, and what is to be said of the others."""
-    shapes = {p.name: tuple(map(int, p.shape)) for p in build_step(config).params}
-    left = dict(file.tensors)
-    parts = []
-    for parameter, shape in shapes.items():
-        name = gguf_name(parameter)
-        expected = gguf_shape(parameter, shape, config)
-        tensor = None if name is None else left.pop(name, None)
+    def _add(self, file: GgufFile, parameter: Value, config: ModelConfig, is_linear: bool) -> None:
+        shape = tuple(map(int, parameter.shape))
+        name = gguf_name(parameter.name)
+        expected = gguf_shape(parameter.name, shape, config)
+        tensor = None if name is None else self.left.pop(name, None)
         if name is None or tensor is None:
             raise NemocError(
-                f"{file.path}: tensor '{name or parameter}': found nothing, "
+                f"{file.path}: tensor '{name or parameter.name}': found nothing, "
                 f"expected shape {list(expected)}"
             )
         if _without_ones(tensor.shape) != _without_ones(expected):
             raise NemocError(
                 f"{tensor}: found shape {list(tensor.shape)}, expected {list(expected)}"
             )
-        scales = left.pop(scale_name(name), None)
-        if scales is not None:
-            _check_scales(scales, shape[0] if is_stack(parameter) else 1)
-        is_logarithm = parameter.endswith(".A_log")
-        stem = parameter if parameter.startswith("lm_head.") else f"backbone.{parameter}"
-        parts.append(_Part(stem, shape, tensor, scales, is_logarithm))
-    return parts, list(_notes(file, left, len(config.layers)))
+        stacked = is_stack(parameter.name)
+        scales = self._take_scales(name, shape[0] if stacked else 1)
+        if is_linear and tensor.type is NVFP4:
+            self.parts += nvfp4_parts(parameter.name, shape, tensor, scales)
+            inputs = self._take_input_scales(name, shape[0] if stacked else 1)
+            stored = Nvfp4(activations=inputs is not None)
+            if inputs is not None:
+                module = module_of(parameter.name)
+                self.parts.append(Numbers(f"{module}.{stored.input_scale}", shape[:-2], inputs))
+            self.formats[parameter.name] = stored
+            return
+        if not tensor.type.is_plain:
+            self.decoded.add(tensor.type.name)
+        is_logarithm = parameter.name.endswith(".A_log")
+        self.parts.append(Numbers(parameter.name, shape, tensor, scales, is_logarithm))
+
+    def _take_scales(self, tensor: str, count: int) -> GgufTensor | None:
+        """What so many matrices are multiplied by, if the file has that."""
+        scales = self.left.pop(scale_name(tensor), None)
+        if scales is not None and not _are_numbers(scales, count):
+            raise NemocError(
+                f"{scales}: found {scales.type.name} {list(scales.shape)}, expected F32 [{count}]"
+            )
+        return scales
+
+    def _take_input_scales(self, tensor: str, count: int) -> GgufTensor | None:
+        """The scales of what so many matrices multiply, if the file has one for each."""
+        name = f"{tensor.removesuffix('.weight')}.input_scale"
+        scales = self.left.get(name)
+        return self.left.pop(name) if scales is not None and _are_numbers(scales, count) else None
 
 
-def _notes(file: GgufFile, left: Mapping[str, GgufTensor], layers: int) -> Iterator[str]:
-    """What is said of tensors that are no parameters.
+def _are_numbers(scales: GgufTensor, count: int) -> bool:
+    return scales.type is F32 and scales.shape == (count,)
+
+
+def _notes(contents: _Contents, layers: int) -> Iterator[str]:
+    """What is said of tensors that are no parameters, and of those whose codes are not kept.
 
     Raises:
         NemocError: there is one which is known to be nothing else either.
     """
     heads = activations = 0
-    for name, tensor in left.items():
+    for name, tensor in contents.left.items():
         block = _BLOCK.fullmatch(name)
         if block is not None and int(block[1]) >= layers:
             heads += 1
@@ -220,20 +239,12 @@ def _notes(file: GgufFile, left: Mapping[str, GgufTensor], layers: int) -> Itera
         yield f"{heads} tensors from blk.{layers} on are ignored: multi-token prediction is not built"
     if activations:
         yield f"{activations} scales of activations are ignored"
-    codes = {tensor.type.name for tensor in file.tensors.values() if not tensor.type.is_plain}
-    if codes:
-        yield f"weights in {', '.join(sorted(codes))} are read as f32"
+    if contents.decoded:
+        yield f"weights in {', '.join(sorted(contents.decoded))} are read as f32"
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
-
-
-def _check_scales(scales: GgufTensor, count: int) -> None:
-    if scales.type.name != "F32" or scales.shape != (count,):
-        raise NemocError(
-            f"{scales}: found {scales.type.name} {list(scales.shape)}, expected F32 [{count}]"
-        )
 
 
 class _Metadata:

@@ -85,20 +85,36 @@ class GgufTensor:
         except OSError as error:
             raise NemocError(f"{self}: cannot be read: {error.strerror}") from None
 
+    def blocks(self, first: int, count: int) -> torch.Tensor:
+        """So many blocks from one on, u8 [count, bytes].
+
+        Raises:
+            NemocError: the file cannot be read, or ends too early.
+        """
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                return self._read(file, first, count)
+        except OSError as error:
+            raise NemocError(f"{self}: cannot be read: {error.strerror}") from None
+
+    def _read(self, file: BinaryIO, first: int, count: int) -> torch.Tensor:
+        data = torch.empty((count, self.type.size), dtype=torch.uint8)
+        file.seek(self.offset + first * self.type.size)
+        target = data.view(-1).numpy().data
+        while target:
+            got = file.readinto(target)  # type: ignore[attr-defined]
+            if not got:
+                raise NemocError(f"{self}: the file ends {len(target)} bytes too early")
+            target = target[got:]
+        return data
+
     def _fill(
         self, file: BinaryIO, out: torch.Tensor, start: int, scales: torch.Tensor | None
     ) -> None:
         """Elements from `start` on, of which the first block may give only its last ones, and the last its first."""
         each = self.type.elements
         first, last = start // each, -(-(start + out.numel()) // each)
-        data = torch.empty((last - first, self.type.size), dtype=torch.uint8)
-        file.seek(self.offset + first * self.type.size)
-        target = data.view(-1).numpy().data
-        while target:
-            count = file.readinto(target)  # type: ignore[attr-defined]
-            if not count:
-                raise NemocError(f"{self}: the file ends {len(target)} bytes too early")
-            target = target[count:]
+        data = self._read(file, first, last - first)
         factors = None
         if scales is not None:
             blocks = math.prod(self.shape) // each // len(scales)

@@ -156,14 +156,24 @@ def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
     return ((_f16(blocks, 208) * scales).unsqueeze(-1) * codes).flatten(1)
 
 
+def nvfp4_codes(blocks: torch.Tensor) -> torch.Tensor:
+    """The codes of blocks in NVFP4 as `nemoc.ir.nvfp4.pack` has them, u8 [n, 32]."""
+    halves = _halves(blocks[:, 4:].reshape(-1, 4, BLOCK // 2))
+    return (halves[..., 0::2] | halves[..., 1::2] << 4).flatten(1)
+
+
+def nvfp4_scales(blocks: torch.Tensor) -> torch.Tensor:
+    """Their scales, f8e4m3 [n, 4]."""
+    return (blocks[:, :4] & 0x7F).view(torch.float8_e4m3fn)
+
+
 def _nvfp4(blocks: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """As ModelOpt multiplies: the two scales first."""
-    scales = (blocks[:, :4] & 0x7F).view(torch.float8_e4m3fn).to(torch.float32)
+    scales = nvfp4_scales(blocks).to(torch.float32)
     if scale is not None:
         scales = scales * scale
-    halves = _halves(blocks[:, 4:].reshape(-1, 4, BLOCK // 2))
-    codes = halves[..., 0::2] | halves[..., 1::2] << 4
-    return (decode(codes, DIALECTS["modelopt"], torch.float32) * scales.unsqueeze(-1)).flatten(1)
+    numbers = decode(nvfp4_codes(blocks), DIALECTS["modelopt"], torch.float32)
+    return numbers * scales.repeat_interleave(BLOCK, -1)
 
 
 F32 = GgmlType("F32", 0, 1, 4)

@@ -201,6 +201,8 @@ def _of_gguf(path: Path) -> Model:
         tokenizer_texts=texts,
         chat_template=template if isinstance(template, str) else None,
         notes=notes,
+        quantization=opened.quantization,
+        scales=opened.parameters.scales,
     )
 
 

@@ -11,7 +11,9 @@ import torch
 from gguf import GGMLQuantizationType as T
 from safetensors.torch import load_file
 
+from nemoc.ir.errors import NemocError
 from nemoc.models import Checkpoint, Generation, Model, ModelConfig, eager_reference, open_model
+from nemoc.models.formats import Nvfp4
 from nemoc.models.gguf_file import GgufTensor, read_gguf
 from nemoc.models.gguf_types import GGML_TYPES, UNREAD, GgmlType, encode_nvfp4, encode_q8_0
 from support.checkpoints import write_checkpoint
@@ -207,7 +209,7 @@ def test_blocks_that_only_llama_cpp_writes_are_read(path: Path, kind: T) -> None
     rows = 96
     blocks = _blocks(type_, rows * 256 // type_.elements)
     data = blocks.reshape(rows, -1)
-    kept: Arrays = {}
+    taken: Arrays = {}
     scales = np.array([0.25], np.float32)
 
     def metadata(writer: gguf.GGUFWriter) -> None:
@@ -217,42 +219,114 @@ def test_blocks_that_only_llama_cpp_writes_are_read(path: Path, kind: T) -> None
             writer.add_tensor("blk.0.attn_q.input_scale", scales)
 
     def change(arrays: Arrays) -> None:
-        kept["q"] = arrays.pop("blk.0.attn_q.weight")
+        taken["q"] = arrays.pop("blk.0.attn_q.weight")
 
     write_file(path, tensors, config, change=change, metadata=metadata)
     model = open_model(path)
     expected = gguf.quants.dequantize(data, kind) * (0.25 if kind is T.NVFP4 else 1)
     found = _weights(model)["backbone.layers.0.mixer.q_proj.weight"].numpy()
-    assert found.shape == kept["q"].shape
+    assert found.shape == taken["q"].shape
     assert np.array_equal(found, expected)
-    said = f"weights in {kind.name} are read as f32"
-    more = ("1 scales of activations are ignored",) if kind is T.NVFP4 else ()
-    assert model.notes == (*more, said)
+    kept = kind is T.NVFP4
+    assert model.notes == (() if kept else (f"weights in {kind.name} are read as f32",))
+    name = "layers.0.mixer.q_proj.weight"
+    assert model.quantization.formats == ({name: Nvfp4()} if kept else {})
+
+
+def _with_nvfp4(path: Path, tensors: Arrays) -> Model:
+    """A model of experts in which some weights are blocks in NVFP4, or have scales."""
+    config, numbers = _model(path, WIDE | SHAPES["latent"] | {"moe_latent_size": 64})
+
+    def metadata(writer: gguf.GGUFWriter) -> None:
+        for name, data in tensors.items():
+            kind = T.NVFP4 if data.dtype == np.uint8 else T.F32
+            writer.add_tensor(name, data, raw_dtype=kind)
+
+    def change(arrays: Arrays) -> None:
+        for name in arrays.keys() & tensors.keys():
+            del arrays[name]
+
+    write_file(path, numbers, config, change=change, metadata=metadata)
+    return open_model(path)
 
 
 def test_stacks_have_a_scale_for_each_expert(path: Path) -> None:
-    config, tensors = _model(path, WIDE | SHAPES["latent"] | {"moe_latent_size": 64})
     data = _blocks(GGML_TYPES[40], 7 * 32).reshape(7, 32, 36)
     scales = np.linspace(0.5, 2, 7, dtype=np.float32)
+    model = _with_nvfp4(path, {"blk.1.ffn_up_exps.weight": data, "blk.1.ffn_up_exps.scale": scales})
+    codes = gguf.quants.dequantize(data, T.NVFP4)
+    found = _weights(model)["backbone.layers.1.mixer.experts.up_proj"].numpy()
+    np.testing.assert_allclose(found, codes * scales[:, None, None], rtol=2e-7)
 
-    def metadata(writer: gguf.GGUFWriter) -> None:
-        writer.add_tensor("blk.1.ffn_up_exps.weight", data, raw_dtype=T.NVFP4)
-        writer.add_tensor("blk.1.ffn_up_exps.scale", scales)
 
+def test_nvfp4_of_linear_layers_stays_packed(path: Path) -> None:
+    data = _blocks(GGML_TYPES[40], 7 * 32).reshape(7, 32, 36)
+    inputs = np.linspace(1, 3, 7, dtype=np.float32)
+    model = _with_nvfp4(
+        path,
+        {
+            "blk.1.ffn_up_exps.weight": data,
+            "blk.1.ffn_up_exps.input_scale": inputs,
+            "blk.5.ffn_up_exps.weight": data[::-1].copy(),
+            "blk.5.ffn_up_exps.input_scale": inputs[:1],
+        },
+    )
+    one, other = (f"layers.{n}.mixer.experts.up_proj" for n in (1, 5))
+    assert model.quantization.formats == {one: Nvfp4(), other: Nvfp4(activations=False)}
+    assert model.scales == (f"{one}.input_scale",)
+    assert model.notes == ("1 scales of activations are ignored",)
+    source = model.parameters
+    assert source is not None
+    stored = {
+        name: source.read(f"{one}{name}")
+        for name in ("", ".weight_scale", ".weight_scale_2", ".input_scale")
+    }
+    assert {name: f"{t.dtype} {list(t.shape)}" for name, t in stored.items()} == {
+        "": "torch.uint8 [7, 32, 32]",
+        ".weight_scale": "torch.float8_e4m3fn [7, 32, 4]",
+        ".weight_scale_2": "torch.float32 [7]",
+        ".input_scale": "torch.float32 [7]",
+    }
+    again = encode_nvfp4(stored[""], stored[".weight_scale"])
+    assert np.array_equal(again.numpy(), data)
+    assert stored[".weight_scale_2"].tolist() == [1.0] * 7
+    assert np.array_equal(stored[".input_scale"].numpy(), inputs)
+    for name, whole in stored.items():
+        part = source.read(f"{one}{name}", 4, 6)
+        assert torch.equal(part.view(torch.uint8), whole[4:6].view(torch.uint8))
+    flipped = source.read(other)
+    assert torch.equal(flipped.flip(0), stored[""])
+
+
+def test_nvfp4_of_what_no_product_reads_is_numbers(path: Path) -> None:
+    """Tables of embeddings and routers, which no kernel decodes."""
+    config, tensors = _model(path, WIDE | SHAPES["latent"] | {"hidden_size": 64})
+    data = _blocks(GGML_TYPES[40], config.vocab_size).reshape(config.vocab_size, 36)
     write_file(
         path,
         tensors,
         config,
-        change=lambda arrays: arrays.pop("blk.1.ffn_up_exps.weight"),
-        metadata=metadata,
+        change=lambda arrays: arrays.pop("token_embd.weight"),
+        metadata=lambda w: w.add_tensor("token_embd.weight", data, raw_dtype=T.NVFP4),
     )
     model = open_model(path)
-    codes = gguf.quants.dequantize(data, T.NVFP4)
-    found = _weights(model)["backbone.layers.1.mixer.experts.up_proj"].numpy()
-    np.testing.assert_allclose(found, codes * scales[:, None, None], rtol=2e-7)
+    assert model.quantization.formats == {}
+    assert model.notes == ("weights in NVFP4 are read as f32",)
     assert model.parameters is not None
-    part = model.parameters.read("layers.1.mixer.experts.up_proj", 4, 6)
-    assert np.array_equal(part.numpy(), found[4:6])
+    found = model.parameters.read("embeddings.weight").numpy()
+    assert np.array_equal(found, gguf.quants.dequantize(data, T.NVFP4))
+
+
+def test_a_scale_of_a_block_that_is_no_number_is_refused_by_name(path: Path) -> None:
+    data = _blocks(GGML_TYPES[40], 7 * 32).reshape(7, 32, 36)
+    data[3, 5, 2] = 0x7F
+    model = _with_nvfp4(path, {"blk.1.ffn_up_exps.weight": data})
+    assert model.parameters is not None
+    with pytest.raises(NemocError) as refusal:
+        model.parameters.read("layers.1.mixer.experts.up_proj.weight_scale")
+    assert str(refusal.value) == (
+        f"{path}: tensor 'blk.1.ffn_up_exps.weight': found NaN, expected finite weights"
+    )
 
 
 def test_a_tied_head_has_no_tensor(gguf_sources: dict[str, Source], path: Path) -> None:

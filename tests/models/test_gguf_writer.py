@@ -24,6 +24,7 @@ from nemoc.models import (
     eager_reference,
     open_model,
 )
+from nemoc.models.formats import Nvfp4
 from nemoc.models.gguf_writer import GGUF_TYPES, GgufType, write_gguf
 from nemoc.models.quantize import Written
 from nemoc.models.release import write_release
@@ -135,7 +136,10 @@ def test_it_opens_as_what_was_written(
     assert model.config == expected
     assert model.generation == source.generation
     quantized = type_ in ("q8_0", "nvfp4")
-    assert model.notes == ((f"weights in {type_.upper()} are read as f32",) if quantized else ())
+    assert model.notes == (("weights in Q8_0 are read as f32",) if type_ == "q8_0" else ())
+    kept = sum(tensor.tensor_type is T.NVFP4 for tensor in gguf.GGUFReader(out).tensors)
+    assert len(model.quantization.formats) == kept
+    assert (kept > 5) == (type_ == "nvfp4")
     assert (written.quantized > 5) == quantized
     found, before = (eager_reference(m).state_dict() for m in (model, source))
     library = _numbers(out)
@@ -226,6 +230,8 @@ def test_codes_are_those_of_modelopt(sources: dict[str, Path], out: Path, tmp_pa
     for name, weight in eager_reference(open_model(out)).state_dict().items():
         if not name.endswith("A_log"):
             assert torch.equal(weight, expected[name]), name
+    formats = open_model(release).quantization.formats
+    assert open_model(out).quantization.formats == dict.fromkeys(formats, Nvfp4(activations=False))
 
 
 def test_a_quantized_checkpoint_becomes_numbers_where_it_has_to(tmp_path: Path, out: Path) -> None:
