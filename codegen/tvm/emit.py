@@ -24,11 +24,18 @@ from nemoc.ir.errors import NemocError
 from nemoc.ir.graph import Graph
 from nemoc.ir.op import Op
 from nemoc.ir.ops.attention import Attention, CacheWrite
+from nemoc.ir.ops.fp8 import Fp8Scale, QuantizeFp8
 from nemoc.ir.ops.int8 import RoundToInt8
 from nemoc.ir.ops.linear import GroupedLinear, Linear
 from nemoc.ir.ops.mamba import CausalConv, SsdScan, SsdUpdate
 from nemoc.ir.ops.norm import RmsNorm
-from nemoc.ir.ops.nvfp4 import DequantizeNvfp4
+from nemoc.ir.ops.nvfp4 import (
+    DequantizeNvfp4,
+    Nvfp4BlockScales,
+    Nvfp4GlobalScale,
+    Nvfp4ToFp8,
+    QuantizeNvfp4,
+)
 from nemoc.ir.ops.routing import GroupBy, GroupLimit, TopK
 from nemoc.ir.ops.shape import (
     Concat,
@@ -73,6 +80,16 @@ EMITTERS: dict[type[Op], Emitter] = {
 }
 """Every op that the CPU backend has kernels for."""
 
+_ROUNDS_ACTIVATIONS = (
+    Fp8Scale,
+    Nvfp4BlockScales,
+    Nvfp4GlobalScale,
+    Nvfp4ToFp8,
+    QuantizeFp8,
+    QuantizeNvfp4,
+)
+"""What weights go through when an artifact is built, but activations in every step."""
+
 
 def emit(site: Site, target: CpuTarget) -> Plan:
     """The plan of an op on tensors of given layouts.
@@ -84,6 +101,11 @@ def emit(site: Site, target: CpuTarget) -> Plan:
     """
     emitter = EMITTERS.get(type(site.op))
     if emitter is None:
+        if isinstance(site.op, _ROUNDS_ACTIVATIONS):
+            raise NemocError(
+                f"the cpu target has no kernel for {site.op.mnemonic()}: activations in FP8 or NVFP4 are for GPUs and "
+                "the reference target, those in int8 (nvfp4-w4a8) for CPUs"
+            )
         known = ", ".join(sorted(op.mnemonic() for op in EMITTERS))
         raise NemocError(f"the cpu target has no kernel for {site.op.mnemonic()}; it has {known}")
     return emitter(site, target)

@@ -123,10 +123,15 @@ def test_an_artifact_is_verified_whose_prompts_alone_are_rounded(
     assert max(errors.values()) < 1e-5
 
 
-@pytest.mark.parametrize("quantize", ["fp8-w8a8", "fp8-prompts", "nvfp4-fp8-prompts"])
-def test_no_cpu_kernel_quantizes_activations_to_fp8(small: Model, quantize: str) -> None:
-    with pytest.raises(NemocError, match=r"^the cpu target has no kernel for fp8_scale; it has "):
+@pytest.mark.parametrize("quantize", ["fp8-w8a8", "fp8-prompts", "nvfp4-fp8-prompts", "nvfp4-w4a4"])
+def test_no_cpu_kernel_quantizes_activations_to_floats(small: Model, quantize: str) -> None:
+    op = "nvfp4_global_scale" if quantize == "nvfp4-w4a4" else "fp8_scale"
+    with pytest.raises(NemocError) as refusal:
         compile(small, "cpu", quantize)
+    assert str(refusal.value) == (
+        f"the cpu target has no kernel for {op}: activations in FP8 or NVFP4 are for GPUs and the reference target, "
+        "those in int8 (nvfp4-w4a8) for CPUs"
+    )
 
 
 @pytest.mark.parametrize(
