@@ -28,10 +28,14 @@ from nemoc.codegen.check import exact_results
 from nemoc.codegen.children import Children, Pool
 from nemoc.codegen.guarded import arguments
 from nemoc.codegen.plan import Address, Launch, Plan, Site, StepFunction, View
+from nemoc.codegen.tvm.shape import emit_sum
 from nemoc.codegen.tvm.step import module_source
 from nemoc.codegen.tvm.target import CpuTarget
-from nemoc.codegen.tvm.trial_worker import FUNCTION
+from nemoc.codegen.tvm.trial_worker import FLUSHED, FUNCTION
 from nemoc.ir.dims import evaluate_dim
+from nemoc.ir.dtypes import DType
+from nemoc.ir.ops.shape import Sum
+from nemoc.ir.types import TensorType, Value
 
 WORKERS = Children(
     command=(sys.executable, "-P", "-m", "nemoc.codegen.tvm.trial_worker"),
@@ -63,7 +67,7 @@ class Laboratory:
         bound: float,
         workers: Children = WORKERS,
     ) -> None:
-        self._folder, self._bound = folder, bound
+        self._folder, self._bound, self._target = folder, bound, target
         for name in ("subjects", "libraries", "compilers", "runs"):
             (folder / name).mkdir()
         name = f"cpu:{target.mcpu}"
@@ -153,8 +157,12 @@ class Laboratory:
         self, subject: "Subject", plans: Sequence[Plan], rounds: int, seed: int
     ) -> list[list[float]] | Finding:
         """As `Subject.time`."""
+        flush = self._flush()
+        if isinstance(flush, Finding):
+            return flush
         request = {
             "do": "time",
+            "flush": str(flush),
             "subject": str(subject.folder),
             "candidates": [self._record(subject, plan) for plan in plans],
             "rounds": rounds,
@@ -165,6 +173,12 @@ class Laboratory:
             return _fault("crash", answer)
         seconds: list[list[float]] = answer["seconds"]
         return seconds
+
+    def _flush(self) -> Path | Finding:
+        """The library that empties caches, compiled when it is first needed."""
+        site = Site.dense(Sum(Value("x", TensorType.of(DType.F32, FLUSHED)), 0))
+        plan = emit_sum(site, self._target)
+        return self.compile([(site, plan)]).get(plan.name, self._library(plan))
 
     def _library(self, plan: Plan) -> Path:
         return self._folder / "libraries" / f"{_file_name(plan.name)}.so"

@@ -6,14 +6,15 @@ argument names.
     setup    {"target", "threads", "store"}                                 ->  {}
     request  {"do": "compile", "source", "library"}                         ->  {}
              {"do": "check", "subject", "candidate", "default"}             ->  {"deviation", "equal"}
-             {"do": "time", "subject", "candidates", "rounds", "seed"}      ->  {"seconds"}
+             {"do": "time", "subject", "candidates", "rounds", "seed", "flush"}  ->  {"seconds"}
 
 each of which may be answered by {"error"} instead. `source` is a file of module text and `library` the one to write;
 `store` is the folder of compiled functions.
 `subject` is a folder that `nemoc.codegen.tvm.laboratory` has filled: `site.json` with the sizes and views of a site,
 and `tensors.safetensors` with its operands and the results that they should lead to. A candidate is
 {"library", "scratch", "updates"}: its function, the views of its scratch, and what it updates in place. `deviation` is
-the largest relative error of a result, `equal` whether all have the bits that the default's have.
+the largest relative error of a result, `equal` whether all have the bits that the default's have. `flush` is a library
+like a candidate's that reads `FLUSHED` and writes the sum of its rows.
 """
 
 import ctypes
@@ -45,8 +46,9 @@ from nemoc.ir.dtypes import DType
 FUNCTION = "trial"
 """The function that a library exports."""
 
-_FLUSHED = 64 << 20
-"""Bytes that are read to empty the caches: twice the largest that a share of them is likely to be."""
+FLUSHED = (64, 1 << 18)
+"""The shape of the f32 that are read to empty the caches: 64 MiB, twice the largest that a share of them is likely to
+be."""
 
 _WARM = 256 << 10
 """Bytes of an operand that a step would still find in a cache, having just computed it."""
@@ -171,18 +173,19 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def measure(
-    subject: Subject, candidates: Sequence[Candidate], rounds: int, seed: int
+    subject: Subject, candidates: Sequence[Candidate], rounds: int, seed: int, flush: str
 ) -> list[list[float]]:
     """Seconds of each candidate in each round; in a round all run, in random order, each with cold caches.
 
     What a step would have just computed is brought back into the cache first. Rounds go on what earlier ones left in
-    updated operands.
+    updated operands. Caches are emptied by the threads that run kernels, so that those are awake as they are within a
+    step, and no other library's threads are, which would go on spinning on the same processors.
     """
     tensors = {
         Arg("operand", i): _aligned(view, subject.tensors[f"operand{i}"])
         for i, view in enumerate(subject.operands)
     }
-    flushed = torch.ones(_FLUSHED // 4)
+    empty = _flush(flush, subject.threads)
     warm = [
         tensors[Arg("operand", i)]
         for i, (view, is_warm) in enumerate(zip(subject.operands, subject.warm, strict=True))
@@ -196,13 +199,24 @@ def measure(
     for _ in range(rounds):
         chance.shuffle(order)
         for number in order:
-            flushed.sum()
+            empty()
             for tensor in warm:
                 tensor.sum()
             start = time.perf_counter()
             calls[number]()
             seconds[number].append(time.perf_counter() - start)
     return seconds
+
+
+def _flush(library: str, threads: int) -> Callable[[], object]:
+    """What empties the caches of all threads."""
+    function = tvm_ffi.load_module(library)[FUNCTION]
+    x, y = torch.ones(FLUSHED), torch.empty(FLUSHED[1:])
+
+    def call(held: Sequence[torch.Tensor] = (x, y)) -> object:
+        return function(*map(_pointer, held), 1, 1, 1, threads, None)
+
+    return call
 
 
 def _call(
@@ -267,11 +281,12 @@ def answer(request: Mapping[str, Any], setup: Mapping[str, Any]) -> dict[str, An
     if request["do"] == "check":
         return check(subject, Candidate.of(request["candidate"]), Candidate.of(request["default"]))
     candidates = [Candidate.of(record) for record in request["candidates"]]
-    return {"seconds": measure(subject, candidates, request["rounds"], request["seed"])}
+    rounds, seed, flush = request["rounds"], request["seed"], request["flush"]
+    return {"seconds": measure(subject, candidates, rounds, seed, flush)}
 
 
 def _start(setup: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    torch.set_num_threads(setup["threads"])
+    torch.set_num_threads(1)
     threads = start_threads(setup["threads"], ONE_CORE_EACH)
     return functools.partial(answer, setup={**setup, "threads": threads})
 

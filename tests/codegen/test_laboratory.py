@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,19 @@ def test_times_are_of_every_candidate_in_every_round(subject: Subject) -> None:
     times = subject.time([DEFAULT, same], rounds=3, seed=1)
     assert isinstance(times, list) and [len(t) for t in times] == [3, 3]
     assert all(s > 0.0 for seconds in times for s in seconds)
+
+
+def test_no_threads_but_those_of_kernels_work_where_they_are_timed(subject: Subject) -> None:
+    """Others go on spinning for a while on the processors that the next kernel needs."""
+    script = (
+        "import torch; from nemoc.codegen.tvm import trial_worker; "
+        "trial_worker._start({'threads': 2}); print(torch.get_num_threads())"
+    )
+    command = (*WORKERS.command[:2], "-c", script)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
+    flushed = subject.laboratory._flush()
+    assert isinstance(flushed, Path) and flushed.is_file()
 
 
 def test_wrong_result_is_found(subject: Subject) -> None:
