@@ -291,7 +291,9 @@ class _Parser:
         token = self._next
         name = self._take("word")
         if name not in self._ops:
-            raise IRError(f"unknown op {name!r}", self._location(token))
+            raise IRError(
+                f"unknown op {name!r}, expected one of the IR or of a plugin", self._location(token)
+            )
         return self._ops[name]
 
     def _operands(self, op_class: type[Op], scope: dict[str, Value]) -> dict[str, Operand]:

@@ -61,12 +61,19 @@ class PassRun:
         return print_pipeline(self.passes[: self.position + 1])
 
 
-def parse_pipeline(text: str, extra: Sequence[type[Pass]] = ()) -> tuple[Pass, ...]:
+PRESET = "preset"
+"""What stands in a pipeline's text for the passes that run where no pipeline is given."""
+
+
+def parse_pipeline(
+    text: str, extra: Sequence[type[Pass]] = (), usual: tuple[Pass, ...] | None = None
+) -> tuple[Pass, ...]:
     """Read a pipeline.
 
     Args:
         text: pass names with options in braces, separated by commas.
         extra: pass classes of the user's own, beside the registered ones.
+        usual: what `PRESET` stands for among the names; None where it means nothing.
 
     Raises:
         NemocError: an unknown pass or option, or a value that does not fit.
@@ -74,10 +81,16 @@ def parse_pipeline(text: str, extra: Sequence[type[Pass]] = ()) -> tuple[Pass, .
     known = passes_by_name(extra)
     tokens = _tokens(text)
     passes: list[Pass] = []
+    begun = False
     while tokens:
-        if passes:
+        if begun:
             _expect(tokens, ",")
-        passes.append(_parse_pass(tokens, known))
+        begun = True
+        if usual is not None and tokens[:1] == [PRESET]:
+            tokens.pop(0)
+            passes += usual
+        else:
+            passes.append(_parse_pass(tokens, known))
     return tuple(passes)
 
 

@@ -1,6 +1,9 @@
 """The ops of the IR, by theme, and the registry that gives text its meaning."""
 
+from collections.abc import Iterable
+
 from nemoc.ir.errors import IRError
+from nemoc.ir.graph import Graph
 from nemoc.ir.op import Op
 from nemoc.ir.ops.attention import Attention, CacheWrite
 from nemoc.ir.ops.elementwise import (
@@ -116,6 +119,17 @@ def by_mnemonic(extra: tuple[type[Op], ...] = ()) -> dict[str, type[Op]]:
         if table.setdefault(op.mnemonic(), op) is not op:
             raise IRError(f"two ops are called {op.mnemonic()}")
     return table
+
+
+def own_ops(graphs: Iterable[Graph]) -> tuple[type[Op], ...]:
+    """The op classes in graphs, and in regions in them, that are a user's own."""
+    found: dict[type[Op], None] = {}
+    for graph in graphs:
+        for node in graph.nodes:
+            inside = own_ops([node.op.body]) if isinstance(node.op, Region) else ()
+            own = () if type(node.op) in OPS else (type(node.op),)
+            found |= dict.fromkeys((*own, *inside))
+    return tuple(found)
 
 
 __all__ = [

@@ -59,7 +59,7 @@ _target = click.option(
 _pipeline = click.option(
     "--pipeline",
     metavar="TEXT",
-    help="Passes to run instead of the target's preset: see `nemoc passes`.",
+    help="Passes to run instead of the target's preset, which is called preset in it: see `nemoc passes`.",
 )
 _plugin = click.option(
     "--plugin",
@@ -249,7 +249,7 @@ def compile(source: str, output: Path, quiet: bool, **options: Any) -> None:
 )
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
-@_options(_threads, _resident, _quiet, _debug)
+@_options(_plugin, _threads, _resident, _quiet, _debug)
 def run(artifact: Path, prompt: str, **options: Any) -> None:
     """Generate text with a compiled model, printed as it comes."""
     from nemoc.commands import run
@@ -348,7 +348,7 @@ def bisect(source: str, output: Path, quiet: bool, **options: Any) -> int:
 @click.option("--decode", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write JSON there.")
 @click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE", help=_PAGE)
-@_options(_threads, _resident, _quiet, _debug)
+@_options(_plugin, _threads, _resident, _quiet, _debug)
 def bench(artifact: Path, **options: Any) -> None:
     """Measure tokens per second of a compiled model, and which kernels take the time.
 
@@ -593,7 +593,7 @@ def ir(source: str, summary: bool, **options: Any) -> None:
     """Print a model's graph, or what it costs. No weights are needed.
 
     SOURCE may also be a file of IR text (NAME.ir). The graph is printed as it is built, unless
-    --pipeline names passes to run first; 'preset' stands for the target's own pipeline, which
+    --pipeline names passes to run first; 'preset' among them stands for the target's own, which
     --print-after, --remarks and --verify-each run by themselves.
     """
     from nemoc.commands import ir

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import platform
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -22,7 +23,8 @@ from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.codegen.triton.target import GPUS, INTERPRETER
 from nemoc.error_budget import calibrate
 from nemoc.gpu import BACKENDS, compiled_files, gpu_source, lower_gpu
-from nemoc.ir import DType, Graph, NemocError
+from nemoc.ir import DType, Graph, NemocError, Op
+from nemoc.ir.ops import own_ops
 from nemoc.models import Model, open_model
 from nemoc.options import read_options
 from nemoc.passes import (
@@ -68,6 +70,9 @@ STEP_TOKENS = 512
 GPU_STEP_TOKENS = 8192
 """The same on a GPU, which has more to fill."""
 
+Plugins = str | type[Pass] | Iterable[str | type[Pass]]
+"""What has passes of a user's own: names of modules, or classes."""
+
 Pipeline = str | Sequence[Pass] | None
 """Text, passes, or none for the target's preset."""
 
@@ -108,7 +113,7 @@ def compile(
     scope: str | None = None,
     error_budget: float | None = None,
     calibration: Sequence[str | Path] = (),
-    plugins: Iterable[str | type[Pass]] = (),
+    plugins: Plugins = (),
     records: RecordSource = None,
     numerics: str = "same",
     predicted: bool = False,
@@ -128,8 +133,8 @@ def compile(
             (`nemoc.quantizations.QUANTIZATIONS`) stands for a pass with its defaults, "as-released" for the map of
             the model's family (`nemoc.models.released_maps`); or passes that quantize, or their text. They run
             before all others.
-        pipeline: passes or their text, for the general step (decode prepends `specialize-decode`);
-            None for the target's preset.
+        pipeline: passes or their text, for the general step (decode prepends `specialize-decode`), instead of the
+            target's preset, which the word `preset` stands for in text: "my-pass,preset".
         dtype: compute type of activations and the KV cache, "f32" or "bf16"; None for the target's best that keeps
             the checkpoint's precision: bf16 on GPUs if the checkpoint is in bf16, else f32. The CPU computes in f32.
         max_batch: most rows of a batch.
@@ -215,7 +220,12 @@ def compile(
         packed=weights_of,
     )
     return build(
-        contents, destination, threads=threads, progress=progress or _quiet, backends=BACKENDS
+        contents,
+        destination,
+        threads=threads,
+        extra_ops=own_ops(found.graphs.values()),
+        progress=progress or _quiet,
+        backends=BACKENDS,
     )
 
 
@@ -224,6 +234,8 @@ def load(
     threads: int | None = None,
     resident: bool = False,
     progress: Progress | None = None,
+    *,
+    plugins: Plugins = (),
 ) -> Executable:
     """Open an artifact: nothing is traced, compiled or tuned.
 
@@ -232,13 +244,20 @@ def load(
         threads: as for `compile`.
         resident: copy the weights into memory instead of mapping the file.
         progress: told what is being done.
+        plugins: as for `compile`; targets that run graphs, `reference` and `triton-interpret`, need those whose ops
+            the graphs have.
 
     Raises:
         NemocError: a file is missing or altered, or the artifact is for another machine or version.
     """
     threads = threads if threads is not None else read_options().threads
     return load_artifact(
-        path, resident=resident, threads=threads, progress=progress or _quiet, backends=BACKENDS
+        path,
+        resident=resident,
+        threads=threads,
+        extra_ops=plugin_ops(plugins),
+        progress=progress or _quiet,
+        backends=BACKENDS,
     )
 
 
@@ -251,7 +270,7 @@ def functions(
     *,
     scope: str | None = None,
     calibration: Sequence[str | Path] = (),
-    plugins: Iterable[str | type[Pass]] = (),
+    plugins: Plugins = (),
     which: Sequence[str] = FUNCTIONS,
     check: Callable[[PassRun, PassContext], None] | None = None,
     on_pass: Callable[[str, PassRun], None] | None = None,
@@ -300,12 +319,37 @@ def _recodes_nvfp4(made: Pass) -> bool:
     return isinstance(made, QuantizeNvfp4) and made.mode == PROMPTS
 
 
-def plugin_classes(plugins: Iterable[str | type[Pass]]) -> tuple[type[Pass], ...]:
-    """Pass classes of a user's own: given ones, modules', `NEMOC_PLUGINS`', installed packages'."""
+def plugin_classes(plugins: Plugins) -> tuple[type[Pass], ...]:
+    """Pass classes of a user's own: given ones, modules', `NEMOC_PLUGINS`', installed packages'.
+
+    Raises:
+        NemocError: a plugin is neither a module nor a class of a pass, or a module cannot be imported.
+    """
     found = list(load_entry_points())
-    for plugin in (*read_options().plugins, *plugins):
-        found.extend(load_plugin(plugin) if isinstance(plugin, str) else (plugin,))
+    many = isinstance(plugins, Iterable) and not isinstance(plugins, str)
+    given: Iterable[object] = plugins if many else (plugins,)  # type: ignore[assignment]
+    for plugin in (*read_options().plugins, *given):
+        if isinstance(plugin, str):
+            found.extend(load_plugin(plugin))
+        elif isinstance(plugin, type) and issubclass(plugin, Pass):
+            found.append(plugin)
+        else:
+            raise NemocError(
+                f"plugins: found {plugin!r}, expected the name of a module or a class of a pass"
+            )
     return tuple(dict.fromkeys(found))
+
+
+def plugin_ops(plugins: Plugins) -> tuple[type[Op], ...]:
+    """The op classes that the modules of a user's passes define, or import from elsewhere than nemoc.
+
+    Raises:
+        NemocError: as `plugin_classes`.
+    """
+    modules = {cls.__module__ for cls in plugin_classes(plugins)}
+    found = [item for name in sorted(modules) for item in vars(sys.modules[name]).values()]
+    ops = (item for item in found if isinstance(item, type) and issubclass(item, Op))
+    return tuple(dict.fromkeys(op for op in ops if not op.__module__.startswith("nemoc.")))
 
 
 def passes_of(
@@ -335,9 +379,10 @@ def _general_passes(
 ) -> tuple[Pass, ...]:
     """The passes without those that quantize."""
     decode = function == "decode"
+    usual = preset(target.partition(":")[0], "decode" if decode else "prefill")
     if pipeline is None:
-        return preset(target.partition(":")[0], "decode" if decode else "prefill")
-    given = read_passes("pipeline", pipeline, classes)
+        return usual
+    given = read_passes("pipeline", pipeline, classes, usual)
     general = tuple(p for p in given if not isinstance(p, SpecializeDecode))
     if not decode:
         return general

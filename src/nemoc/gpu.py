@@ -16,7 +16,7 @@ from nemoc.codegen.triton.kernel_store import KernelStore
 from nemoc.codegen.triton.module import module_source
 from nemoc.codegen.triton.target import INTERPRETER, gpu_target
 from nemoc.codegen.tuned import Lookup, tuned
-from nemoc.ir import Graph, NemocError
+from nemoc.ir import Graph, NemocError, Op
 from nemoc.progress import Progress
 from nemoc.runtime import Executable, load
 from nemoc.runtime.backend import BackendFactory, Opened
@@ -150,13 +150,23 @@ BACKENDS: Mapping[str, BackendFactory] = {INTERPRETER: InterpretedBackend}
 """Backends that the runtime has not, since they need a compiler's parts."""
 
 
-def runnable(executable: Executable) -> Executable:
-    """The same executable where its GPU is at hand or it needs none; else one whose kernels are interpreted."""
+def runnable(executable: Executable, own: tuple[type[Op], ...] = ()) -> Executable:
+    """The same executable where its GPU is at hand or it needs none; else one whose kernels are interpreted.
+
+    Args:
+        executable: as it was compiled.
+        own: ops of a user's own that are in its graphs.
+    """
     kind = executable.program.target.partition(":")[0]
     if kind not in _SUFFIXES:
         return executable
     try:
         executable.new_state()
     except NemocError:
-        return load(executable.folder, verify="headers", backends={kind: InterpretedBackend})
+        return load(
+            executable.folder,
+            verify="headers",
+            extra_ops=own,
+            backends={kind: InterpretedBackend},
+        )
     return executable

@@ -99,7 +99,10 @@ def _activation_passes(stored: Mapping[str, Format]) -> tuple[Pass, ...]:
 
 
 def read_passes(
-    what: str, passes: str | Sequence[Pass], classes: tuple[type[Pass], ...] = ()
+    what: str,
+    passes: str | Sequence[Pass],
+    classes: tuple[type[Pass], ...] = (),
+    usual: tuple[Pass, ...] | None = None,
 ) -> tuple[Pass, ...]:
     """Passes that a user gave, as they are or as text.
 
@@ -107,12 +110,13 @@ def read_passes(
         what: what errors call them.
         passes: the passes or their text.
         classes: passes of a user's own that text may name.
+        usual: what the word `preset` stands for in text; None where it means nothing.
 
     Raises:
         NemocError: the text cannot be read, or there is something else than passes.
     """
     if isinstance(passes, str):
-        return parse_pipeline(passes, classes)
+        return parse_pipeline(passes, classes, usual)
     try:
         found = tuple(passes)
     except TypeError:

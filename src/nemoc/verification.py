@@ -1,9 +1,8 @@
 """Proof on the user's own model: each pass, each kernel, and the whole against eager PyTorch."""
 
 import functools
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,15 +12,24 @@ from nemoc import compiler
 from nemoc.codegen.check import CheckedBackend, check_kernels
 from nemoc.codegen.storage import bind_weights, weight_layout
 from nemoc.codegen.triton.target import GPUS
-from nemoc.compiler import Functions, Pipeline
+from nemoc.compiler import Functions, Pipeline, Plugins
 from nemoc.gpu import runnable
 from nemoc.graph_file import read_graph
 from nemoc.ir import Graph, NemocError, Op
-from nemoc.ir.ops import Cast, Folded, Fused, QuantizeFp8, QuantizeNvfp4, RoundToInt8, TopK
+from nemoc.ir.ops import (
+    Cast,
+    Folded,
+    Fused,
+    QuantizeFp8,
+    QuantizeNvfp4,
+    RoundToInt8,
+    TopK,
+    own_ops,
+)
 from nemoc.ir.params import LazyArguments
 from nemoc.ir.sample_inputs import sample_arguments
 from nemoc.models import Model, eager_reference, open_model
-from nemoc.passes import Effect, Pass, PassContext, PassRun
+from nemoc.passes import Effect, PassContext, PassRun
 from nemoc.passes.check import CHECK_SIZES, Divergence, NumericCheck, relative_error, replay
 from nemoc.passes.reproducer import Reproducer, read_reproducer
 from nemoc.progress import Progress
@@ -124,7 +132,7 @@ def verify_model(
     quantize: Quantize = None,
     *,
     scope: str | None = None,
-    plugins: Iterable[str | type[Pass]] = (),
+    plugins: Plugins = (),
     executable: Executable | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
@@ -160,6 +168,7 @@ def verify_model(
     rows.extend(recorder.rows)
     tell("check kernels", 0, 0)
     found = graphs()
+    own = own_ops(found.graphs.values())
     rows.extend(kernel_rows(found))
     if executable is None:
         executable = compiler.compile(
@@ -174,13 +183,14 @@ def verify_model(
             max_context=64,
             progress=progress,
         )
-        executable = runnable(executable)
+        executable = runnable(executable, own)
     if quantize is None:
         tell("check the model against eager PyTorch", 0, 0)
-        rows.extend(model_rows(executable, model))
+        rows.extend(model_rows(executable, model, own))
     else:
         tell("check the model against the interpreter", 0, 0)
-        rows.extend(_way_rows("quantized", executable, _interpreted(executable)))
+        expected = _interpreted(executable, own)
+        rows.extend(_way_rows("quantized", executable, expected, own))
     return VerifyReport(tuple(rows))
 
 
@@ -266,8 +276,10 @@ def _checked_backend(target: str) -> CheckedBackend:
     return tvm_check.checked_backend(cpu_target(target))
 
 
-def model_rows(executable: Executable, model: Model) -> Iterator[VerifyRow]:
-    """The ways of running a model, each against the eager reference in float32."""
+def model_rows(
+    executable: Executable, model: Model, own: tuple[type[Op], ...] = ()
+) -> Iterator[VerifyRow]:
+    """The ways of running a model, each against eager PyTorch in float32; its graphs may have ops of a user's own."""
     reference = eager_reference(model)
 
     @torch.inference_mode()
@@ -275,36 +287,44 @@ def model_rows(executable: Executable, model: Model) -> Iterator[VerifyRow]:
         logits: torch.Tensor = reference(rows)
         return logits
 
-    return _way_rows("model", executable, _Expected(eager))
+    return _way_rows("model", executable, _Expected(eager), own)
 
 
-def verify_artifact(folder: Path, progress: Progress | None = None) -> VerifyReport:
+def verify_artifact(
+    folder: Path, progress: Progress | None = None, plugins: Plugins = ()
+) -> VerifyReport:
     """Check an artifact by itself: its files, and the ways of running its code against its own graphs.
 
     That its graphs are those of a model takes the model: `verify_model`.
+
+    Args:
+        folder: the artifact.
+        progress: told what is being done.
+        plugins: as for `nemoc.compile`; ops of their modules may occur in the graphs.
 
     Raises:
         NemocError: the artifact is incomplete, altered or for another machine, or too small to be run.
     """
     started = time.perf_counter()
-    executable = compiler.load(folder, progress=progress)
+    executable = compiler.load(folder, progress=progress, plugins=plugins)
     manifest = read_manifest(folder)
     seconds = time.perf_counter() - started
     detail = f"{len(manifest.files)} files, against their SHA-256"
     rows = [VerifyRow("artifact", "files", detail, 0.0, 0.0, seconds)]
     if progress is not None:
         progress("check the code against the graphs", 0, 0)
-    rows.extend(_way_rows("artifact", executable, _interpreted(executable)))
+    own = compiler.plugin_ops(plugins)
+    rows.extend(_way_rows("artifact", executable, _interpreted(executable, own), own))
     return VerifyReport(tuple(rows))
 
 
-def _graphs(executable: Executable) -> dict[str, Graph]:
-    """The graphs of an artifact."""
+def _graphs(executable: Executable, own: tuple[type[Op], ...]) -> dict[str, Graph]:
+    """The graphs of an artifact, in which ops of a user's own may be."""
     files = read_manifest(executable.folder).graphs
-    return {name: read_graph(executable.folder / file) for name, file in files.items()}
+    return {name: read_graph(executable.folder / file, own) for name, file in files.items()}
 
 
-def _interpreted(executable: Executable) -> _Expected:
+def _interpreted(executable: Executable, own: tuple[type[Op], ...]) -> _Expected:
     """An executable's own graphs and weights in the interpreter.
 
     A prompt stands for steps of one token too, which proves that both agree, unless they quantize activations
@@ -312,7 +332,7 @@ def _interpreted(executable: Executable) -> _Expected:
     """
     folder, manifest = executable.folder, read_manifest(executable.folder)
     weights = open_weights(folder, manifest, verify="headers")
-    graphs = _graphs(executable)
+    graphs = _graphs(executable, own)
     interpreted = Executable(
         executable.program, ReferenceBackend(graphs, weights), folder, manifest
     )
@@ -335,7 +355,9 @@ def _quantized_rows(graph: Graph) -> int:
     return sum(isinstance(op, QuantizeFp8) for op in _ops(graph))
 
 
-def _way_rows(kind: str, executable: Executable, expected: _Expected) -> Iterator[VerifyRow]:
+def _way_rows(
+    kind: str, executable: Executable, expected: _Expected, own: tuple[type[Op], ...]
+) -> Iterator[VerifyRow]:
     """The ways of running an executable, as far as its bounds allow them.
 
     Where steps round activations and a router chooses by them, a row has the largest error of three quarters of its
@@ -345,8 +367,9 @@ def _way_rows(kind: str, executable: Executable, expected: _Expected) -> Iterato
         kind: of the rows.
         executable: what is checked.
         expected: what it is held against.
+        own: ops of a user's own that may be in its graphs.
     """
-    graphs = _graphs(executable)
+    graphs = _graphs(executable, own)
     rounds = _rounds(graphs)
     tied = rounds and any(isinstance(op, TopK) for g in graphs.values() for op in _ops(g))
     worst = []
@@ -454,9 +477,7 @@ def token_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return torch.div(differences, wanted.norm(dim=-1).clamp(min=1e-300)).flatten()
 
 
-def replay_reproducer(
-    folder: Path, plugins: Iterable[str | type[Pass]] = ()
-) -> tuple[Reproducer, Divergence | None]:
+def replay_reproducer(folder: Path, plugins: Plugins = ()) -> tuple[Reproducer, Divergence | None]:
     """Read what `nemoc bisect` wrote, and compare its graphs again; none when they do not part any more.
 
     Args:
@@ -466,16 +487,8 @@ def replay_reproducer(
     Raises:
         NemocError: a file is missing, altered or malformed.
     """
-    found = read_reproducer(folder, _plugin_ops(plugins))
+    found = read_reproducer(folder, compiler.plugin_ops(plugins))
     try:
         return found, replay(found)
     except NemocError as error:
         raise NemocError(f"{folder}: {error}") from None
-
-
-def _plugin_ops(plugins: Iterable[str | type[Pass]]) -> tuple[type[Op], ...]:
-    """The op classes that the modules of a user's passes define or import from elsewhere than nemoc."""
-    modules = {cls.__module__ for cls in compiler.plugin_classes(plugins)}
-    found = [item for name in sorted(modules) for item in vars(sys.modules[name]).values()]
-    ops = (item for item in found if isinstance(item, type) and issubclass(item, Op))
-    return tuple(dict.fromkeys(op for op in ops if not op.__module__.startswith("nemoc.")))

@@ -126,6 +126,17 @@ def test_spaces_are_free_and_defaults_unprinted() -> None:
     assert parse_pipeline("") == ()
 
 
+def test_a_word_stands_for_the_usual_passes() -> None:
+    usual = (Cse(), EveryOption())
+    assert parse_pipeline("preset", usual=usual) == usual
+    assert parse_pipeline("cse,preset,cse", usual=usual) == (Cse(), *usual, Cse())
+    assert parse_pipeline("preset,cse", usual=()) == (Cse(),)
+    with pytest.raises(NemocError, match="unknown pass 'preset'"):
+        parse_pipeline("preset")
+    with pytest.raises(NemocError, match=r"found '\{', expected ','"):
+        parse_pipeline("preset{level=1}", usual=usual)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -25,12 +25,13 @@ def run(
     page: Path | None,
     threads: int | None,
     resident: bool,
+    plugins: tuple[str, ...],
     quiet: bool,
 ) -> None:
     """Print medians, and write them as JSON and as a page where asked to."""
     shown = read_artifact(artifact, prefill, prefill + decode // 2) if page is not None else None
     with progress(quiet) as show:
-        executable = load(artifact, threads, resident, show)
+        executable = load(artifact, threads, resident, show, plugins=plugins)
         found = bench(executable, prefill=prefill, decode=decode)
     _print(found)
     if json_file is not None:

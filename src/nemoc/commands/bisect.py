@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nemoc.commands.ir import named_passes, rewritten
+from nemoc.ir.ops import own_ops
 from nemoc.passes.bisect import Bisect, Culprit, CulpritFound
 from nemoc.passes.reproducer import is_reproducer
 from nemoc.runtime.files import replacing_directory
@@ -27,12 +28,17 @@ def run(
     try:
         with progress(quiet) as show:
             show("check passes", 0, 0)
-            rewritten(source, function, name, passes, Bisect())
+            rewritten(source, function, name, passes, Bisect(), plugins=plugins)
     except CulpritFound as found:
         console.print("\n".join(_lines(found.culprit)), soft_wrap=True)
+        shown = found.culprit.reproducer
+        needed = plugins if own_ops((shown.before, shown.after)) else ()
+        named = "".join(f" --plugin {plugin}" for plugin in needed)
         with replacing_directory(output, is_reproducer) as folder:
-            found.culprit.reproducer.save(folder)
-        console.print(f"{output}: shows it again with `nemoc verify {output}`", soft_wrap=True)
+            shown.save(folder)
+        console.print(
+            f"{output}: shows it again with `nemoc verify {output}{named}`", soft_wrap=True
+        )
         return 1
     console.print(f"{function}: {len(passes)} passes, each does what it declares.")
     return 0

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import click
 
-from nemoc.compiler import functions, passes_of, plugin_classes
+from nemoc.compiler import functions, passes_of, plugin_classes, plugin_ops
 from nemoc.graph_file import read_graph
 from nemoc.ir import DType, Graph, NemocError, print_graph
 from nemoc.models import open_model
 from nemoc.models.summary import render_summary, summarize
 from nemoc.passes import Pass, PassContext, PassRun, Remark, run_pipeline
 from nemoc.passes.check import NumericCheck
+from nemoc.passes.pipeline import PRESET
 from nemoc.remarks import Shape, render_remarks
 from nemoc.targets import resolve_target, target_info
 
-_PRESET = "preset"
 _ALL = "all"
 
 
@@ -44,10 +44,11 @@ def run(
         return
     name = resolve_target(target)
     if pipeline is None:
-        pipeline = _PRESET if print_after or remarks or verify_each else ""
+        pipeline = PRESET if print_after or remarks or verify_each else ""
     passes = named_passes(function, name, pipeline, plugins)
     check = NumericCheck() if verify_each else None
-    graph, said = rewritten(source, function, name, passes, check, _printer(passes, print_after))
+    printer = _printer(passes, print_after)
+    graph, said = rewritten(source, function, name, passes, check, printer, plugins)
     if remarks:
         shape = Shape(batch, 1 if function == "decode" else tokens, cached)
         for line in render_remarks([p.name for p in passes], said, shape, sites):
@@ -59,9 +60,8 @@ def run(
 def named_passes(
     function: str, target: str, pipeline: str, plugins: tuple[str, ...]
 ) -> tuple[Pass, ...]:
-    """The passes that a pipeline's text means, where `preset` stands for the target's own."""
-    text = None if pipeline == _PRESET else pipeline
-    return passes_of(function, target, text, plugin_classes(plugins))
+    """The passes that a pipeline's text means."""
+    return passes_of(function, target, pipeline, plugin_classes(plugins))
 
 
 def rewritten(
@@ -71,6 +71,7 @@ def rewritten(
     passes: tuple[Pass, ...],
     check: Callable[[PassRun, PassContext], None] | None = None,
     on_pass: Callable[[PassRun], None] | None = None,
+    plugins: tuple[str, ...] = (),
 ) -> tuple[Graph, Sequence[Remark]]:
     """The graph of a model's function, or of a file of IR text, after passes; and what they said.
 
@@ -78,10 +79,12 @@ def rewritten(
         source, target: as for `nemoc.compile`, or NAME.ir.
         function: `prefill` or `decode`.
         passes, check, on_pass: as for `run_pipeline`.
+        plugins: ops of their modules may occur in a file.
     """
     if _is_text(source):
         ctx = PassContext(target_info(target, threads=1))
-        graph = run_pipeline(read_graph(Path(source)), passes, ctx, check=check, on_pass=on_pass)
+        stored = read_graph(Path(source), plugin_ops(plugins))
+        graph = run_pipeline(stored, passes, ctx, check=check, on_pass=on_pass)
         return graph, ctx.remarks
     found = functions(
         source,

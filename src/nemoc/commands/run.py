@@ -24,11 +24,12 @@ def run(
     chat: bool,
     threads: int | None,
     resident: bool,
+    plugins: tuple[str, ...],
     quiet: bool,
 ) -> None:
     """Print the prompt and what follows it; of a chat the answer alone."""
     with progress(quiet) as show:
-        executable = load(artifact, threads, resident, show)
+        executable = load(artifact, threads, resident, show, plugins=plugins)
     ids = _encode(executable.tokenizer, prompt, chat)
     steps = executable.stream(ids, max_new_tokens, temperature, top_p, seed)
     if not chat:

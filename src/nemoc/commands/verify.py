@@ -35,7 +35,7 @@ def run(source: str, quiet: bool, options: dict[str, Any]) -> int:
     with progress(quiet) as show:
         if is_artifact(path):
             _refuse(source, options)
-            found = verify_artifact(path, progress=show)
+            found = verify_artifact(path, show, options["plugins"])
         else:
             found = verify_model(source, progress=show, **options)
     return _print(found)
