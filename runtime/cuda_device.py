@@ -25,6 +25,9 @@ _FIRST_AHEAD = (12, 3)
 """The first CUDA that records launches which may start while former ones run."""
 
 
+_LAPS = 250
+"""Pieces of work that are timed at once: with the events between them fewer than make the host wait for a stream."""
+
 _CYCLES_PER_LAP = 4e4
 """Cycles that the device waits for each piece of work to be queued, which takes the host some 10 µs."""
 
@@ -109,7 +112,7 @@ class Device(Protocol):
     def laps(self, works: Sequence[Callable[[], None]]) -> list[float]:
         """Seconds that the device takes for each of several pieces of work, one behind the other.
 
-        All are queued before the first begins, as far as the device's queue goes.
+        As many as the device's queue holds are queued before the first of them begins.
         """
         ...
 
@@ -224,6 +227,10 @@ class CudaDevice:
         return graph.replay
 
     def laps(self, works: Sequence[Callable[[], None]]) -> list[float]:
+        pieces = [works[start : start + _LAPS] for start in range(0, len(works), _LAPS)]
+        return [lap for piece in pieces for lap in self._laps(piece)]
+
+    def _laps(self, works: Sequence[Callable[[], None]]) -> list[float]:
         stream = torch.cuda.current_stream(self.place)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(works) + 1)]
         torch.cuda._sleep(int(_CYCLES_PER_LAP * len(works)))

@@ -22,8 +22,9 @@ from nemoc.ir.nvfp4 import BLOCK
 _STEP = 128
 """Elements of the reduction that a warp takes in a step."""
 
-_HELD = 80
-"""Registers of a thread that hold codes which are loaded before former kernels have ended."""
+_HELD = 88
+"""Registers of a thread that hold codes which are loaded before former kernels have ended: all of 2,688 numbers by two
+warps, the width of `nano`."""
 
 _AHEAD = 92
 """Registers for these and for what is loaded of x ahead of its use: with more, fewer programs run side by side."""

@@ -247,7 +247,10 @@ def check_fragments(ttgir: str) -> None:
     """
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.M))
     lines = [line for line in ttgir.splitlines() if "mma.sync" in line]
-    for name in sorted({n for line in lines for n in re.findall(r"tensor<\w+, (#\w+)>", line)}):
+    found = sorted({n for line in lines for n in re.findall(r"tensor<\w+, (#\w+)>", line)})
+    if lines and not found:
+        raise NemocError("matrix fragments lie as nothing says, expected a layout beside mma.sync")
+    for name in found:
         layout = layouts.get(name, name)
         if not re.fullmatch(_FRAGMENTS, layout):
             raise NemocError(

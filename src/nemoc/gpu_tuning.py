@@ -106,7 +106,8 @@ class GpuBenches:
         counts = Counter(launch.kernel.name for launch in function.launches)
         for site, plan in plans.items():
             about = (site, plan, _aligned(plan, variants), sizes, self._target, self._compiled)
-            launches = counts[plan.stages[0].kernel.name]
+            # Sites may share a launch, as that which makes rows for products that differ.
+            launches = min(counts[stage.kernel.name] for stage in plan.stages)
             bench: PredictedBench | MeasuredBench = PredictedBench(*about)
             least, predicts = 0.0, None
             if self._laboratory is not None and given is not None:

@@ -305,6 +305,9 @@ def test_fragments_that_lie_elsewhere_are_refused() -> None:
     for layout in ("#blocked", "#linear"):
         with pytest.raises(NemocError, match="matrix fragments lie as #"):
             inspect_output({**output(ptx), "ttgir": product(layout)}, 1, SM_90)
+    nameless = '%sums = "asm" "mma.sync" %x : tensor<32x4xf32>'
+    with pytest.raises(NemocError, match="matrix fragments lie as nothing says"):
+        inspect_output({**output(ptx), "ttgir": nameless}, 1, SM_90)
 
 
 def test_the_assemblers_log_is_read() -> None:

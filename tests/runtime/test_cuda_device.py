@@ -219,6 +219,25 @@ def test_kernels_launched_ahead_see_what_former_ones_wrote(ahead: bool) -> None:
     device.close()
 
 
+def test_laps_are_those_of_the_work_that_took_them() -> None:
+    """However many there are, more than a stream takes before the host has to wait for it."""
+    device = CudaDevice(torch.cuda.current_device())
+    long, x = range(50, 1200, 97), torch.zeros(1, device=device.place)
+
+    def work(number: int) -> None:
+        if number in long:
+            torch.cuda._sleep(1_000_000)
+        else:
+            x.add_(1)
+
+    with device.active():
+        laps = device.laps([lambda n=n: work(n) for n in range(1200)])
+    assert len(laps) == 1200
+    longest = sorted(range(1200), key=laps.__getitem__)[-len(long) :]
+    assert sorted(longest) == list(long)
+    device.close()
+
+
 def test_what_the_driver_refuses_is_one_line(cubin: bytes) -> None:
     device = CudaDevice(torch.cuda.current_device())
     with device.active():
