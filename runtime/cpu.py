@@ -121,7 +121,7 @@ class CpuBackend:
             )
         batch, length = tokens.shape
         shape = (batch, length) if function == PREFILL_ALL else (batch,)
-        logits = torch.empty((*shape, self._vocab), dtype=torch.float32)
+        logits = torch.empty((*shape, self._vocab), dtype=torch.float32, device="cpu")
         given = {"tokens": tokens, "valid": valid}
         with self._lock:
             threads = _use_threads(self.threads)
@@ -178,7 +178,7 @@ class _Clock:
     ) -> None:
         """Run a step, which takes the address of its marks."""
         phases = self._phases[function]
-        marks = torch.empty(threads, sum(phases) + len(phases), dtype=torch.int64)
+        marks = torch.empty(threads, sum(phases) + len(phases), dtype=torch.int64, device="cpu")
         started = time.perf_counter()
         step(_pointer(marks))
         self._noted.append((function, sizes, time.perf_counter() - started, marks))
@@ -198,7 +198,7 @@ def _first_process() -> int:
 
 def _allocate(library: Path, size: int) -> torch.Tensor:
     try:
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     except (RuntimeError, TypeError):  # beyond the memory, or beyond 64 bits
         raise NemocError(f"{library}: {size} bytes of scratch cannot be allocated") from None
 

@@ -186,7 +186,7 @@ class CudaDevice:
             ) from None
 
     def staging(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def synchronize(self) -> None:
         torch.cuda.current_stream(self.place).synchronize()

@@ -115,9 +115,10 @@ class Executable:
         if function not in self.program.functions:
             raise NemocError(f"{self.program.name}: was compiled without {function}")
         rows, width = ids.shape
-        counts = torch.arange(width) < lengths.unsqueeze(1)
+        counts = torch.arange(width, device="cpu") < lengths.unsqueeze(1)
         ids = torch.where(counts, ids, 0)
-        every = torch.zeros(rows, width, self.program.vocab) if all_logits else None
+        shape = (rows, width, self.program.vocab)
+        every = torch.zeros(shape, device="cpu") if all_logits else None
         chunk = self.program.bounds.chunk(rows)
         for start in range(0, int(lengths.max()), chunk):
             tokens = ids[:, start : min(start + chunk, int(lengths.max()))].contiguous()
@@ -141,7 +142,7 @@ class Executable:
     def _decode(self, state: State, next_ids: torch.Tensor) -> torch.Tensor:
         """`decode` with logits that stay on the backend's device."""
         inputs.check_next(self.program, state, next_ids)
-        valid = torch.ones(state.batch, dtype=torch.int32)
+        valid = torch.ones(state.batch, dtype=torch.int32, device="cpu")
         return self._backend.run(DECODE, next_ids.unsqueeze(1).contiguous(), valid, state)
 
     def generate(

@@ -50,7 +50,7 @@ class Endings:
         for row, token in enumerate(kept):
             if not self._ended[row]:
                 self._ended[row] = token in self._ids or self._completes_text(row, token)
-        return torch.tensor(kept, dtype=torch.int64)
+        return torch.tensor(kept, dtype=torch.int64, device="cpu")
 
     def _completes_text(self, row: int, token: int) -> bool:
         if not self._texts:

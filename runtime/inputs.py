@@ -48,7 +48,7 @@ def check_lengths(ids: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tens
     """
     rows, width = ids.shape
     if lengths is None:
-        return torch.full((rows,), width, dtype=torch.int64)
+        return torch.full((rows,), width, dtype=torch.int64, device="cpu")
     check_ids("lengths", lengths, 1, None)
     if lengths.shape[0] != rows:
         raise NemocError(f"lengths has {lengths.shape[0]} rows, ids has {rows}")
@@ -65,7 +65,7 @@ def check_vocabulary(program: Program, ids: torch.Tensor, lengths: torch.Tensor)
     Raises:
         NemocError: one is not.
     """
-    counts = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
+    counts = torch.arange(ids.shape[1], device="cpu") < lengths.unsqueeze(1)
     wrong = (counts & ((ids < 0) | (ids >= program.vocab))).nonzero()
     if len(wrong):
         row, position = wrong[0].tolist()

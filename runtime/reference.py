@@ -33,14 +33,15 @@ class ReferenceBackend:
         self._source = source
 
     def allocate(self, size: int) -> torch.Tensor:
-        return torch.zeros(size, dtype=torch.uint8)
+        return torch.zeros(size, dtype=torch.uint8, device="cpu")
 
     def run(
         self, function: str, tokens: torch.Tensor, valid: torch.Tensor, state: State
     ) -> torch.Tensor:
         graph = self._functions[function]
         given = {"tokens": tokens, "valid": valid, **state.tensors}
-        result = interpret(graph, LazyArguments(graph, self._source, given))
+        with torch.device("cpu"):  # whatever the user's default is
+            result = interpret(graph, LazyArguments(graph, self._source, given))
         # Results may be views of operands: a graph may return what it was given, or swap two states.
         output = result.outputs[0].clone()
         following = {name: tensor.clone() for name, tensor in result.states.items()}

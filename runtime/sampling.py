@@ -73,7 +73,9 @@ class Sampler:
 
     def _points(self) -> torch.Tensor:
         """A random number from 0 to 1 for each row: float64 [B]."""
-        points = [torch.rand((), generator=g, dtype=torch.float64) for g in self._generators]
+        points = [
+            torch.rand((), generator=g, dtype=torch.float64, device="cpu") for g in self._generators
+        ]
         return torch.stack(points)
 
 

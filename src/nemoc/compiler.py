@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+import torch
 
 from nemoc.autotune.records import Records
 from nemoc.calibration import input_scales
@@ -101,6 +103,22 @@ class Functions:
     remarks: tuple[Remark, ...]
 
 
+_Made = TypeVar("_Made")
+_Given = ParamSpec("_Given")
+
+
+def _on_cpu(make: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """The same function, which makes its tensors on the CPU whatever the user's default is."""
+
+    @functools.wraps(make)
+    def on_cpu(*args: _Given.args, **options: _Given.kwargs) -> _Made:
+        with torch.device("cpu"):
+            return make(*args, **options)
+
+    return on_cpu
+
+
+@_on_cpu
 def compile(
     source: Any,
     target: str | None = None,
@@ -229,6 +247,7 @@ def compile(
     )
 
 
+@_on_cpu
 def load(
     path: str | Path,
     threads: int | None = None,
@@ -261,6 +280,7 @@ def load(
     )
 
 
+@_on_cpu
 def functions(
     source: Any,
     target: str | None = None,

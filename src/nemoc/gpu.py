@@ -126,23 +126,24 @@ class InterpretedBackend:
         self._inputs = {name: [v.name for v in graph.inputs] for name, graph in graphs.items()}
         self._program = InterpretedProgram(program.functions)
         self._weights = opened.weights.data
-        self._scratch = torch.empty(program.scratch_bytes, dtype=torch.uint8)
+        self._scratch = torch.empty(program.scratch_bytes, dtype=torch.uint8, device="cpu")
         self._vocab = opened.program.vocab
 
     def allocate(self, size: int) -> torch.Tensor:
-        return torch.zeros(size, dtype=torch.uint8)
+        return torch.zeros(size, dtype=torch.uint8, device="cpu")
 
     def run(
         self, function: str, tokens: torch.Tensor, valid: torch.Tensor, state: State
     ) -> torch.Tensor:
         batch, length = tokens.shape
         shape = (batch, length) if function == PREFILL_ALL else (batch,)
-        logits = torch.empty((*shape, self._vocab), dtype=torch.float32)
+        logits = torch.empty((*shape, self._vocab), dtype=torch.float32, device="cpu")
         given = {"tokens": tokens, "valid": valid}
         inputs = [given[name] for name in self._inputs[function]]
         arenas = [self._weights, state.arena, self._scratch, *inputs, logits]
         sizes = {"B": batch, "L": length, "C": state.capacity}
-        self._program.run(function, arenas, sizes)
+        with torch.device("cpu"):  # whatever the user's default is
+            self._program.run(function, arenas, sizes)
         return logits
 
 

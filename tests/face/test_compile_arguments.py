@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 import nemoc
 from nemoc.ir import NemocError
@@ -34,3 +35,20 @@ def test_arguments_that_make_no_sense_are_refused(
 def test_a_destination_that_is_no_path_is_refused() -> None:
     with pytest.raises(NemocError, match="path is 5, expected text or a path"):
         nemoc.compile("random:mid", target="reference", destination=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+def test_another_default_device_of_the_users_changes_nothing(target: str) -> None:
+    ids = torch.arange(18).reshape(2, 9)
+    bounds = {"max_batch": 2, "max_context": 16}
+    usual = nemoc.compile("sample", target, **bounds)  # type: ignore[arg-type]
+    torch.set_default_device("meta")  # as "cuda" would be where there is a GPU
+    try:
+        made = nemoc.compile("sample", target, **bounds)  # type: ignore[arg-type]
+        logits = made.prefill(ids, made.new_state(2), all_logits=True)
+        tokens = made.generate(ids, 3, temperature=0.7, seed=1)
+        made.prefill(ids, made.new_state(2), lengths=torch.tensor([9, 4], device="cpu"))
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(logits, usual.prefill(ids, usual.new_state(2), all_logits=True))
+    assert torch.equal(tokens, usual.generate(ids, 3, temperature=0.7, seed=1))
