@@ -150,6 +150,10 @@ def _accepted() -> str:
 
 
 def _of_directory(directory: Path, name: str) -> Model:
+    if (directory / "manifest.json").is_file() and not (directory / "config.json").exists():
+        raise NemocError(
+            f"{directory}: is an artifact, which is compiled already, expected a model"
+        )
     config = ModelConfig.from_file(directory)
     quantization = read_quantization(directory / "config.json", config)
     parameters = Checkpoint.open(directory, config, quantization)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 
@@ -50,6 +50,11 @@ class Executable:
 
     def __repr__(self) -> str:
         return f"Executable({self.program.name!r}, target={self.program.target!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise NemocError(
+            f"{self!r} cannot be pickled: pass on the folder of its artifact, {self.folder}, and load it there"
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -260,6 +265,9 @@ class Executable:
         texts, ids = _stops(stop)
         if "" in texts:
             raise NemocError("stop: an empty text would end every row at once")
+        for id_ in ids:
+            if not 0 <= id_ < self.program.vocab:
+                raise NemocError(f"stop: token id {id_}, expected 0 to {self.program.vocab - 1}")
         tokenizer = self.tokenizer if texts else None
         generation = self.program.generation
         return Endings(rows, {*generation.eos, *ids}, texts, tokenizer, generation.padding)

@@ -112,6 +112,15 @@ def test_a_file_other_than_a_configuration_is_refused(
     assert expected in _refusal(tmp_path / name)
 
 
+def test_an_artifact_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(NemocError) as refusal:
+        open_model(tmp_path)
+    assert str(refusal.value) == (
+        f"{tmp_path}: is an artifact, which is compiled already, expected a model"
+    )
+
+
 def test_generation_ids_come_from_generation_config_first(checkpoint: Path) -> None:
     (checkpoint / "generation_config.json").unlink(missing_ok=True)
     assert open_model(checkpoint).generation == Generation((2,), 1, 0)

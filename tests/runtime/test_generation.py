@@ -1,6 +1,7 @@
 """Sampling and generation: repeatable, each row by itself, ended by ids and texts."""
 
 import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -148,6 +149,19 @@ def test_seeds_and_stops_may_be_arrays(exe: Executable) -> None:
         assert torch.equal(found, expected)
     with pytest.raises(NemocError, match="1 seeds for 3 rows"):
         exe.generate(PROMPTS, 6, seed=torch.tensor([3]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stop", [10**9, [1, -1]])
+def test_stop_ids_that_no_token_has_are_refused(exe: Executable, stop: Any) -> None:
+    with pytest.raises(NemocError, match=r"^stop: token id -?\d+, expected 0 to \d+$"):
+        exe.generate(torch.tensor([[1, 2]]), 2, stop=stop)
+
+
+def test_pickling_says_what_to_pass_on_instead(exe: Executable) -> None:
+    with pytest.raises(
+        NemocError, match=r"cannot be pickled: pass on the folder of its artifact, /"
+    ):
+        pickle.dumps(exe)
 
 
 def test_stop_texts_need_a_tokenizer(contents: Callable[..., Contents]) -> None:
