@@ -272,7 +272,7 @@ class _RmsNorm(RowOp[RmsNorm]):
             total = self._squares(body, Seen(op.x, seen.width), place)
             return body.writer.fresh("scale", f"tl.rsqrt({total} / {seen.width} + {op.eps!r})")
 
-        return body.writer.once(f"scale of {seen.value.name} in rows {place.row}", make)
+        return body.writer.once(f"scale for %{seen.value.name} in rows {place.row}", make)
 
     def _squares(self, body: "Body", x: Seen, place: Place) -> str:
         return over_row(body, x, place, "tl.sum", "{} + {}", lambda tile: f"{tile} * {tile}")
@@ -356,7 +356,7 @@ class _GroupLimit(RowOp[GroupLimit]):
                 writer.line(f"{merits} = tl.where({number} == {best}, {lowest}, {merits})")
             return kept
 
-        return body.writer.once(f"groups kept of {x.value.name} in rows {place.row}", make)
+        return body.writer.once(f"{op.keep} of {op.groups} groups of {x.value.name} in rows {place.row}", make)
 
 
 class _TopK(RowOp[TopK]):
@@ -387,7 +387,7 @@ class _TopK(RowOp[TopK]):
                 writer.line(f"{left} = tl.where({at.column} == {best}, {lowest}, {left})")
             return chosen
 
-        chosen = body.writer.once(f"best of {x.value.name} in rows {place.row}", make)
+        chosen = body.writer.once(f"best for %{seen.value.name} in rows {place.row}", make)
         if place.column != wanted.column:
             raise RegionError(f"%{seen.value.name} is needed elsewhere than where it is made")
         return chosen
@@ -509,7 +509,7 @@ class _ScaleOfMatrix(RowOp[_MatrixScale]):
             )
             return self.scale(body, op, size)
 
-        return body.writer.once(f"scale of {w.value.name} in rows {place.row}", make)
+        return body.writer.once(f"scale %{seen.value.name} in rows {place.row}", make)
 
     def scale(self, body: "Body", op: _MatrixScale, size: str) -> str:
         """The scale by the largest magnitude."""

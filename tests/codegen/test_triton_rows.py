@@ -95,6 +95,28 @@ REGIONS = {
         %h = floor_div(%s) {divisor=3} : i32[B]
         return %h
     """,
+    "a norm, and the scales of several formats of it": """
+        input %x: f32[B, 32]
+        input %w: f32[32]
+        %n = rms_norm(%x, %w) {eps=1e-05} : f32[B, 32]
+        %rows = reshape(%n) {shape=[B, 1, 32]} : f32[B, 1, 32]
+        %f = fp8_scale(%rows) : f32[B]
+        %g = nvfp4_global_scale(%rows) : f32[B]
+        %h = nvfp4_global_scale(%rows) {four_over_six=true} : f32[B]
+        return %n, %f, %g, %h
+    """,
+    "several choices by the same scores": """
+        input %x: f32[B, 12]
+        %l = group_limit(%x) {groups=3, keep=2} : f32[B, 12]
+        %m = group_limit(%x) {groups=4, keep=2} : f32[B, 12]
+        %k = top_k(%x) {k=3} : i32[B, 3]
+        %j = top_k(%x) {k=2} : i32[B, 2]
+        %a = take_along(%l, %k) : f32[B, 3]
+        %b = take_along(%m, %j) : f32[B, 2]
+        %p = exp(%a) : f32[B, 3]
+        %q = exp(%b) : f32[B, 2]
+        return %p, %q, %k, %j
+    """,
     "a permuted operand": """
         input %x: f32[B, L, 3]
         %p = permute(%x) {axes=[1, 2, 0]} : f32[L, 3, B]

@@ -123,6 +123,25 @@ def test_an_artifact_is_verified_whose_prompts_alone_are_rounded(
     assert max(errors.values()) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        'quantize-nvfp4{scope=".*experts.*up_proj",mode=w4a4}',
+        'quantize-nvfp4{scope=experts,mode=w4a4},quantize-fp8{scope=".*shared_experts",mode=w8a8}',
+    ],
+)
+def test_products_of_one_norm_have_each_their_own_activations(small: Model, quantize: str) -> None:
+    """As in releases, whose router is not quantized, nor all experts alike."""
+    ids = torch.arange(12).reshape(2, 6)
+    found = []
+    for target in ("triton-interpret", "reference"):
+        made = compile(small, target, quantize, max_batch=2, max_context=8)
+        state = made.new_state(2)
+        prompts = made.prefill(ids, state, all_logits=True)
+        found.append(torch.cat([prompts.flatten(0, 1), made.decode(ids[:, 0], state)]))
+    assert relative_error(*found) < 1e-5
+
+
 @pytest.mark.parametrize("quantize", ["fp8-w8a8", "fp8-prompts", "nvfp4-fp8-prompts", "nvfp4-w4a4"])
 def test_no_cpu_kernel_quantizes_activations_to_floats(small: Model, quantize: str) -> None:
     op = "nvfp4_global_scale" if quantize == "nvfp4-w4a4" else "fp8_scale"
