@@ -193,11 +193,11 @@ class Checkpoint:
         if parameter.stacked:
             for expert, part in zip(out, parameter.parts[start:stop], strict=True):
                 part.read_into(expert)
-                _check_finite(part, expert)
+                _check_values(part, expert)
         elif out.numel():
             (part,) = parameter.parts
             part.read_into(out, start)
-            _check_finite(part, out)
+            _check_values(part, out)
         return out
 
     def _parameter(self, name: str) -> _Parameter:
@@ -286,6 +286,22 @@ def _allowed(name: str, type_: TensorType) -> tuple[DType, ...]:
     if type_.dtype not in _NUMBERS or name.endswith(tuple(TENSOR_SCALES.values())):
         return (type_.dtype,)
     return _NUMBERS
+
+
+def _check_values(part: StoredTensor, values: torch.Tensor) -> None:
+    """Refuse numbers that are none, and scales of matrices that make such.
+
+    Raises:
+        NemocError: there is one; the tensor is named.
+    """
+    _check_finite(part, values)
+    leaf = part.name.rpartition(".")[2]
+    if leaf == TENSOR_SCALES["modelopt"] and (low := float(values.min())) < 0:
+        raise NemocError(f"{part}: found {low:g}, expected scales of 0 or more")
+    if leaf == TENSOR_SCALES["compressed-tensors"]:
+        wrong = values[~((values > 0) & values.reciprocal().isfinite())]
+        if len(wrong):
+            raise NemocError(f"{part}: found {float(wrong[0]):g}, expected a positive divisor")
 
 
 def _check_finite(part: StoredTensor, values: torch.Tensor) -> None:

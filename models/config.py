@@ -265,9 +265,15 @@ def _mlp(read: FieldReader) -> dict[str, Any]:
     return {"intermediate_size": read.integer("intermediate_size")}
 
 
+_MOST_EXPERTS = 1 << 16
+"""Routed experts of a layer at most: each is a module that a map of formats may name."""
+
+
 def _moe(read: FieldReader) -> dict[str, Any]:
     experts, top_k = read.integer("n_routed_experts"), read.integer("num_experts_per_tok")
     groups, top_groups = read.integer("n_group", 1), read.integer("topk_group", 1)
+    if experts > _MOST_EXPERTS:
+        read.fail("n_routed_experts", str(experts), f"at most {_MOST_EXPERTS}")
     if experts % groups:
         read.fail("n_routed_experts", str(experts), f"a multiple of n_group ({groups})")
     if groups > 1 and experts // groups < 2:

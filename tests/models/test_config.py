@@ -214,6 +214,7 @@ def test_nano_has_the_published_widths() -> None:
             {"n_group": 4, "topk_group": 5},
             "topk_group: found 5, expected at most n_group (4)",
         ),
+        ({"n_routed_experts": 10**9}, "n_routed_experts: found 1000000000, expected at most 65536"),
         ({"n_group": 3}, "n_routed_experts: found 8, expected a multiple of n_group (3)"),
         (
             {"time_step_limit": [0.001, 0.1]},

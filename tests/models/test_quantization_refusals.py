@@ -203,6 +203,26 @@ def test_tensor_scales_that_are_not_finite_are_refused_when_read(
         source.read("layers.1.mixer.experts.up_proj.weight_scale_2")
 
 
+@pytest.mark.parametrize(
+    ("release", "leaf", "bad", "said"),
+    [
+        ("nano", "weight_scale_2", -1.0, "found -1, expected scales of 0 or more"),
+        ("compressed-tensors", "weight_global_scale", 0.0, "found 0, expected a positive divisor"),
+        ("compressed-tensors", "weight_global_scale", -2.0, "found -2, expected a positive"),
+        ("compressed-tensors", "weight_global_scale", 1e-45, "found 1.4013e-45, expected a pos"),
+    ],
+)
+def test_tensor_scales_that_make_no_numbers_are_refused_when_read(
+    copy: Callable[[str], Path], release: str, leaf: str, bad: float, said: str
+) -> None:
+    directory, name = copy(release), f"{UP_4}.{leaf}"
+    edit_tensors(directory, _set(name, lambda scale: torch.full_like(scale, bad)))
+    source = open_model(directory).parameters
+    assert source is not None
+    with pytest.raises(NemocError, match=re.escape(f"tensor '{name}': {said}")):
+        source.read(f"layers.1.mixer.experts.up_proj.{leaf}")
+
+
 def _listed(**layers: object) -> dict[str, Any]:
     return {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
 
