@@ -583,4 +583,4 @@ def _operands_behind(body: Body, values: list[Value]) -> set[int]:
 
 
 def _not_yet(_row: str, _column: str, _lanes: int) -> str:
-    raise AssertionError("a sum is read before it is made")
+    raise RegionError("a sum is read before it is made")

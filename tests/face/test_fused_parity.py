@@ -84,3 +84,15 @@ def test_any_two_fusions_meet_in_both_orders_and_apart() -> None:
     for pair in permutations(range(len(FUSIONS)), 2):
         seen = [tuple(i for i in order if i in pair) for order in ORDERS.values()]
         assert {(), pair[:1], pair} <= set(seen)
+
+
+@torch.inference_mode()
+def test_a_latent_space_of_one_number_is_no_other_case(tmp_path: Path) -> None:
+    """Whose rows are as wide as what a sum along them leaves."""
+    changes = {"hybrid_override_pattern": "ME*", "moe_latent_size": 1}
+    reference = write_checkpoint(tmp_path, seed=4, **changes)
+    executable = nemoc.compile(str(tmp_path), target="cpu", max_context=16)
+    ids = torch.randint(0, 97, (1, 9), generator=torch.Generator().manual_seed(2))
+    logits = executable.prefill(ids, executable.new_state(), all_logits=True)
+    expected = reference(ids).logits
+    assert float((logits - expected).norm() / expected.norm()) <= BOUND
