@@ -364,34 +364,43 @@ class _FileLock:
             self.release()
 
 
+_ENTRY = b'{"op_code"'
+"""What every entry of a journal begins with."""
+
+
 def _mend(path: Path) -> None:
-    """Cut off a last line that was not written to its end.
+    """Cut off a last line that is an entry which was not written to its end.
 
     Raises:
-        NemocError: another line is no JSON.
+        NemocError: another line, or one that begins otherwise, is no entry: perhaps the file is something else.
     """
     if not path.exists():
         return
-    good, number = 0, 0
+    good = 0
     with path.open("r+b") as file:
         for number, line in enumerate(file, start=1):
-            if not (line.endswith(b"\n") and _is_json(line)):
-                rest = file.read(1)
-                if rest:
-                    raise NemocError(
-                        f"{path}: line {number} is no JSON, expected an entry of the journal; "
-                        f"the {number - 1} lines before it are good"
-                    )
-                file.truncate(good)
-                return
-            good += len(line)
+            if line.endswith(b"\n") and _is_entry(line):
+                good += len(line)
+                continue
+            if file.read(1) or not _ENTRY.startswith(line[: len(_ENTRY)]):
+                raise NemocError(
+                    f"{path}: line {number}: found {_beginning(line)}, expected an entry of the journal; "
+                    f"the {number - 1} lines before it are good"
+                )
+            file.truncate(good)
+            return
 
 
-def _is_json(line: bytes) -> bool:
+def _is_entry(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
         return False
+    return isinstance(found, dict) and isinstance(found.get("op_code"), int)
+
+
+def _beginning(line: bytes) -> str:
+    return repr(line[:20].decode("utf-8", "replace"))
 
 
 @contextlib.contextmanager
@@ -405,10 +414,8 @@ def _explained(place: str) -> Iterator[None]:
         raise NemocError(
             f"{place}: the tuning journal cannot be read or written: {error.strerror or error}"
         ) from None
-    except Exception as error:
-        if not type(error).__module__.startswith(("optuna", "sqlalchemy", "json")):
-            raise
-        reason = str(error).strip().splitlines()
-        raise NemocError(
-            f"{place}: the tuning journal: {reason[0] if reason else type(error).__name__}"
-        ) from None
+    except Exception as error:  # nothing of nemoc's is within but the storage
+        reason, kind = str(error).strip().splitlines(), type(error)
+        known = kind.__module__.startswith(("optuna", "sqlalchemy", "json"))
+        said = reason[0] if reason and known else ": ".join((kind.__name__, *reason[:1]))
+        raise NemocError(f"{place}: the tuning journal: {said}") from None

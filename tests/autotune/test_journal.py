@@ -104,9 +104,31 @@ def test_damage_in_the_middle_is_named_with_its_line(tmp_path: Path) -> None:
     lines = place.read_bytes().splitlines(keepends=True)
     lines[2] = b"\x00\x01 not json\n"
     place.write_bytes(b"".join(lines))
-    with pytest.raises(NemocError, match=r"journal.log: line 3 is no JSON, expected an entry"):
+    with pytest.raises(NemocError, match=r"journal.log: line 3: found .*, expected an entry of"):
         study(place)
     assert place.read_bytes() == b"".join(lines)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"my only copy",
+        b"my only copy\n",
+        b'{"op_code"\n{"op_code":0}\n',
+        b'{"x":1}\n',
+        b"[" * 100_000 + b"\n",
+        b'{"op_code":99,"worker_id":"x"}\n',
+        b'{"op_code":0,"worker_id":"x","study_name":5,"directions":"x"}\n',
+    ],
+    ids=["text", "line", "torn", "object", "deep", "unknown", "directions"],
+)
+def test_what_is_no_journal_is_refused_and_left_as_it_is(tmp_path: Path, content: bytes) -> None:
+    place = tmp_path / "notes.txt"
+    place.write_bytes(content)
+    with pytest.raises(NemocError, match=r"notes.txt: (line 1: found|the tuning journal: )") as no:
+        study(place)
+    assert len(str(no.value).splitlines()) == 1
+    assert place.read_bytes() == content
 
 
 def test_full_disk_is_one_line_and_what_was_written_stays(
