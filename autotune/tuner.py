@@ -1,15 +1,15 @@
 """Tuning a set of kernels within a budget.
 
-Each kernel's default is measured first, which says what part of the model it is. Then, batch by batch, the kernel from
-which most is expected for the time that its candidates take gets its next ones: its part of the model, times what a few
-more candidates are likely to gain, which is no more than a roofline leaves. A kernel is settled when that is next to
-nothing. What looks best is measured again against the default, since the best of many noisy measurements looks better
-than it is, and only a gain that this bears out is claimed.
+Each kernel's default is measured first, which says what part of the model it is; where the budget does not suffice for
+all, those are to which a roofline leaves most time, and the others wait for the next run. Then, batch by batch, the
+kernel from which most is expected for the time that its candidates take gets its next ones: its part of the model,
+times what a few more candidates are likely to gain, which is no more than a roofline leaves. A kernel is settled when
+that is next to nothing. What looks best is measured again against the default, since the best of many noisy
+measurements looks better than it is, and only a gain that this bears out is claimed.
 
 Everything is in the journal as soon as it is known, so a run may end at any moment, and goes on where it ended.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import math
@@ -39,6 +39,9 @@ from nemoc.codegen.tunables import Schedule
 
 BATCH = 6
 """Candidates that are compiled and measured together."""
+
+_FIRST = 2
+"""Defaults that are compiled together before it is known how long one takes."""
 
 _WORTH = 1e-3
 """Part of the model's time that a batch must be expected to gain."""
@@ -108,7 +111,7 @@ class KernelReport:
         study: its trials.
         space: what it can be.
         seconds: median of the default; 0 while it is unknown.
-        share: its part of the time of its function's tuned kernels.
+        share: its part of the time of its function's tuned kernels, as far as their defaults were measured.
         settled: whether nothing more is to be expected of it.
         best: the schedule that is fastest, empty for the default.
         gain: how its time compares with the default's; none until it has been measured at the end, and where the
@@ -133,6 +136,16 @@ class KernelReport:
     def name(self) -> str:
         """The name of its default plan."""
         return self.kernel.default.name
+
+    @property
+    def reached(self) -> bool:
+        """Whether anything of it has been tried, the default first."""
+        return bool(self.study.trials())
+
+    @property
+    def searched(self) -> bool:
+        """Whether something else than its default has been tried, or nothing was expected of that."""
+        return self.settled or len(self.study.trials()) > 1
 
     def take(self, concluded: Mapping[str, Any]) -> None:
         """Take over what its study has noted as concluded."""
@@ -171,7 +184,12 @@ class Tuner:
         keep_bits: without what may change the order of sums.
         prepare: compiles the defaults of kernels, all at once where that is quicker.
         tell: told after each batch.
+        interrupt: called when an interrupt has ended the search, before the best is measured again.
         clock: seconds; tests hand in their own.
+
+    Attributes:
+        reports: how tuning of each kernel goes.
+        interrupted: whether an interrupt has ended the search.
     """
 
     def __init__(
@@ -184,9 +202,11 @@ class Tuner:
         keep_bits: bool = True,
         prepare: Callable[[Sequence[Kernel]], None] = lambda kernels: None,
         tell: Callable[[Told], None] = lambda told: None,
+        interrupt: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device, self._prepare, self._tell, self._clock = device, prepare, tell, clock
+        self._interrupt, self.interrupted = interrupt, False
         self._keep_bits = keep_bits
         self._records = records or Records()
         self._searches: dict[str, Search] = {}
@@ -205,32 +225,27 @@ class Tuner:
     def run(self, deadline: float, spent: Callable[[], None] = lambda: None) -> None:
         """Measure until nothing more is expected, or the clock is at the deadline.
 
-        The defaults are measured whatever the deadline, and what looks best at the end; so it is when an interrupt
-        (control-C) ends the search.
+        What looks best is measured at the end whatever the deadline; so it is when an interrupt (control-C) ends the
+        search. Another one is raised.
 
         Args:
-            deadline: on the clock.
+            deadline: on the clock. A default whose turn does not come before is left to the next run, but one is
+                measured whatever the deadline.
             spent: called whenever some time has been spent.
         """
         for report in self.reports:
             report.study.recover()
-        if new := [r.kernel for r in self.reports if self._default_trial(r) is None]:
-            self._prepare(new)
-        for report in self.reports:
-            self._measure_default(report)
-            spent()
-        self._share_out()
-        # An interrupt ends the search: what is best so far counts.
-        with contextlib.suppress(KeyboardInterrupt):
-            while self._clock() < deadline:
-                promising = [r for r in self.reports if self._promise(r) >= _WORTH]
-                if not promising:
-                    break
-                self._batch(max(promising, key=self._worth), deadline)
-                spent()
+        try:
+            self._measure_defaults(deadline, spent)
+            self._share_out()
+            self._search(deadline, spent)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self._share_out()
+            self._interrupt()
         for report in self.reports:
             if self._default_trial(report) is None:
-                continue  # another process is at it, who knows better what is to be expected
+                continue  # not reached, or another process is at it: who knows what is to be expected
             report.settled = self._promise(report) < _WORTH
             self._conclude(report)
             spent()
@@ -276,9 +291,63 @@ class Tuner:
         self._searches[name] = Search(space, study, seeds(relatives, shape, space))
         return report
 
-    def _measure_default(self, report: KernelReport) -> None:
-        if self._default_trial(report) is None:
-            self._try(report, [Candidate({}, report.kernel.default)])
+    def _measure_defaults(self, deadline: float, spent: Callable[[], None]) -> None:
+        """Measure what defaults are not measured yet until the deadline, but one whatever that is.
+
+        Some are compiled together, since that is quicker: twice as many each time, as far as they are expected to be
+        measured by the deadline.
+        """
+        waiting = []
+        for report in self.reports:
+            self._take_default(report)
+            if self._default_trial(report) is None:
+                waiting.append(report)
+        if not waiting:
+            return
+        waiting = self._by_least_share(waiting)
+        started, done, any_known = self._clock(), 0, len(waiting) < len(self.reports)
+        size = _FIRST if started < deadline else 1
+        while done < len(waiting) and not self._is_over(deadline, any_known):
+            together = waiting[done : done + size]
+            self._prepare([report.kernel for report in together])
+            for report in together:
+                if self._is_over(deadline, any_known):
+                    return
+                self._try(report, [Candidate({}, report.kernel.default)])
+                self._take_default(report)
+                spent()
+                done, any_known = done + 1, True
+            now = self._clock()
+            fitting = (deadline - now) * done / max(now - started, _LEAST_COST)
+            size = int(max(1, min(2 * size, fitting)))
+
+    def _is_over(self, deadline: float, any_known: bool) -> bool:
+        return any_known and self._clock() >= deadline
+
+    def _by_least_share(self, reports: Sequence[KernelReport]) -> list[KernelReport]:
+        """Kernels by the part of their function's time that a roofline leaves them, the largest first."""
+        totals: dict[str, float] = {}
+        for kernel in (report.kernel for report in self.reports):
+            least = kernel.least * kernel.launches
+            totals[kernel.function] = totals.get(kernel.function, 0.0) + least
+
+        def share(report: KernelReport) -> float:
+            kernel = report.kernel
+            return kernel.least * kernel.launches / (totals[kernel.function] or 1.0)
+
+        return sorted(reports, key=share, reverse=True)
+
+    def _search(self, deadline: float, spent: Callable[[], None]) -> None:
+        """Try candidates of whatever kernel most is expected from, until the deadline or nothing is."""
+        while self._clock() < deadline:
+            promising = [r for r in self.reports if self._promise(r) >= _WORTH]
+            if not promising:
+                return
+            self._batch(max(promising, key=self._worth), deadline)
+            spent()
+
+    def _take_default(self, report: KernelReport) -> None:
+        """Take over what the journal knows of a kernel's default."""
         default = self._default_trial(report)
         if default is not None and default.seconds:
             report.seconds = statistics.median(default.seconds)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
@@ -20,6 +21,12 @@ from nemoc.progress import Progress
 
 GOOD, BAD = "green", "bold red"
 """Styles; a report without colours says the same."""
+
+_GAP = 3
+"""Characters between two columns of a table."""
+
+_NARROW = 8
+"""Characters to which a column whose cells may break is narrowed, if it must be."""
 
 
 def report() -> Console:
@@ -39,7 +46,7 @@ def print_table(
     rows: Sequence[Sequence[str | Text]],
     wrap: str = "",
 ) -> None:
-    """Print a table.
+    """Print a table as wide as the console. Where whole cells do not fit it, lines are longer: none is ever cut.
 
     Args:
         console: where.
@@ -48,17 +55,30 @@ def print_table(
         wrap: the heading of the column whose cells may break over lines; every other stays whole.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in columns:
+    least = _GAP * (len(columns) - 1)
+    for i, column in enumerate(columns):
         name = column.removeprefix(">")
+        width = max(map(_width, (name, *(row[i] for row in rows))))
+        if name == wrap:
+            width = min(width, max(_NARROW, _width(name)))
         table.add_column(
             name,
             justify="right" if column != name else "left",
             no_wrap=name != wrap,
+            min_width=width,
             overflow="fold",
         )
+        least += width
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    if least > console.width:
+        table.width = least
+    console.print(table, crop=False)
+
+
+def _width(cell: str | Text) -> int:
+    """Characters of a cell's longest line."""
+    return max(map(cell_len, str(cell).splitlines()), default=0)
 
 
 def verdict(ok: bool, yes: str = "ok", no: str = "MISS") -> Text:
@@ -69,6 +89,11 @@ def verdict(ok: bool, yes: str = "ok", no: str = "MISS") -> Text:
 def count(number: int) -> str:
     """An integer with separators: `31,577,940,288`."""
     return f"{number:,}"
+
+
+def stages(plan: str) -> str:
+    """The name of a kernel's plan, such that it breaks over lines between what it launches."""
+    return plan.replace("+", " + ")
 
 
 def short(number: float, unit: str = "") -> str:

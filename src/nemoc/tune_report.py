@@ -71,9 +71,10 @@ def report_html(report: TuneReport) -> str:
         device=report.device,
         spent=duration(report.spent),
         earlier=duration(report.earlier) if report.earlier else "nothing",
-        finished=report.finished,
+        ending=_ending(report),
+        not_reached=sorted(report.not_reached.items()),
         numerics=_numerics(report),
-        whole=[(step, str(i), _verdict(i)) for step, i in sorted(report.whole.items())],
+        whole=[(step, _verdict(i)) for step, i in sorted(report.whole.items())],
         gains=[(step, f"{gain:.1%}") for step, gain in sorted(report.gains.items())],
         plots=_plots(report),
         kernels=kernels,
@@ -211,15 +212,30 @@ def _faults(trials: Sequence[Trial]) -> tuple[tuple[str, int, str], ...]:
 def _result(kernel: KernelReport) -> str:
     if not kernel.space.tunables:
         return "nothing to choose"
+    if not kernel.reached:
+        return "not reached"
     if kernel.gain is None:
         return "not measured"
-    return str(kernel.gain) if kernel.best else "no gain over the default"
+    if kernel.best:
+        return str(kernel.gain)
+    return "no gain over the default" if kernel.searched else "not searched"
 
 
-def _verdict(interval: Interval) -> str:
-    if interval.is_gain:
-        return "faster"
-    return "slower" if interval.is_loss else "no gain over the default beyond doubt"
+def _ending(report: TuneReport) -> str:
+    """Why the search ended."""
+    if report.interrupted:
+        return "stopped by an interrupt"
+    if report.finished:
+        return "nothing more is expected of any kernel"
+    return "the budget ended before the search"
+
+
+def _verdict(interval: Interval | None) -> str:
+    """How a step's time compares with that of the defaults; none: it launches what it does with them."""
+    if interval is None:
+        return "nothing changed"
+    what = "slower" if interval.is_loss else "no gain over the default beyond doubt"
+    return f"{interval} of the time before: {'faster' if interval.is_gain else what}"
 
 
 def _numerics(report: TuneReport) -> str:
@@ -234,8 +250,7 @@ def _numerics(report: TuneReport) -> str:
 def _plots(report: TuneReport) -> list[tuple[str, Markup]]:
     """Plots of the whole model with their captions."""
     found = []
-    if report.whole:
-        whole = sorted(report.whole.items())
+    if whole := [(step, i) for step, i in sorted(report.whole.items()) if i is not None]:
         height = 0.7 + 0.5 * len(whole)
         caption = (
             "The whole model's time relative to that with all defaults, with intervals of 95 %"

@@ -42,7 +42,7 @@ from nemoc.passes import Pass
 from nemoc.progress import Progress
 from nemoc.quantizations import Quantize
 from nemoc.runtime import Executable
-from nemoc.runtime.costs import multiplies_integers
+from nemoc.runtime.costs import multiplies_integers, read_costs
 from nemoc.runtime.cuda_device import device_at_hand
 from nemoc.runtime.files import as_path
 from nemoc.runtime.machine import thread_count
@@ -94,22 +94,29 @@ class TuneReport:
         device: what for.
         records: what was found now.
         gains: expected parts of each function's kernel time that are saved.
-        whole: the time of each function of the whole model relative to the defaults, measured; empty where nothing
-            changed or the budget did not allow it. Where it is longer, what was found of the function's kernels was
-            taken back.
+        whole: the time of each function of the whole model relative to the defaults, measured; none for one that
+            launches what it does with the defaults; empty where nothing changed at all, or it was not compared. Where
+            it is longer, what was found of the function's kernels was taken back.
         spent: seconds of this run.
         earlier: seconds that runs before it had spent.
         finished: whether nothing more is expected of any kernel.
+        interrupted: whether an interrupt ended it.
     """
 
     kernels: tuple[KernelReport, ...]
     device: Device
     records: Records
     gains: Mapping[str, float]
-    whole: Mapping[str, Interval]
+    whole: Mapping[str, Interval | None]
     spent: float
     earlier: float
     finished: bool
+    interrupted: bool = False
+
+    @property
+    def not_reached(self) -> Mapping[str, int]:
+        """How many kernels of each function were left to the next run, their defaults too."""
+        return Counter(k.kernel.function for k in self.kernels if not k.reached)
 
 
 def tune(
@@ -128,12 +135,17 @@ def tune(
     threads: int | None = None,
     compare: bool = True,
     tell: Callable[[Told], None] = lambda told: None,
+    interrupt: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
 ) -> TuneReport:
     """Find faster schedules for a model's kernels.
 
     The budget is for all runs together that tune the same kernels in one journal: a run that was interrupted goes on
-    with what is left, and one that has spent it is over at once.
+    with what is left, and one that has spent it is over at once. Where it does not suffice to measure the defaults,
+    kernels are left to the next run, by a roofline the least ones; one default is measured whatever the budget.
+
+    An interrupt (control-C) ends the search: what looks best is measured once more and kept, and the whole model is
+    not compared. Another one is raised, as is one before the search.
 
     Args:
         source, target, quantize, scope, pipeline, plugins, progress: as for `nemoc.compile`.
@@ -145,6 +157,7 @@ def tune(
         threads: as for `nemoc.compile`.
         compare: measure the whole model before and after, where anything is measured.
         tell: told after each batch of candidates.
+        interrupt: called when an interrupt has ended the search, before what looks best is measured once more.
 
     Raises:
         NemocError: the target cannot be tuned here, the model cannot be compiled for it, or the journal or records
@@ -187,6 +200,7 @@ def tune(
             keep_bits=numerics == "same",
             prepare=bench.prepare,
             tell=tell,
+            interrupt=interrupt,
         )
         spent = log.spent("model | " + tuner.identity)
         clock.earlier = spent.earlier()
@@ -196,14 +210,17 @@ def tune(
         results = tuner.results()
     place = as_path(records) if records is not None else own_records()
     add_records(results, place)
-    whole: dict[str, Interval] = {}
-    if goes_on and compare and any(r.best for r in tuner.reports):
+    whole: dict[str, Interval | None] = {}
+    interrupted = tuner.interrupted
+    if goes_on and compare and not interrupted and any(r.best for r in tuner.reports):
         _say(progress, "compare the whole model")
         try:
             whole = _compare(compiled, results, work, clock)
         except NemocError as error:  # as where a GPU has no room for two
             _say(progress, f"the whole model is not compared: {error}")
-        lost = [step for step, interval in whole.items() if interval.is_loss]
+        except KeyboardInterrupt:
+            interrupted = True  # what kernels gained alone stands, as where nothing is compared
+        lost = [step for step, interval in whole.items() if interval and interval.is_loss]
         for step in lost:
             tuner.withdraw(step)
         if lost:
@@ -219,6 +236,7 @@ def tune(
         clock.spent,
         clock.earlier,
         tuner.is_settled,
+        interrupted,
     )
 
 
@@ -445,8 +463,10 @@ class _Executables:
 
 def _compare(
     compiled: _Executables, results: Records, work: Workload, clock: _Budget
-) -> dict[str, Interval]:
+) -> dict[str, Interval | None]:
     """The whole model's time relative to that with all defaults, by function, in one interleaved run.
+
+    A function that launches the same kernels in both has none: its times would differ by chance alone.
 
     Both executables map one file of weights: of two copies of it, one may lie better in memory than the other, which
     steps of one token, bound by reading, show as a gain or a loss that no kernel has.
@@ -454,19 +474,30 @@ def _compare(
     known = known_records()
     known.add(results)
     both = {"default": compiled.default, "tuned": compiled.with_records(known)}
+    changed = _changed(both["default"], both["tuned"], work.functions)
+    if not changed:
+        return dict.fromkeys(work.functions)
     runs: dict[str, Callable[[], object]] = {}
     for name, executable in both.items():
-        runs |= {
-            f"{step} {name}": run for step, run in steps(executable, work) if step in work.functions
-        }
+        runs |= {f"{step} {name}": run for step, run in steps(executable, work) if step in changed}
     started = time.monotonic()
     interleaved(runs, 1)
     each = (time.monotonic() - started) / 2
     timings = interleaved(runs, int(min(max(_COMPARED, clock.left / each), 60)), warmup=0)
+    seconds = {name: timing.seconds for name, timing in timings.items()}
     return {
-        step: ratio_of_times(timings[f"{step} tuned"].seconds, timings[f"{step} default"].seconds)
+        step: ratio_of_times(seconds[f"{step} tuned"], seconds[f"{step} default"])
+        if step in changed
+        else None
         for step in work.functions
     }
+
+
+def _changed(default: Executable, tuned: Executable, functions: Iterable[str]) -> list[str]:
+    """The functions that do not launch the same kernels in two executables, as far as these say what they launch."""
+    records = [read_costs(e.folder, read_manifest(e.folder)) for e in (default, tuned)]
+    one, other = (record.functions if record is not None else {} for record in records)
+    return [f for f in functions if f not in one or one[f] != other.get(f)]
 
 
 def steps(executable: Executable, work: Workload) -> Iterator[tuple[str, Callable[[], object]]]:

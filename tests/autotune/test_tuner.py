@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -332,6 +333,159 @@ def test_interrupt_ends_the_search_with_what_is_best_so_far(tmp_path: Path) -> N
     made.run(EVER)
     (record,) = made.results()
     assert record.ratio < 1.0 and not made.reports[0].settled
+
+
+def test_an_interrupt_is_told_of_before_the_best_is_measured_again(tmp_path: Path) -> None:
+    """A real one, from the keyboard, comes as this signal."""
+    events: list[str] = []
+
+    def note(plans: Sequence[Plan]) -> None:
+        events.append("timing")
+        if len(events) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    made = Tuner(
+        [paper_kernel(16, PaperBench(before_timing=note))],
+        emit,
+        DEVICE,
+        Journal(tmp_path / "journal.log"),
+        keep_bits=False,
+        interrupt=lambda: events.append("told"),
+    )
+    made.run(EVER)
+    assert made.interrupted
+    assert events == ["timing", "timing", "timing", "told", "timing"]
+
+
+def test_a_second_interrupt_is_raised_at_once(tmp_path: Path) -> None:
+    timings = 0
+
+    def interrupt(plans: Sequence[Plan]) -> None:
+        nonlocal timings
+        timings += 1
+        if timings >= 3:
+            raise KeyboardInterrupt
+
+    made = tuner(tmp_path, PaperBench(before_timing=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        made.run(EVER)
+    assert timings == 4
+    again = tuner(tmp_path, PaperBench())
+    assert len(again.reports[0].study.trials()) > 1
+    again.run(EVER)
+    assert again.is_settled and not again.interrupted
+
+
+def test_an_interrupt_among_the_defaults_leaves_the_others_to_the_next_run(tmp_path: Path) -> None:
+    timings = 0
+
+    def interrupt(plans: Sequence[Plan]) -> None:
+        nonlocal timings
+        timings += 1
+        if timings == 2:
+            raise KeyboardInterrupt
+
+    made = tuner(tmp_path, PaperBench(before_timing=interrupt), widths=(16, 32, 48))
+    made.run(EVER)
+    assert made.interrupted and not made.is_settled
+    assert [r.reached for r in made.reports] == [True, False, False]
+    again = tuner(tmp_path, PaperBench(), widths=(16, 32, 48))
+    again.run(EVER)
+    # The second was in flight, and this process, whose trial it is, has not ended.
+    assert [r.reached for r in again.reports] == [True, False, True]
+
+
+@dataclasses.dataclass
+class Clock:
+    """A clock that goes on where it is told to."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def on_the_clock(
+    folder: Path, clock: Clock, leasts: Sequence[float], prepared: list[int] | None = None
+) -> tuple[Tuner, PaperBench]:
+    """A tuner of as many kernels with these least times; each measurement takes a second of the clock."""
+
+    def take(plans: Sequence[Plan]) -> None:
+        clock.now += 1.0
+
+    bench = PaperBench(before_timing=take)
+    kernels = [
+        dataclasses.replace(paper_kernel(16 * i, bench), least=least)
+        for i, least in enumerate(leasts, start=1)
+    ]
+    made = Tuner(
+        kernels,
+        emit,
+        DEVICE,
+        Journal(folder / "journal.log"),
+        keep_bits=False,
+        prepare=lambda kernels: (prepared if prepared is not None else []).append(len(kernels)),
+        clock=clock,
+    )
+    return made, bench
+
+
+LEASTS = (1e-4, 5e-4, 2e-4, 4e-4, 3e-4)
+
+
+def test_defaults_are_measured_until_the_deadline_by_their_least_times(tmp_path: Path) -> None:
+    made, _ = on_the_clock(tmp_path, Clock(), LEASTS)
+    made.run(deadline=3.0)
+    assert [r.reached for r in made.reports] == [False, True, False, True, True]
+    assert [len(r.study.trials()) for r in made.reports] == [0, 1, 0, 1, 1]
+    assert [r.share for r in made.reports] == pytest.approx([0.0, 1 / 3, 0.0, 1 / 3, 1 / 3])
+    assert not made.is_settled
+    assert len(made.results()) == 3
+
+
+def test_defaults_that_were_not_reached_are_all_that_the_next_run_measures_of_defaults(
+    tmp_path: Path,
+) -> None:
+    on_the_clock(tmp_path, Clock(), LEASTS)[0].run(deadline=3.0)
+    made, bench = on_the_clock(tmp_path, Clock(), LEASTS)
+    made.run(deadline=2.0)
+    assert all(r.reached for r in made.reports)
+    assert made.reports[0].share == pytest.approx(1 / 5)
+    assert bench.tried == [made.reports[i].name for i in (2, 0)]
+
+
+def test_share_of_a_step_says_whose_default_comes_first(tmp_path: Path) -> None:
+    """A short step's largest kernel comes before the second one of a long step."""
+    made, _ = on_the_clock(tmp_path, Clock(), (3e-4, 7e-4, 1e-5))
+    made.reports[2].kernel = dataclasses.replace(made.reports[2].kernel, function="prefill")
+    made.run(deadline=2.0)
+    assert [r.reached for r in made.reports] == [False, True, True]
+
+
+def test_launches_count_for_whose_default_comes_first(tmp_path: Path) -> None:
+    made, _ = on_the_clock(tmp_path, Clock(), (3e-4, 7e-4))
+    made.reports[0].kernel = dataclasses.replace(made.reports[0].kernel, launches=5)
+    made.run(deadline=1.0)
+    assert [r.reached for r in made.reports] == [True, False]
+
+
+def test_one_default_is_measured_whatever_the_deadline(tmp_path: Path) -> None:
+    prepared: list[int] = []
+    made, bench = on_the_clock(tmp_path, Clock(1.0), LEASTS, prepared)
+    made.run(deadline=0.0)
+    assert bench.tried == [made.reports[1].name] and prepared == [1]
+    again, bench = on_the_clock(tmp_path, Clock(1.0), LEASTS, prepared)
+    again.run(deadline=0.0)
+    assert bench.tried == [] and prepared == [1]
+
+
+def test_defaults_are_compiled_more_at_a_time_as_far_as_they_fit(tmp_path: Path) -> None:
+    ever: list[int] = []
+    on_the_clock(tmp_path / "ever", Clock(), [1e-4] * 12, ever)[0].run(EVER)
+    assert ever == [2, 4, 6]
+    soon: list[int] = []
+    on_the_clock(tmp_path / "soon", Clock(), [1e-4] * 12, soon)[0].run(deadline=5.0)
+    assert soon == [2, 3]
 
 
 def test_run_killed_ten_times_tries_what_an_undisturbed_one_does(tmp_path: Path) -> None:

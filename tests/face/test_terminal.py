@@ -58,6 +58,24 @@ def test_tables_off_a_terminal_are_plain_and_fit() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("wrap", ["name", ""])
+def test_tables_that_do_not_fit_are_wider_and_whole(wrap: str) -> None:
+    out = io.StringIO()
+    rows = [("a_kernel_0123", "1,234.5 µs", "0.812 (0.801 to 0.824)"), ("b", "", "no gain")]
+    print_table(Console(file=out, width=24), ("name", ">default", ">tuned"), rows, wrap=wrap)
+    head, _, *lines = out.getvalue().splitlines()
+    assert head.split() == ["name", "default", "tuned"]
+    assert lines[0].endswith("   1,234.5 µs   0.812 (0.801 to 0.824)")
+    name = "".join(line.split()[0] for line in lines[:-1])
+    assert name == "a_kernel_0123" and lines[-1].split() == ["b", "no", "gain"]
+
+
+def test_a_column_is_not_narrower_than_its_heading() -> None:
+    out = io.StringIO()
+    print_table(Console(file=out, width=16), ("x", "schedule"), [("1" * 12, "")], wrap="schedule")
+    assert out.getvalue().splitlines()[0].split() == ["x", "schedule"]
+
+
 def test_progress_in_a_log_is_a_line_for_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
     with progress() as show:
         show("read", 0, 2)

@@ -19,10 +19,10 @@ import nemoc.tuning
 from nemoc.__main__ import main
 from nemoc.autotune import tuner
 from nemoc.autotune.journal import Trial
-from nemoc.autotune.measure import Roofs
+from nemoc.autotune.measure import Roofs, Timing
 from nemoc.autotune.records import Record, Records, read_records
 from nemoc.autotune.statistics import Interval
-from nemoc.autotune.tuner import KernelReport, Tuner
+from nemoc.autotune.tuner import KernelReport, Told, Tuner
 from nemoc.codegen import sites
 from nemoc.codegen.lower import corner_sizes, lower_program
 from nemoc.codegen.plan import Plan, Site
@@ -33,8 +33,10 @@ from nemoc.codegen.tvm.laboratory import Laboratory
 from nemoc.codegen.tvm.target import cpu_target
 from nemoc.compiler import functions
 from nemoc.models import open_model
-from nemoc.runtime import artifact
+from nemoc.runtime import Executable, artifact
+from nemoc.runtime.costs import read_costs
 from nemoc.runtime.machine import thread_count
+from nemoc.runtime.manifest import read_manifest
 from nemoc.runtime.weights import WeightSource, write_weights
 from nemoc.schedules import SCHEDULES, Chosen, cpu_device
 from nemoc.tuning import tune
@@ -67,15 +69,20 @@ def few_rounds() -> Iterator[None]:
         yield
 
 
+def interrupt(told: Told) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def tuned(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the journal and the records of a short tuning."""
+    """A folder with the journal and the records of a tuning that ended after its first candidates."""
     folder = tmp_path_factory.mktemp("tuned")
     log, found = folder / "journal.log", folder / "records.json"
     report = tune(
-        str(checkpoint), budget=3, workload=WORK, journal=log, records=found, compare=False
+        str(checkpoint), workload=WORK, journal=log, records=found, budget=1e6, tell=interrupt
     )
     assert len(report.kernels) > 10 and not report.whole
+    assert report.interrupted and not report.finished and not report.not_reached
     assert all(k.seconds > k.kernel.least for k in report.kernels)
     assert sum(k.kernel.least > 0.0 for k in report.kernels) > 10
     for function in ("prefill", "decode"):
@@ -106,12 +113,12 @@ def test_budget_that_is_spent_is_not_spent_again(
     before = list(read_records(tuned / "records.json"))
     report = tune(
         str(checkpoint),
-        budget=3,
+        budget=0.01,
         workload=WORK,
         journal=tuned / "journal.log",
         records=tuned / "again.json",
     )
-    assert report.earlier >= 3
+    assert report.earlier > 0.01
     again = {r.kernel: r.schedule for r in read_records(tuned / "again.json")}
     assert again == {r.kernel: r.schedule for r in before}
 
@@ -129,7 +136,7 @@ def test_kernels_of_a_step_that_became_slower_keep_their_defaults(
 
     monkeypatch.setattr(Tuner, "_last_measurement", claim)
     monkeypatch.setattr(nemoc.tuning, "_compare", compare)
-    monkeypatch.setattr(nemoc.tuning._Budget, "deadline", lambda *_: 0.0)  # nothing more is tried
+    monkeypatch.setattr(Tuner, "_search", lambda *_: None)
     log = shutil.copy(tuned / "journal.log", tmp_path)
     found, claimed = tmp_path / "records.json", dict[str, Any]()
     report = tune(
@@ -141,6 +148,39 @@ def test_kernels_of_a_step_that_became_slower_keep_their_defaults(
     for record in read_records(found):
         stays = steps[record.kernel] == "prefill"
         assert record.schedule == (claimed[record.kernel] if stays else {})
+
+
+def test_a_budget_that_is_over_before_the_search_measures_one_default_and_leaves_the_rest(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    files = {"journal": tmp_path / "journal.log", "records": tmp_path / "records.json"}
+    for _ in range(2):  # the second run has nothing left to spend
+        report = tune(str(checkpoint), budget=0.01, workload=WORK, **files)
+        reached = [k for k in report.kernels if k.reached]
+        assert len(reached) == 1 and reached[0].seconds > 0.0
+        assert sum(report.not_reached.values()) == len(report.kernels) - 1
+        assert not report.finished and not report.interrupted
+    (record,) = read_records(tmp_path / "records.json")
+    assert record.kernel == reached[0].name
+
+
+def test_an_interrupt_ends_the_comparison_and_keeps_what_kernels_gained(
+    checkpoint: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def claim(self: Tuner, report: KernelReport) -> None:
+        gain = {"equal": True, "ratio": 0.9, "low": 0.89, "high": 0.91}
+        report.take({"schedule": dict(report.study.trials()[0].schedule), **gain})
+
+    monkeypatch.setattr(Tuner, "_conclude", claim)
+    monkeypatch.setattr(Tuner, "_search", lambda *_: None)
+    monkeypatch.setattr(nemoc.tuning, "_compare", compare)
+    log, found = shutil.copy(tuned / "journal.log", tmp_path), tmp_path / "records.json"
+    report = tune(str(checkpoint), budget=1e6, workload=WORK, journal=log, records=found)
+    assert report.interrupted and not report.whole
+    assert any(record.schedule for record in read_records(found))
 
 
 def test_weights_are_packed_once_for_kernels_and_executables(
@@ -172,7 +212,7 @@ def test_command_prints_what_was_found(
     checkpoint: Path, tuned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = ["--db", str(tuned / "journal.log"), "--records", str(tuned / "cli.json")]
-    sizes = ["--prefill", "16", "--cached", "8", "--budget", "3s"]
+    sizes = ["--prefill", "16", "--cached", "8", "--budget", "0.01s"]
     page = tuned / "tune.html"
     assert main(["tune", str(checkpoint), *files, *sizes, "--report", str(page), "-q"]) == 0
     printed = capsys.readouterr().out
@@ -223,6 +263,57 @@ def test_schedules_that_keep_bits_leave_logits_as_they_are(artifacts: tuple[Path
         found += [made.decode(ids[:, t], state)[:, None] for t in range(4)]
         logits.append(torch.cat(found, 1))
     assert torch.equal(*logits)
+
+
+@dataclasses.dataclass
+class Both:
+    """The executables that a comparison asks for."""
+
+    default: Executable
+    tuned: Executable
+
+    def with_records(self, records: Records) -> Executable:
+        return self.tuned
+
+
+def test_only_steps_that_launch_other_kernels_are_compared(
+    artifacts: tuple[Path, Path],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Times of others would differ by chance alone, and a step could be called slower."""
+    timed: list[str] = []
+
+    def time(runs: dict[str, object], rounds: int, warmup: int = 1) -> dict[str, Timing]:
+        timed.extend(runs)
+        return {name: Timing((2.0 if "default" in name else 1.0,) * rounds) for name in runs}
+
+    monkeypatch.setattr(nemoc.tuning, "interleaved", time)
+    default, tuned = map(nemoc.load, artifacts)
+    costs = read_costs(artifacts[0], read_manifest(artifacts[0]))
+    assert costs is not None
+    launched = {f: {n.kernel for n in costs.functions[f].launches} for f in costs.functions}
+    decode = launched.pop("decode").difference(*launched.values())
+    records = Records(
+        _record(name, schedule)
+        for name, schedule in _extremes(checkpoint).items()
+        if decode.issuperset(name.split("+"))
+    )
+    assert records
+    options = {"records": records, "max_batch": 2, "max_context": 64}
+    only_decode = nemoc.compile(str(checkpoint), "cpu", destination=tmp_path / "decode", **options)
+    for made, expected in (
+        (default, {"prefill": None, "decode": None}),
+        (only_decode, {"prefill": None, "decode": 0.5}),
+        (tuned, {"prefill": 0.5, "decode": 0.5}),
+    ):
+        timed.clear()
+        budget = nemoc.tuning._Budget(1.0)
+        found = nemoc.tuning._compare(Both(default, made), Records(), WORK, budget)  # type: ignore[arg-type]
+        assert {step: i and round(i.ratio, 9) for step, i in found.items()} == expected
+        compared = {step for step, ratio in expected.items() if ratio is not None}
+        assert {name.split()[0] for name in timed} == compared
 
 
 def test_loading_and_running_never_tunes(artifacts: tuple[Path, Path]) -> None:

@@ -149,6 +149,56 @@ def test_coverage_tells_tried_values_from_others(report: TuneReport) -> None:
     assert len(untried) == 3 * len(tried)
 
 
+def test_a_step_in_which_nothing_changed_is_said_to_be_so_and_not_drawn(
+    report: TuneReport,
+) -> None:
+    whole = {"prefill": Interval(0.7, 0.68, 0.72), "decode": None}
+    page = Page(report_html(dataclasses.replace(report, whole=whole)))
+    assert [row for row in page.cells["summary"] if row[0].startswith("Whole model")] == [
+        ["Whole model, decode", "nothing changed"],
+        ["Whole model, prefill", "0.700 (0.680 to 0.720) of the time before: faster"],
+    ]
+    assert "with intervals of 95 %" in page.text
+    unchanged = dataclasses.replace(report, whole={"decode": None})
+    assert "with intervals of 95 %" not in Page(report_html(unchanged)).text
+
+
+@pytest.mark.parametrize(
+    ("finished", "interrupted", "words"),
+    [
+        (True, False, "nothing more is expected of any kernel"),
+        (False, False, "the budget ended before the search"),
+        (False, True, "stopped by an interrupt"),
+    ],
+)
+def test_why_the_search_ended_is_said(
+    finished: bool, interrupted: bool, words: str, report: TuneReport
+) -> None:
+    ended = dataclasses.replace(report, finished=finished, interrupted=interrupted)
+    assert words in Page(report_html(ended)).text
+
+
+def test_kernels_that_were_not_reached_are_counted_and_named(tmp_path: Path) -> None:
+    made = Tuner(
+        [paper_kernel(width, PaperBench()) for width in (16, 32, 48)],
+        emit,
+        Device("paper:1, 1 thread", "pencil 1", "a sheet"),
+        Journal(tmp_path / "journal.log"),
+    )
+    made.run(-math.inf)
+    found = TuneReport(
+        tuple(made.reports), made._device, made.results(), {}, {}, 1.0, 0.0, finished=False
+    )
+    page = Page(report_html(found))
+    assert found.not_reached == {"decode": 2}
+    assert "2 kernels: their defaults were not measured" in page.text
+    assert [row[5] for row in page.cells["kernels"][1:]] == [
+        "not searched",
+        "not reached",
+        "not reached",
+    ]
+
+
 def test_equal_runs_have_equal_reports(report: TuneReport, tmp_path: Path) -> None:
     path = tmp_path / "tune.html"
     write_report(report, path)

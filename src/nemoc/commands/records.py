@@ -8,7 +8,7 @@ from nemoc.autotune.records import Record, Records, read_records
 from nemoc.ir import NemocError
 from nemoc.runtime.machine import processor_model
 from nemoc.schedules import known_records, own_records, write_records
-from nemoc.terminal import heading, print_table, report
+from nemoc.terminal import heading, print_table, report, stages
 from nemoc.tuning import add_records
 
 
@@ -19,10 +19,13 @@ def list_(file: Path | None) -> None:
         report().print(f"{file or own_records()}: no records", soft_wrap=True)
         return
     console = report()
-    for device in sorted({r.device for r in found}):
-        heading(console, f"{device}; time relative to the default")
-        ordered = sorted((r for r in found if r.device == device), key=lambda r: (r.kernel, r.when))
-        columns = ("kernel", "B, L, C", "time (95 %)", "bits", "origin", "date")
+    for device, origin in sorted({(r.device, r.origin) for r in found}):
+        heading(console, f"{device}; {origin} time relative to the default")
+        ordered = sorted(
+            (r for r in found if (r.device, r.origin) == (device, origin)),
+            key=lambda r: (r.kernel, r.when),
+        )
+        columns = ("kernel", "B, L, C", "time (95 %)", "bits", "date")
         print_table(console, columns, [_cells(record) for record in ordered], wrap="kernel")
 
 
@@ -88,12 +91,11 @@ def _own() -> Records:
 
 def _cells(record: Record) -> tuple[str, ...]:
     return (
-        record.kernel.partition("+")[0],
+        stages(record.kernel),
         ", ".join(str(record.sizes[name]) for name in "BLC" if name in record.sizes),
         f"{record.ratio:.2f} ({record.low:.2f} to {record.high:.2f})"
         if record.schedule
         else "no gain",
         record.numerics,
-        record.origin,
         record.when.date().isoformat(),
     )

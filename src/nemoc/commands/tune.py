@@ -14,7 +14,7 @@ from rich.console import Console
 from nemoc.autotune.statistics import Interval
 from nemoc.autotune.tuner import KernelReport, Told
 from nemoc.ir import NemocError
-from nemoc.terminal import duration, heading, print_table, progress, report
+from nemoc.terminal import duration, heading, print_table, progress, report, stages
 from nemoc.tune_report import write_report
 from nemoc.tuning import TuneReport, tune
 from nemoc.workload import Workload
@@ -39,7 +39,11 @@ def run(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Tune, and say what became faster."""
+    """Tune, and say what became faster.
+
+    Raises:
+        KeyboardInterrupt: tuning was interrupted; what it found until then is kept, and was printed.
+    """
     with progress(quiet) as show, _telling(quiet) as tell:
         found = tune(
             source,
@@ -48,6 +52,7 @@ def run(
             records=records,
             compare=not no_compare,
             tell=tell,
+            interrupt=_interrupted,
             progress=show,
             **options,
         )
@@ -56,6 +61,8 @@ def run(
     if page is not None:
         write_report(found, page)
         console.print(f"{page}: the same with plots", soft_wrap=True)
+    if found.interrupted:
+        raise KeyboardInterrupt  # which a script sees by the exit code
 
 
 def seconds_of(text: str) -> float:
@@ -72,32 +79,7 @@ def seconds_of(text: str) -> float:
 
 def print_report(console: Console, found: TuneReport) -> None:
     """What tuning came to, kernel by kernel and for the model."""
-    shown = [k for k in found.kernels if k.space.tunables and (k.share >= 0.005 or not k.seconds)]
-    by = found.device.predicted_by
-    times = f"predicted times ({by}), nothing was measured" if by else "time"
-    heading(console, f"Kernels on {found.device.name}; {times} relative to the default")
-    rows = [
-        (
-            kernel.kernel.function,
-            kernel.name.partition("+")[0],
-            f"{kernel.share:.0%}",
-            duration(kernel.seconds),
-            str(len(kernel.study.trials())),
-            _gain(kernel, bool(by)),
-            ", ".join(f"{k}={v}" for k, v in kernel.best.items()),
-        )
-        for kernel in shown
-    ]
-    columns = (
-        "step",
-        "kernel",
-        ">share",
-        ">default",
-        ">tried",
-        "predicted" if by else "tuned (95 %)",
-        "schedule",
-    )
-    print_table(console, columns, rows, wrap="schedule")
+    _print_kernels(console, found)
     tried = sum(len(k.study.trials()) for k in found.kernels)
     faults = sum(t.outcome != "ok" for k in found.kernels for t in k.study.trials())
     before = f", {duration(found.earlier)} before" if found.earlier else ""
@@ -109,18 +91,71 @@ def print_report(console: Console, found: TuneReport) -> None:
     if ranked:
         heading(console, "How well predicted times rank what was measured (Spearman)")
         orders = [
-            (k.kernel.function, k.name.partition("+")[0], str(len(k.study.trials())), f"{o:.2f}")
+            (k.kernel.function, stages(k.name), str(len(k.study.trials())), f"{o:.2f}")
             for k, o in ranked
         ]
-        print_table(console, ("step", "kernel", ">tried", ">correlation"), orders)
+        columns = ("step", "kernel", ">tried", ">correlation")
+        print_table(console, columns, orders, wrap="kernel")
     for message, count in _faults(found):
         console.print(f"{count} faulty: {message}", soft_wrap=True)
-    if not found.finished:
-        console.print("The budget ended before the search; a larger one goes on from here")
+    for line in _ending(found):
+        console.print(line, soft_wrap=True)
     for step, interval in found.whole.items():
-        console.print(f"{step} of the whole model, relative to the defaults: {_verdict(interval)}")
+        about = f"{step} of the whole model, relative to the defaults"
+        console.print(f"{about}: {_verdict(interval)}", soft_wrap=True)
     if not any(k.best for k in found.kernels):
         console.print("No gain over the defaults: they stay as they are")
+
+
+def _print_kernels(console: Console, found: TuneReport) -> None:
+    """A table for each step: its kernels that were tried, but for those that are next to nothing of it.
+
+    What a kernel became stands below its name, since a schedule is longer than a line has room for.
+    """
+    by = found.device.predicted_by
+    times = f"predicted times ({by}), nothing was measured" if by else "time"
+    heading(console, f"Kernels on {found.device.name}; {times} relative to the default")
+    shown = [
+        k
+        for k in found.kernels
+        if k.reached and k.space.tunables and (k.share >= 0.005 or not k.seconds)
+    ]
+    for i, step in enumerate(dict.fromkeys(k.kernel.function for k in shown)):
+        rows = [_cells(k, bool(by)) for k in shown if k.kernel.function == step]
+        columns = (step, ">share", ">default", ">tried", "predicted" if by else "tuned (95 %)")
+        if i:
+            console.print()
+        print_table(console, columns, rows, wrap=step)
+
+
+def _cells(kernel: KernelReport, predicted: bool) -> tuple[str, ...]:
+    name, schedule = stages(kernel.name), _settings(kernel)
+    return (
+        f"{name}\n{schedule}" if schedule else name,
+        f"{kernel.share:.0%}",
+        duration(kernel.seconds) if kernel.seconds else "",
+        str(len(kernel.study.trials())),
+        _gain(kernel, predicted),
+    )
+
+
+def _settings(kernel: KernelReport) -> str:
+    return ", ".join(f"{name}={value}" for name, value in kernel.best.items())
+
+
+def _ending(found: TuneReport) -> Iterator[str]:
+    """Why the search ended, unless nothing was left to search, and what it did not come to."""
+    if found.interrupted:
+        yield "Stopped by an interrupt" + (
+            "" if found.finished else "; the same command goes on from here"
+        )
+        if any(k.best for k in found.kernels):
+            yield "The whole model is not compared: what kernels gained alone is kept"
+    elif not found.finished:
+        yield "The budget ended before the search; a larger one goes on from here"
+    if found.not_reached:
+        counts = ", ".join(f"{n} of {step}" for step, n in found.not_reached.items())
+        yield f"Kernels not reached: {counts}; their defaults were not measured, shares leave them out"
 
 
 def _faults(found: TuneReport, most: int = 3) -> list[tuple[str, int]]:
@@ -133,16 +168,27 @@ def _gain(kernel: KernelReport, predicted: bool) -> str:
     if kernel.gain is None:
         return "not measured"
     if not kernel.best:
-        return "no gain"
+        return "no gain" if kernel.searched else "not searched"
     return f"{kernel.gain.ratio:.2f}" if predicted else str(kernel.gain)
 
 
-def _verdict(interval: Interval) -> str:
+def _verdict(interval: Interval | None) -> str:
+    if interval is None:
+        return "nothing changed"
     if interval.is_gain:
         return f"{interval}, faster"
     if interval.is_loss:
         return f"{interval}, slower: its kernels keep their defaults"
     return f"{interval}, no difference beyond doubt"
+
+
+def _interrupted() -> None:
+    """Answer control-C at once: what comes now may take a while, also where no progress is shown."""
+    print(
+        "  interrupted: the best so far is measured once more; control-C again stops at once",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @contextmanager
