@@ -356,7 +356,9 @@ class _GroupLimit(RowOp[GroupLimit]):
                 writer.line(f"{merits} = tl.where({number} == {best}, {lowest}, {merits})")
             return kept
 
-        return body.writer.once(f"{op.keep} of {op.groups} groups of {x.value.name} in rows {place.row}", make)
+        return body.writer.once(
+            f"{op.keep} of {op.groups} groups of {x.value.name} in rows {place.row}", make
+        )
 
 
 class _TopK(RowOp[TopK]):

@@ -103,8 +103,8 @@ def emit(site: Site, target: CpuTarget) -> Plan:
     if emitter is None:
         if isinstance(site.op, _ROUNDS_ACTIVATIONS):
             raise NemocError(
-                f"the cpu target has no kernel for {site.op.mnemonic()}: activations in FP8 or NVFP4 are for GPUs and "
-                "the reference target, those in int8 (nvfp4-w4a8) for CPUs"
+                f"the cpu target has no kernel for {site.op.mnemonic()}: of weights the pass fold-constants does it, "
+                "and activations in FP8 or NVFP4 are for GPUs and the reference target (in int8, nvfp4-w4a8, for CPUs)"
             )
         known = ", ".join(sorted(op.mnemonic() for op in EMITTERS))
         raise NemocError(f"the cpu target has no kernel for {site.op.mnemonic()}; it has {known}")

@@ -428,7 +428,7 @@ def tune(source: str, **options: Any) -> None:
     done: a run that is interrupted or killed goes on where it ended, and one that has spent its
     budget is over at once. `nemoc compile` then takes what was found. Control-C ends the search: what was
     found is kept, and the exit code is 130. Kernels whose turn does not come within the budget are
-    left to the next run, those first of which a roofline makes least.
+    left to the next run.
 
     For a GPU that is not there candidates are compiled and their times predicted, nothing is measured:
     `nemoc compile` takes that with --predicted only.

@@ -148,8 +148,8 @@ def test_no_cpu_kernel_quantizes_activations_to_floats(small: Model, quantize: s
     with pytest.raises(NemocError) as refusal:
         compile(small, "cpu", quantize)
     assert str(refusal.value) == (
-        f"the cpu target has no kernel for {op}: activations in FP8 or NVFP4 are for GPUs and the reference target, "
-        "those in int8 (nvfp4-w4a8) for CPUs"
+        f"the cpu target has no kernel for {op}: of weights the pass fold-constants does it, and activations in FP8 "
+        "or NVFP4 are for GPUs and the reference target (in int8, nvfp4-w4a8, for CPUs)"
     )
 
 
