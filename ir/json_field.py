@@ -101,9 +101,12 @@ class JsonField:
         Raises:
             NemocError: it is something else.
         """
-        if type(self.value) not in (int, float) or not 0.0 < self.value < math.inf:
-            raise self.wrong("a positive number")
-        return float(self.value)
+        try:
+            if type(self.value) in (int, float) and 0.0 < float(self.value) < math.inf:
+                return float(self.value)
+        except OverflowError:  # an integer that no float is near
+            pass
+        raise self.wrong("a positive number")
 
     def one_of(self, *texts: str) -> str:
         """One of some texts.

@@ -424,7 +424,10 @@ class _Parser:
         if hint is bool:
             return token.text == "true"
         if hint is str:
-            return json.loads(token.text)
+            try:
+                return json.loads(token.text)
+            except ValueError as error:
+                raise IRError(f"{what}: {error}", self._location(token)) from None
         if hint is DType:
             return self._dtype(token)
         if len(token.text) > _LONGEST_NUMBER:

@@ -77,7 +77,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
     if model != "gpt2":
         raise NemocError(f"model {model!r} is not byte-pair encoding of bytes")
     name = metadata.get("tokenizer.ggml.pre", "")
-    split = _SPLITS.get(_SAME.get(name, name))
+    split = _SPLITS.get(_SAME.get(name, name)) if isinstance(name, str) else None
     if split is None:
         raise NemocError(f"how '{name}' splits text is not known")
     tokens = _texts(metadata, "tokens")

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os.path
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,7 +216,7 @@ def _of_random(text: str) -> Model:
     seed = 0
     for option in options:
         key, _, value = option.partition("=")
-        if key != "seed" or not value.isdecimal():
+        if key != "seed" or not re.fullmatch("[0-9]{1,18}", value):
             raise NemocError(f"source '{text}': found option '{option}', expected seed=NUMBER")
         seed = int(value)
     config = preset(name)

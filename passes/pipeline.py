@@ -85,6 +85,8 @@ def parse_pipeline(
     while tokens:
         if begun:
             _expect(tokens, ",")
+            if not tokens:
+                raise NemocError("pipeline: found the end, expected a pass")
         begun = True
         if usual is not None and tokens[:1] == [PRESET]:
             tokens.pop(0)

@@ -19,7 +19,7 @@ def load_plugin(module_name: str) -> tuple[type[Pass], ...]:
     """
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise NemocError(f"plugin {module_name}: {type(error).__name__}: {error}") from error
     listed = getattr(module, "NEMOC_PASSES", None)
     if not isinstance(listed, list | tuple):
@@ -37,7 +37,7 @@ def load_entry_points() -> tuple[type[Pass], ...]:
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
             loaded = entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what = f"{type(error).__name__}: {error}"
             raise NemocError(f"entry point {entry.name} ({entry.value}): {what}") from error
         found.append(_pass_class(loaded, f"entry point {entry.name}"))

@@ -259,7 +259,7 @@ class PackedWeights:
 
 def _read_header(path: Path, text: bytes, size: int) -> dict[str, Slot]:
     try:
-        entries = json.loads(text)
+        entries = dict(json.loads(text).items())
         entries.pop("__metadata__", None)
         return {name: _read_entry(path, name, entry, size) for name, entry in entries.items()}
     except (ValueError, AttributeError, RecursionError):

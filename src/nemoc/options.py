@@ -1,6 +1,7 @@
 """Settings from the environment. No other file of nemoc reads it."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,7 @@ def _cache_folder(environment: Mapping[str, str]) -> Path:
 def _threads(text: str) -> int | None:
     if not text:
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
         raise NemocError(f"NEMOC_THREADS: found {text!r}, expected a number of threads, at least 1")
     return int(text)
 

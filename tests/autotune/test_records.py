@@ -84,6 +84,7 @@ WRONG = {
     "a name that is no plan's": (change(kernel="../x"), "kernel is '../x', expected the name"),
     "a ratio of zero": (change(ratio=0), "ratio is 0, expected a positive number"),
     "a ratio of true": (change(ratio=True), "ratio is True, expected a positive number"),
+    "a ratio that no float is near": (change(ratio=10**400), "ratio is 1000"),
     "another origin": (change(origin="invented"), "origin is 'invented', expected measured or"),
     "a setting that is a list": (
         change(schedule={"rows": [1]}),

@@ -74,6 +74,12 @@ def test_random_graphs_come_back_equal(graph: Graph) -> None:
         ("mul(%x, %w)", "scale(%x) {factor=1.0, factor=2.0}", 6, "factor is given twice"),
         ("mul(%x, %w)", "gelu(%x) {tanh=1}", 6, "gelu: tanh is '1', expected bool"),
         ("mul(%x, %w)", "cast(%x) {dtype=3}", 6, "cast: dtype is '3', expected DType"),
+        (
+            "mul(%x, %w)",
+            'dequantize_nvfp4(%x, %x, %x) {dialect="\\q"}',
+            6,
+            "dequantize_nvfp4: dialect: Invalid",
+        ),
         ("mul(%x, %w)", "sum(%x) {axis=1.5}", 6, "sum: axis is '1.5', expected int"),
         ("mul(%x, %w)", "permute(%x) {axes=1}", 6, "found '1', expected '['"),
         ("  return %z\n", "", 8, "found 'update', expected 'return'"),

@@ -149,6 +149,7 @@ def test_tokenizers_that_files_have_no_words_for(changes: dict[str, Any], why: s
 _UNREADABLE: list[tuple[str, dict[str, Any], str]] = [
     ("model", {"tokenizer.ggml.model": "llama"}, "model 'llama' is not byte-pair encoding"),
     ("split", {"tokenizer.ggml.pre": "falcon"}, "how 'falcon' splits text is not known"),
+    ("a list", {"tokenizer.ggml.pre": ["default"]}, "how '['default']' splits text is not known"),
     ("no tokens", {"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is no list of texts"),
     ("twice", {"tokenizer.ggml.tokens": ["a", "a"]}, "a token is there twice"),
     ("no merges", {"tokenizer.ggml.merges": [1]}, "tokenizer.ggml.merges is no list of texts"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nemoc.ir import DType, NemocError
+from nemoc.ir.json_file import read_json
 from nemoc.models import Generation, RandomSource, open_model, preset
 from support.checkpoints import unusual_model, write_checkpoint
 
@@ -88,6 +89,7 @@ def test_a_transformers_model_is_read_where_it_lies() -> None:
             "source 'random:mid,sed=3': found option 'sed=3', expected seed=NUMBER",
         ),
         ("random:mid,seed=-1", "found option 'seed=-1', expected seed=NUMBER"),
+        (f"random:mid,seed={'9' * 5000}", "expected seed=NUMBER"),
         (3, "source: found int, expected a Hugging Face directory, a GGUF file, "),
         ("", "source '': no such file"),
         ("a\0b", "no such file"),
@@ -110,6 +112,30 @@ def test_a_file_other_than_a_configuration_is_refused(
 ) -> None:
     (tmp_path / name).write_bytes(b"x")
     assert expected in _refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"dtype": "\\ud800"}', "config.json: is not JSON: 'utf-8' codec can't encode"),
+        (None, "config.json: cannot be read: it is no regular file"),
+    ],
+)
+def test_a_configuration_that_is_no_text_or_no_file_is_refused(
+    tmp_path: Path, content: bytes | None, expected: str
+) -> None:
+    path = tmp_path / "config.json"
+    if content is None:
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(content)
+    assert expected in _refusal(tmp_path)
+
+
+def test_characters_of_two_halves_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "names.json"
+    path.write_text('{"name": "\\ud83d\\ude00"}')
+    assert read_json(path) == {"name": "\U0001f600"}
 
 
 def test_an_artifact_is_no_model(tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def test_a_word_stands_for_the_usual_passes() -> None:
         ("canonicalise", "unknown pass 'canonicalise', did you mean canonicalize?"),
         ("zzz", "unknown pass 'zzz', expected one of specialize-decode, canonicalize"),
         ("cse,,dce", "unknown pass ','"),
+        ("cse,", "found the end, expected a pass"),
         ("cse dce", "found 'dce', expected ','"),
         ("cse{x=1}", "pass cse has no option 'x'"),
         ("interleave-weights{blok=4}", "has no option 'blok', did you mean block?"),
@@ -258,6 +259,7 @@ def test_plugin_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("NEMOC_PASSES = [3]", "plugin broken_plugin: 3 is no pass class"),
         ("", "plugin broken_plugin has no list NEMOC_PASSES"),
         ("import nowhere_at_all", "plugin broken_plugin: ModuleNotFoundError"),
+        ("raise SystemExit(0)", "plugin broken_plugin: SystemExit: 0"),
     ],
 )
 def test_broken_plugins(

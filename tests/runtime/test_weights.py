@@ -167,6 +167,7 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (b"1234", "is truncated: 4 bytes, no whole header"),
         (b"\xff" * 20, "is truncated: 20 bytes, no whole header"),
         (b"\x38" + bytes(63), "is no safetensors file: its header cannot be read"),
+        (b"\x08" + bytes(7) + b'["abcd"]', "is no safetensors file: its header cannot be read"),
         (header(w=GOOD), "tensor w lies at bytes 0 to 8 of 0, expected a range of 8"),
         (header(w={**GOOD, "data_offsets": [0, 4]}) + bytes(8), "bytes 0 to 4 of 8"),
         (header(w={**GOOD, "data_offsets": [-8, 0]}) + bytes(8), "bytes -8 to 0 of 8"),

@@ -10,6 +10,7 @@ from nemoc.compiler import load
 from nemoc.kernel_times import KernelTime, StepReport
 from nemoc.measurement import BenchReport, bench
 from nemoc.page import write_page
+from nemoc.runtime.files import replacing_file
 from nemoc.terminal import duration, heading, print_table, progress, report, short
 
 _SHOWN = 0.005
@@ -35,7 +36,8 @@ def run(
         found = bench(executable, prefill=prefill, decode=decode)
     _print(found)
     if json_file is not None:
-        json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
+        with replacing_file(json_file) as file:
+            file.write((json.dumps(found.to_json(), indent=2) + "\n").encode())
     if shown is not None and page is not None:
         write_page(artifact_html(shown, found), page)
 
