@@ -6,10 +6,10 @@ rounding is visible, so this is two casts. Run it alone or among nemoc's passes,
     cd examples
     nemoc passes --plugin custom_pass round-activations
     nemoc ir mid --plugin custom_pass --pipeline "round-activations{weights=experts},cse"
-    nemoc verify sample --plugin custom_pass --pipeline "round-activations,canonicalize,cse,dce"
+    nemoc verify sample --plugin custom_pass --pipeline "round-activations,preset"
 
-The last one shows the pass within its own budget, and the whole model beyond the bound that float32 models are held to:
-that is what the pass costs.
+`preset` stands for the passes that nemoc runs by itself. The last one shows what the pass costs: its own error, within
+its budget, and that of the whole model, which is held to the bound of models that round activations.
 """
 
 import dataclasses
@@ -65,7 +65,8 @@ class RoundActivations(Pass):
         return rewrite(
             graph,
             (rule,),
-            on_apply=lambda _, node: ctx.remarks.append(
+            # Asked before each change, nemoc can stop the pass after any number of them, and find the one that matters.
+            on_apply=lambda _, node: ctx.allows(
                 Remark(self.name, f"{graph.name}/%{node.results[0].name}", "input rounded to bf16")
             ),
         )

@@ -273,9 +273,13 @@ def _check_size(tree: ast.expr, text: str) -> None:
 
 
 def _is_small_power(base: ast.expr, exponent: ast.expr) -> bool:
-    """Whether a power is one of a name, a number or a call to a constant of at most 8."""
+    """Whether a power is one of a name, a number or a call without powers to a constant of at most 8."""
+    inside = (
+        isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) for node in ast.walk(base)
+    )
     return (
         isinstance(base, ast.Name | ast.Constant | ast.Call)
+        and not any(inside)
         and isinstance(exponent, ast.Constant)
         and isinstance(exponent.value, int)
         and 0 <= exponent.value <= 8

@@ -1,5 +1,6 @@
 """The examples work as they say."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -50,3 +51,16 @@ def test_a_plugin_is_held_to_its_budget(capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     (line,) = [x for x in out.splitlines() if x.startswith("round-activations") and "step" in x]
     assert line.endswith("MISS")
+
+
+def test_the_change_that_breaks_its_word_is_found(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pipeline = "round-activations{budget=1e-9},cse"
+    arguments = ["--plugin", "custom_pass", "--pipeline", pipeline, "--target", "reference", "-q"]
+    assert main(["bisect", "sample", *arguments, "-o", str(tmp_path / "found")]) == 1
+    (first, *_) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"pass 1 of 2 \(round-activations\), change \d+ of \d+ \(step/%.*: input rounded to bf16\)",
+        first,
+    )

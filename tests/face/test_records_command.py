@@ -164,6 +164,7 @@ def test_what_cannot_be_done_is_one_line(
             "cpu:x",
         ),
         "nothing to go by, expected --older-than": ("prune",),
+        "--older-than: found nan, expected days": ("prune", "--older-than", "nan"),
         "Missing argument 'FILES...'": ("merge", "-o", tmp_path / "x"),
     }
     for message, arguments in cases.items():

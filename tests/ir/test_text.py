@@ -213,6 +213,7 @@ def test_negative_zero_is_printed_where_zero_is_the_default() -> None:
         "Min(B)",
         "*".join(["(B + L + 1)"] * 9),
         "(B + L)**8",
+        "floor(" * 3 + "9" + ")**8" * 3,
         "B" + "+B" * 60,
     ],
 )

@@ -67,7 +67,10 @@ def prune(older_than: float | None, not_this_machine: bool) -> None:
     """Remove some of the user's records."""
     gone: list[Callable[[Record], bool]] = []
     if older_than is not None:
-        oldest = datetime.now(UTC) - timedelta(days=older_than)
+        try:
+            oldest = datetime.now(UTC) - timedelta(days=older_than)
+        except (ValueError, OverflowError):
+            raise NemocError(f"--older-than: found {older_than:g}, expected days") from None
         gone.append(lambda record: record.when < oldest)
     if not_this_machine:
         here = processor_model()
