@@ -220,7 +220,7 @@ def _targets(read: FieldReader, where: str, target: str, modules: Modules) -> li
     if target.startswith("re:"):
         try:
             return modules.matching(re.compile(target.removeprefix("re:")))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             read.fail(where, f"'{target}'", f"a regular expression ({error})")
     modules.named(read, where, target)
     return [bare] if (bare := bare_name(target)) in modules.owner else []

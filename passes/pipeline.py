@@ -168,11 +168,11 @@ def _blaming(passes: tuple[Pass, ...], position: int) -> Iterator[None]:
         yield
     except PassError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failure(passes, position, error) from error
 
 
-def _failure(passes: tuple[Pass, ...], position: int, error: Exception) -> PassError:
+def _failure(passes: tuple[Pass, ...], position: int, error: BaseException) -> PassError:
     what = str(error) if isinstance(error, NemocError) else f"{type(error).__name__}: {error}"
     line = " ".join(what.split())
     reproduces = print_pipeline(passes[: position + 1])

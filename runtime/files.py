@@ -36,11 +36,17 @@ def as_path(path: str | os.PathLike[str]) -> Path:
 def replacing_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write; on success it is made durable and takes its name, replacing a former one.
 
+    A pipe or a device of that name is written into.
+
     Raises:
         NemocError: it cannot be written; nothing has changed under its name.
     """
     temporary = _temporary(path)
     try:
+        if _is_stream(path):
+            with open(path, "wb") as file:
+                yield file
+            return
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -52,6 +58,23 @@ def replacing_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def expect_writable(path: Path) -> None:
+    """Refuse a file that `replacing_file` could not make, before work whose result would have no place.
+
+    Raises:
+        NemocError: it cannot be written.
+    """
+    temporary = _temporary(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not _is_stream(path):
+            temporary.touch()
+            temporary.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from None
 
 
 @contextlib.contextmanager
@@ -108,6 +131,11 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether something has the name that is no file with a content of its own, such as `/dev/null`."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _temporary(path: Path) -> Path:

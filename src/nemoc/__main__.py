@@ -1,7 +1,7 @@
 """The command `nemoc`: runs the command line and turns errors into one line and an exit code.
 
-Exit codes: 0 all well; 1 the command ran and its answer is no (a check missed its bound); 2 bad input; 70 an error in
-nemoc itself; 130 interrupted; 143 terminated.
+Exit codes: 0 all well, or nobody reads the output any more; 1 the command ran and its answer is no (a check missed its
+bound); 2 bad input; 70 an error in nemoc itself; 130 interrupted; 143 terminated.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import TextIO
 
 import click
 
@@ -24,11 +25,12 @@ class _Terminated(BaseException):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (the process's own by default) and return its exit code."""
-    session = Session()
+    session, stdout = Session(), sys.stdout
     try:
         with _ended_by_sigterm():
             result = nemoc.main(arguments, prog_name="nemoc", obj=session, standalone_mode=False)
-        sys.stdout.flush()
+        if stdout is not None:  # as it is where the process was started without one
+            stdout.flush()
     except _Terminated:
         print("nemoc: terminated", file=sys.stderr)
         return 143
@@ -36,12 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("nemoc: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read the output has gone (`nemoc ir ... | head`); Python must not write to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _unread(stdout)
+    except SystemExit as error:
+        # So rich ends on a broken pipe, and click, which puts another stdout in its place.
+        if isinstance(error.__context__, BrokenPipeError) or sys.stdout is not stdout:
+            return _unread(stdout)
+        raise
     except Exception as error:
         return _report(error, session)
     return result if isinstance(result, int) else 0
+
+
+def _unread(stdout: TextIO | None) -> int:
+    """Whoever read the output has gone (`nemoc ir ... | head`): Python must not write to it at exit."""
+    if stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+    return 0
 
 
 @contextlib.contextmanager

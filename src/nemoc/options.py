@@ -61,7 +61,7 @@ def _cache_folder(environment: Mapping[str, str]) -> Path:
 def _threads(text: str) -> int | None:
     if not text:
         return None
-    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
         raise NemocError(f"NEMOC_THREADS: found {text!r}, expected a number of threads, at least 1")
     return int(text)
 

@@ -60,3 +60,14 @@ def test_bench_says_which_kernels_take_the_time(
             least = max(kernel["moved"] / 1e9, kernel["flops"] / 1e10)
             assert kernel["least"] >= least * (1 - 1e-9)
             assert kernel["roofline"] == pytest.approx(kernel["least"] / kernel["seconds"])
+
+
+@pytest.mark.parametrize("option", ["--json", "--report"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    for place, reason in ((tmp_path / "none" / "x", "No such file"), (tmp_path, "Is a directory")):
+        assert main(["bench", "missing.nemoc", option, str(place)]) == 2
+        error = f"nemoc: error: {place}: cannot be written: {reason}"
+        assert capsys.readouterr().err.startswith(error)
+    assert list(tmp_path.iterdir()) == []

@@ -209,3 +209,11 @@ def test_reader_that_goes_away_is_no_error() -> None:
     done = subprocess.run(["sh", "-c", piped], capture_output=True, text=True, check=False)
     assert done.stdout == "graph @step {\n"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["ir nano", "passes"])
+def test_output_that_nobody_reads_is_no_error(command: str) -> None:
+    code = f"{sys.executable} -m nemoc {command}"
+    for line in (f"{{ {code}; echo $? >&2; }} | true", f"{code} >&-; echo $? >&2"):
+        done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+        assert done.stderr == "0\n"

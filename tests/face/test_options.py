@@ -33,6 +33,7 @@ def test_the_cache_is_where_the_desktop_wants_it() -> None:
         ("NEMOC_THREADS", "-1"),
         ("NEMOC_THREADS", "two"),
         ("NEMOC_THREADS", "9" * 5000),
+        ("NEMOC_THREADS", "0" * 5000 + "1"),
         ("NEMOC_DEBUG", "yes"),
         ("NEMOC_THREAD", "2"),
     ],

@@ -385,6 +385,11 @@ _SECTIONS: list[tuple[str, dict[str, Any], str]] = [
         "config_groups: found 're:.*(up', expected a regular expression (missing ), ",
     ),
     (
+        "an expression with a number that is too large",
+        {"ignore": ["re:a{99999999999}"]},
+        "expected a regular expression (the repetition number is too large)",
+    ),
+    (
         "formats within a stack",
         _group("nvfp4", r"re:.*experts\.[0-3]\."),
         "config_groups: found no format for 'layers.1.mixer.experts.4.up_proj', "

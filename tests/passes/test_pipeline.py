@@ -76,6 +76,14 @@ class Crash(Pass):
         raise KeyError("lost")
 
 
+@dataclass(frozen=True)
+class End(Pass):
+    """Ends the process."""
+
+    def run(self, graph: Graph, ctx: PassContext) -> Graph:
+        sys.exit(0)
+
+
 @given(
     st.builds(
         EveryOption,
@@ -226,6 +234,11 @@ def test_crash_is_wrapped_with_its_cause() -> None:
     with pytest.raises(PassError, match=r"pass 2 of 2 \(crash\): KeyError: 'lost'") as caught:
         run_pipeline(parse(GRAPH), (Cse(), Crash()), PassContext())
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_pass_that_ends_the_process_has_failed() -> None:
+    with pytest.raises(PassError, match=r"pass 1 of 1 \(end\): SystemExit: 0"):
+        run_pipeline(parse(GRAPH), (End(),), PassContext())
 
 
 def test_invalid_input_is_not_blamed_on_a_pass() -> None:

@@ -181,3 +181,16 @@ def test_what_a_killed_replacement_set_aside_comes_back(
     (tmp_path / "a.nemoc").rename(tmp_path / f".a.nemoc.old-{child.pid}")
     files.remove_leftovers(tmp_path / "a.nemoc")
     assert load(tmp_path / "a.nemoc").program.model == {"version": "old"}
+
+
+def test_a_pipe_is_written_into_and_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    files.expect_writable(path)
+    with files.replacing_file(path) as file:
+        file.write(b"whole")
+    assert os.read(reader, 10) == b"whole"
+    os.close(reader)
+    assert path.is_fifo()
+    assert list(tmp_path.iterdir()) == [path]

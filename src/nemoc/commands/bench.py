@@ -10,7 +10,7 @@ from nemoc.compiler import load
 from nemoc.kernel_times import KernelTime, StepReport
 from nemoc.measurement import BenchReport, bench
 from nemoc.page import write_page
-from nemoc.runtime.files import replacing_file
+from nemoc.runtime.files import expect_writable, replacing_file
 from nemoc.terminal import duration, heading, print_table, progress, report, short
 
 _SHOWN = 0.005
@@ -30,6 +30,9 @@ def run(
     quiet: bool,
 ) -> None:
     """Print medians, and write them as JSON and as a page where asked to."""
+    for path in (json_file, page):
+        if path is not None:
+            expect_writable(path)
     shown = read_artifact(artifact, prefill, prefill + decode // 2) if page is not None else None
     with progress(quiet) as show:
         executable = load(artifact, threads, resident, show, plugins=plugins)
