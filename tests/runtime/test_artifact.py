@@ -317,7 +317,7 @@ def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty" / "manifest.json").write_text("{}\n\n")
     refused(tmp_path / "empty", "manifest.json: was altered: it is not in the form")
     (tmp_path / "empty" / "manifest.json").write_text('{"a": "\\ud800"}')
-    refused(tmp_path / "empty", "manifest.json: was altered: it is not in the form")
+    refused(tmp_path / "empty", "manifest.json: is not JSON")
     refused(tmp_path / "a\0b", "which holds a zero byte")
     with pytest.raises(NemocError, match="path is 5, expected text or a path"):
         load(5)  # type: ignore[arg-type]
