@@ -5,8 +5,8 @@
     arguments.safetensors      inputs, states and parameters
     check.json                 what was promised and found, and a SHA-256 of each other file
 
-It is complete: replaying it takes neither the pass nor the model. The digests are against damage, not against
-forgery, and reading the folder executes nothing that it holds.
+It is complete: replaying it takes neither the model nor a run of the pass, but the classes of ops of its own if it has
+such. The digests are against damage, not against forgery, and reading the folder executes nothing that it holds.
 """
 
 import hashlib
