@@ -8,7 +8,7 @@ from typing import Any
 from nemoc.ir.errors import NemocError
 
 _LONGEST = 256 << 20
-"""Bytes of a file; the index of a checkpoint with a tensor for each of 20,000 experts' weights has 3 million."""
+"""Bytes of a file: a configuration, or the index of a checkpoint."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 

@@ -25,12 +25,11 @@ from nemoc.models.formats import TENSOR_SCALES, Format, Nvfp4
 from nemoc.models.graph import build_step
 from nemoc.models.names import is_stack, module_of, parameter_of, tensor_of
 from nemoc.models.quantization import Quantization
-from nemoc.models.safetensors_file import TYPES, read_header
+from nemoc.models.safetensors_file import NAMES, TYPES, read_header
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Suffixes of files that can run code when they are loaded."""
 
-_NAMES = {dtype: name for name, dtype in TYPES.items()}
 _TORCH_NAMES = {dtype.torch: name for name, dtype in TYPES.items()}
 _NUMBERS = (DType.F32, DType.BF16, DType.F16)
 """Types of what is not quantized."""
@@ -268,7 +267,7 @@ def _parameter(name: str, parts: Parts, type_: TensorType) -> _Parameter:
     shape = tuple(map(int, type_.shape))
     ordered = tuple(parts[i] for i in range(shape[0])) if stacked else (parts[None],)
     first, wanted = ordered[0], shape[1:] if stacked else shape
-    allowed = [_NAMES[dtype] for dtype in _allowed(name, type_)]
+    allowed = [NAMES[dtype] for dtype in _allowed(name, type_)]
     for part in ordered:
         if part.dtype not in allowed:
             raise NemocError(f"{part}: found type {part.dtype}, expected {', '.join(allowed)}")

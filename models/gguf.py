@@ -209,7 +209,7 @@ class _Contents:
 
     def _take_input_scales(self, tensor: str, count: int) -> GgufTensor | None:
         """The scales of what so many matrices multiply, if the file has one for each."""
-        name = f"{tensor.removesuffix('.weight')}.input_scale"
+        name = f"{module_of(tensor)}.input_scale"
         scales = self.left.get(name)
         return self.left.pop(name) if scales is not None and _are_numbers(scales, count) else None
 

@@ -77,13 +77,8 @@ class GgufTensor:
             NemocError: the file cannot be read, or ends too early.
         """
         flat = out.view(-1)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                for done in range(0, flat.numel(), _PIECE):
-                    part = flat[done : done + _PIECE]
-                    self._fill(file, part, start + done, scales)
-        except OSError as error:
-            raise NemocError(f"{self}: cannot be read: {error.strerror}") from None
+        for done in range(0, flat.numel(), _PIECE):
+            self._fill(flat[done : done + _PIECE], start + done, scales)
 
     def blocks(self, first: int, count: int) -> torch.Tensor:
         """So many blocks from one on, u8 [count, bytes].
@@ -91,30 +86,25 @@ class GgufTensor:
         Raises:
             NemocError: the file cannot be read, or ends too early.
         """
+        data = torch.empty((count, self.type.size), dtype=torch.uint8)
+        target = data.view(-1).numpy().data
         try:
             with self.path.open("rb", buffering=0) as file:
-                return self._read(file, first, count)
+                file.seek(self.offset + first * self.type.size)
+                while target:
+                    got = file.readinto(target)
+                    if not got:
+                        raise NemocError(f"{self}: the file ends {len(target)} bytes too early")
+                    target = target[got:]
         except OSError as error:
             raise NemocError(f"{self}: cannot be read: {error.strerror}") from None
-
-    def _read(self, file: BinaryIO, first: int, count: int) -> torch.Tensor:
-        data = torch.empty((count, self.type.size), dtype=torch.uint8)
-        file.seek(self.offset + first * self.type.size)
-        target = data.view(-1).numpy().data
-        while target:
-            got = file.readinto(target)  # type: ignore[attr-defined]
-            if not got:
-                raise NemocError(f"{self}: the file ends {len(target)} bytes too early")
-            target = target[got:]
         return data
 
-    def _fill(
-        self, file: BinaryIO, out: torch.Tensor, start: int, scales: torch.Tensor | None
-    ) -> None:
+    def _fill(self, out: torch.Tensor, start: int, scales: torch.Tensor | None) -> None:
         """Elements from `start` on, of which the first block may give only its last ones, and the last its first."""
         each = self.type.elements
         first, last = start // each, -(-(start + out.numel()) // each)
-        data = self._read(file, first, last - first)
+        data = self.blocks(first, last - first)
         factors = None
         if scales is not None:
             blocks = math.prod(self.shape) // each // len(scales)

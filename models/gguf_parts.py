@@ -17,9 +17,7 @@ from nemoc.models.formats import TENSOR_SCALES
 from nemoc.models.gguf_file import GgufTensor
 from nemoc.models.gguf_types import NVFP4, nvfp4_codes, nvfp4_scales
 from nemoc.models.names import module_of
-from nemoc.models.safetensors_file import TYPES
-
-_NAMES = {dtype: name for name, dtype in TYPES.items()}
+from nemoc.models.safetensors_file import NAMES
 
 _PIECE = 1 << 16
 """Blocks that are taken apart at a time."""
@@ -47,7 +45,7 @@ class Numbers:
     def dtype(self) -> str:
         """Its element type as safetensors spells it."""
         plain = self.source.type.is_plain and self.scales is None and not self.is_logarithm
-        return _NAMES[self.source.type.plain if plain else DType.F32]
+        return NAMES[self.source.type.plain if plain else DType.F32]
 
     def __str__(self) -> str:
         return str(self.source)
@@ -107,7 +105,7 @@ class _Field:
     @property
     def dtype(self) -> str:
         """Its element type as safetensors spells it."""
-        return _NAMES[self.type]
+        return NAMES[self.type]
 
     def __str__(self) -> str:
         return str(self.source)

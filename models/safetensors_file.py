@@ -24,6 +24,9 @@ TYPES = {
 }  # fmt: skip
 """The element types that weights may have, as the format spells them."""
 
+NAMES = {dtype: name for name, dtype in TYPES.items()}
+"""How it spells each."""
+
 _SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
     "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,

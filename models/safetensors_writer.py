@@ -16,12 +16,11 @@ import torch
 
 from nemoc.ir.errors import NemocError
 from nemoc.ir.types import TensorType
-from nemoc.models.safetensors_file import TYPES
+from nemoc.models.safetensors_file import NAMES
 
 SHARD = 5_000_000_000
 """Bytes of data in a file, at most, unless one tensor has more; what transformers takes too."""
 
-_NAMES = {dtype: name for name, dtype in TYPES.items()}
 _ALIGNMENT = 8
 
 
@@ -148,7 +147,7 @@ def _header(shard: Mapping[str, TensorType]) -> bytes:
         start, end = end, end + int(type_.bytes)
         shape = [int(n) for n in type_.shape]
         entries[name] = {
-            "dtype": _NAMES[type_.dtype],
+            "dtype": NAMES[type_.dtype],
             "shape": shape,
             "data_offsets": [start, end],
         }

@@ -511,7 +511,7 @@ class _ScaleOfMatrix(RowOp[_MatrixScale]):
             )
             return self.scale(body, op, size)
 
-        return body.writer.once(f"scale %{seen.value.name} in rows {place.row}", make)
+        return body.writer.once(f"scale for %{seen.value.name} in rows {place.row}", make)
 
     def scale(self, body: "Body", op: _MatrixScale, size: str) -> str:
         """The scale by the largest magnitude."""

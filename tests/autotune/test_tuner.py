@@ -320,16 +320,19 @@ def test_without_a_telling_prediction_there_is_no_order(tmp_path: Path) -> None:
     assert predicted(tmp_path / "constant", lambda plan: 1.0).reports[0].order is None
 
 
-def test_interrupt_ends_the_search_with_what_is_best_so_far(tmp_path: Path) -> None:
-    batches = 0
+def interrupted_at(number: int) -> PaperBench:
+    """A bench that is interrupted as it is about to time for that time."""
+    turns = itertools.count(1)
 
     def interrupt(plans: Sequence[Plan]) -> None:
-        nonlocal batches
-        batches += 1
-        if batches == 3:
+        if next(turns) == number:
             raise KeyboardInterrupt
 
-    made = tuner(tmp_path, PaperBench(before_timing=interrupt))
+    return PaperBench(before_timing=interrupt)
+
+
+def test_interrupt_ends_the_search_with_what_is_best_so_far(tmp_path: Path) -> None:
+    made = tuner(tmp_path, interrupted_at(3))
     made.run(EVER)
     (record,) = made.results()
     assert record.ratio < 1.0 and not made.reports[0].settled
@@ -382,15 +385,7 @@ def test_a_second_interrupt_is_raised_at_once(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_among_the_defaults_leaves_the_others_to_the_next_run(tmp_path: Path) -> None:
-    timings = 0
-
-    def interrupt(plans: Sequence[Plan]) -> None:
-        nonlocal timings
-        timings += 1
-        if timings == 2:
-            raise KeyboardInterrupt
-
-    made = tuner(tmp_path, PaperBench(before_timing=interrupt), widths=(16, 32, 48))
+    made = tuner(tmp_path, interrupted_at(2), widths=(16, 32, 48))
     made.run(EVER)
     assert made.interrupted and not made.is_settled
     assert [r.reached for r in made.reports] == [True, False, False]
